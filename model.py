@@ -1,11 +1,14 @@
-"""ELECTRA (Clark et al., ICLR 2020, arXiv 2003.10555): two transformers and the loss that trains them together.
+"""ELECTRA (Clark et al., ICLR 2020, arXiv 2003.10555): two transformers and the loss that trains them
+together.
 
-What enters: token ids, (B, L), zero-padded, as data.py writes them. What leaves: the loss and what the log and the reader
-want to see of it; and the two networks as HuggingFace folders. Read from `Electra` downwards: mask, generator, sample,
-corrupt, discriminator, loss. [Dnn] marks a detail that the README's table links to the official code and to its test.
+What enters: token ids, (B, L), zero-padded, as data.py writes them. What leaves: the loss and what the log
+and the reader want to see of it; and the two networks as HuggingFace folders. Read from `Electra` downwards:
+mask, generator, sample, corrupt, discriminator, loss. [Dnn] marks a detail that the README's table links to
+the official code and to its test.
 
-Claim: each network's logits agree with those of `transformers` to 1e-5 (test_huggingface_*), and the trainable parameters
-of small, base and large are the official 14,196,219, 119,386,427 and 354,655,291 (test_parameter_counts).
+Claim: each network's logits agree with those of `transformers` to 1e-5 (test_huggingface_*), and the
+trainable parameters of small, base and large are the official 14,196,219, 119,386,427 and 354,655,291
+(test_parameter_counts).
 
   B  batch: rows of text              K  slots for masked positions in a row, fixed for all rows
   L  length: positions in a row       V  vocabulary size
@@ -46,10 +49,11 @@ class TransformerConfig:
     initializer_range: float = 0.02  # standard deviation of the initial weights, before truncation
 
     def __post_init__(self):
+        for field in fields(self):
+            if field.type is int and getattr(self, field.name) < 1:
+                sys.exit(f"{field.name} is {getattr(self, field.name)}; it must be 1 or more")
         if self.hidden_size % self.num_attention_heads:
-            sys.exit(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
+            sys.exit(f"hidden_size {self.hidden_size} cannot be shared by {self.num_attention_heads} heads")
 
 
 @dataclass(frozen=True)
@@ -113,13 +117,13 @@ SIZES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The objective
 
 
 class Output(NamedTuple):
-    """What one forward pass leaves. The two losses are this part's sums over the whole batch's counts, so that the parts
-    of a batch add up to the batch's loss and gradient."""
+    """What one forward pass leaves. The two losses are this part's sums over the whole batch's counts, so
+    that the parts of a batch add up to the batch's loss and gradient."""
 
     loss: torch.Tensor  # () the training loss
     mlm_loss: torch.Tensor  # () the generator's part
@@ -146,7 +150,8 @@ class Electra(nn.Module):
     def counts(self, input_ids):
         """Number of predictions and of tokens in a batch, (2,): what its two loss sums are divided by.
 
-        They follow from the ids alone, so a micro-batch can divide by the counts of the batch it is a part of.
+        They follow from the ids alone, so a micro-batch can divide by the counts of the batch it is a part
+        of.
         """
         predictions = num_predictions(input_ids, selectable(input_ids, self.config), self.config)
         return torch.stack([predictions.sum(), (input_ids != 0).sum()]).float()
@@ -154,8 +159,9 @@ class Electra(nn.Module):
     def forward(self, input_ids, mask_uniform, sample_uniform, counts):
         """One pass of the objective over a batch, or over a part of one.
 
-        input_ids (B, L) int64; mask_uniform (B, L) float64 and sample_uniform (B, K) float32 are uniform numbers in
-        [0, 1), the step's only randomness but for dropout; counts (2,) is `self.counts` of the whole batch.
+        input_ids (B, L) int64; mask_uniform (B, L) float64 and sample_uniform (B, K) float32 are uniform
+        numbers in [0, 1), the step's only randomness but for dropout; counts (2,) is `self.counts` of the
+        whole batch.
         """
         attention_mask, token_type_ids = attention_mask_and_token_types(input_ids, self.config.sep_token_id)
         n_predictions, n_tokens = counts + 1e-6
@@ -227,8 +233,8 @@ def num_predictions(input_ids, candidates, config):
 def mask(input_ids, uniform, config):
     """Choose what the generator predicts -> positions (B, K), weights (B, K), masked ids (B, L).
 
-    One number in [0, 1) per position decides everything: its upper bits rank the position, its lower bits toss the
-    coin between [MASK] and staying visible. float64 has 53 bits, enough for both.
+    One number in [0, 1) per position decides everything: its upper bits rank the position, its lower bits
+    toss the coin between [MASK] and staying visible. float64 has 53 bits, enough for both.
     """
     candidates = selectable(input_ids, config)
     num_slots = config.num_slots(input_ids.shape[1])
@@ -252,8 +258,8 @@ def mask(input_ids, uniform, config):
 def sample(logits, uniform):
     """Draw a token from softmax(logits): (B, K, V), (B, K) -> (B, K) int64.
 
-    Unlike the official code, which adds Gumbel noise to all B*K*V logits, by inverse CDF: one number in [0, 1) per
-    slot. The token is the first whose cumulated probability exceeds it.
+    Unlike the official code, which adds Gumbel noise to all B*K*V logits, by inverse CDF: one number in [0,
+    1) per slot. The token is the first whose cumulated probability exceeds it.
     """
     cumulated = logits.float().softmax(-1).cumsum(-1)  # (B, K, V)
     threshold = uniform[..., None] * cumulated[..., -1:]  # rounding leaves the total a little off 1
@@ -266,7 +272,7 @@ def corrupt(input_ids, positions, weights, sampled):
     return input_ids.scatter(1, positions, torch.where(weights > 0, sampled, original))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The two networks
 
 
@@ -318,7 +324,8 @@ class Discriminator(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embeddings and transformer layers. The vector of a whole row, for fine-tuning, is [:, 0] of the output as it is."""
+    """Embeddings and transformer layers. The vector of a whole row, for fine-tuning, is [:, 0] of the output
+    as it is."""
 
     def __init__(self, config, embeddings=None):
         super().__init__()
@@ -404,7 +411,7 @@ def glorot_uniform_(linear):
     nn.init.zeros_(linear.bias)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Weights in and out, as HuggingFace folders
 
 LAYER_NAMES = {  # a module of Layer -> its HuggingFace names, in the order in which their rows are stacked
@@ -420,7 +427,8 @@ ARCHITECTURES = {Discriminator: "ElectraForPreTraining", Generator: "ElectraForM
 
 
 def huggingface_names(name):
-    """encoder.layers.0.output.bias -> [electra.encoder.layer.0.output.dense.bias]; a fused tensor has three names."""
+    """encoder.layers.0.output.bias -> [electra.encoder.layer.0.output.dense.bias]; a fused tensor has three
+    names."""
     if match := re.fullmatch(r"encoder\.layers\.(\d+)\.(\w+)\.(\w+)", name):
         layer, module, kind = match.groups()
         return [f"electra.encoder.layer.{layer}.{full}.{kind}" for full in LAYER_NAMES[module]]
@@ -483,7 +491,8 @@ def load_config(folder):
 
 
 def load_weights(network, folder, encoder_only=False):
-    """Fill a Generator, a Discriminator or, with encoder_only, anything with an `.encoder`, from a HuggingFace folder.
+    """Fill a Generator, a Discriminator or, with encoder_only, anything with an `.encoder`, from a
+    HuggingFace folder.
 
     Every tensor must be there with its shape and none may be left over, except `position_ids`, the tied
     generator_lm_head.weight, and, with encoder_only, the pre-training heads.
@@ -496,9 +505,7 @@ def load_weights(network, folder, encoder_only=False):
     )
     if tied is not None and table is not None:
         if not torch.equal(tied, table):
-            sys.exit(
-                f"{path}: generator_lm_head.weight is not the word embedding table; such untied models cannot be read"
-            )
+            sys.exit(f"{path}: generator_lm_head.weight is not tied to the word embeddings, as it should be")
         del tensors["generator_lm_head.weight"]
     if encoder_only:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEADS)}
@@ -543,7 +550,8 @@ def read_weights(folder):
     return {name: tensor.float() for name, tensor in tensors.items()}, path
 
 
-# The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, raw tensors.
+# The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, raw
+# tensors.
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
