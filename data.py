@@ -242,6 +242,8 @@ def blank_tokenizer(do_lower_case, strip_accents):
 
 def load_wordpiece(config):
     """The WordPiece that config.vocab names: a file, BERT's, or one trained on the text."""
+    # What tokenizers reads when it first runs in parallel.
+    os.environ.update(RAYON_NUM_THREADS=str(config.workers), TOKENIZERS_PARALLELISM="true")
     path = Path(config.vocab)
     if config.vocab == "bert":
         path = Path(config.cache) / "bert-uncased-vocab.txt"
@@ -368,6 +370,26 @@ def split(lines, target, max_length, uniform):
     return first, second, length - len(first) - len(second)
 
 
+def build_rows(documents, unit, wordpiece, config):
+    """The rows of one unit, uint16, for training and held out, and the numbers of ids kept and dropped.
+
+    `documents` is a list of (is held out, lines of ids). Its random numbers are a function of the seed,
+    the unit and its index, so they depend neither on its neighbours nor on the number of threads.
+    """
+    rows, kept, dropped = ([], []), 0, 0
+    cls, sep = [wordpiece.cls_token_id], [wordpiece.sep_token_id]
+    for index, (heldout, lines) in enumerate(documents):
+        uniform = random.Random(f"{config.seed} {unit} {index}").random
+        for first, second, cut in segment(lines, config.max_length, uniform):
+            rows[heldout].append(cls + first + sep + (second + sep if second else []))
+            kept, dropped = kept + len(first) + len(second), dropped + cut
+    arrays = [np.zeros((len(part), config.max_length), dtype=np.uint16) for part in rows]
+    for array, part in zip(arrays, rows, strict=True):
+        for place, row in enumerate(part):
+            array[place, : len(row)] = row
+    return *arrays, kept, dropped
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The cache: shards and their manifest
 
@@ -443,24 +465,12 @@ class Cache:
 
     def write_shard(self, number, documents, following):
         """Write the rows of one unit; return its entry for the manifest."""
-        rows, kept, dropped = {"train": [], "heldout": []}, 0, 0
-        cls, sep = [self.wordpiece.cls_token_id], [self.wordpiece.sep_token_id]
-        for index, (heldout, lines) in enumerate(documents):
-            # So a document's rows depend neither on its neighbours nor on the number of threads.
-            uniform = random.Random(f"{self.config.seed} {number} {index}").random
-            for first, second, cut in segment(lines, self.config.max_length, uniform):
-                row = cls + first + sep + (second + sep if second else [])
-                rows["heldout" if heldout else "train"].append(row)
-                kept, dropped = kept + len(first) + len(second), dropped + cut
-        for kind, members in rows.items():
-            array = np.zeros((len(members), self.config.max_length), dtype=np.uint16)
-            for place, row in enumerate(members):
-                array[place, : len(row)] = row
+        train, heldout, kept, dropped = build_rows(documents, number, self.wordpiece, self.config)
+        for kind, rows in ("train", train), ("heldout", heldout):
             with atomic_write(self.path(kind, number)) as file:
-                np.save(file, array)
-        return {"shard": number, "documents": len(documents), "rows": len(rows["train"]),
-                "heldout_rows": len(rows["heldout"]), "tokens_kept": kept, "tokens_dropped": dropped,
-                "next": following}
+                np.save(file, rows)
+        return dict(shard=number, documents=len(documents), rows=len(train), heldout_rows=len(heldout),
+                    tokens_kept=kept, tokens_dropped=dropped, next=following)
 
     def path(self, kind, number):
         return self.folder / f"{kind}-{number:06d}.npy"

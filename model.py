@@ -1,18 +1,17 @@
 """ELECTRA (Clark et al., ICLR 2020, arXiv 2003.10555): two transformers and the loss that trains them
 together.
 
-What enters: token ids, (B, L), zero-padded, as data.py writes them. What leaves: the loss and what the log
-and the reader want to see of it; and the two networks as HuggingFace folders. Read from `Electra` downwards:
+What enters: token ids, (B, L), zero-padded, as data.py writes them. What leaves: the loss, with what the log
+and the reader want to see of it, and the two networks as HuggingFace folders. Read from `Electra` downwards:
 mask, generator, sample, corrupt, discriminator, loss. [Dnn] marks a detail that the README's table links to
 the official code and to its test.
 
-Claim: each network's logits agree with those of `transformers` to 1e-5 (test_huggingface_*), and the
-trainable parameters of small, base and large are the official 14,196,219, 119,386,427 and 354,655,291
-(test_parameter_counts).
+Claim: the logits of both networks agree with those of `transformers` to 1e-5 (test_huggingface_*), and small,
+base and large have the official 14,196,219, 119,386,427 and 354,655,291 parameters (test_parameter_counts).
 
-  B  batch: rows of text              K  slots for masked positions in a row, fixed for all rows
-  L  length: positions in a row       V  vocabulary size
-  E  embedding size                   H  hidden size, of one network or the other
+  B  batch: rows of text                 K  slots for masked positions, the same number in every row
+  L  length: positions in a row          V  vocabulary size
+  E  embedding size                      H  hidden size, of the one network or the other
 """
 
 import json
@@ -33,7 +32,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The shape of one network: exactly the fields of its config.json, under HuggingFace's names."""
+    """The shape of one network: the fields of its config.json, under HuggingFace's names."""
 
     vocab_size: int = 30522
     embedding_size: int = 128  # width of the embeddings, which both networks share
@@ -58,9 +57,9 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class ElectraConfig(TransformerConfig):
-    """The discriminator's shape, what makes the generator of it, and the objective."""
+    """The discriminator's shape, what makes the generator's of it, and the objective."""
 
-    generator_size: float = 0.25  # generator's width as a share of the discriminator's; it has as many layers
+    generator_size: float = 0.25  # width of the generator as a share of the discriminator's
     mask_prob: float = 0.15  # share of the tokens that the generator has to predict
     discriminator_weight: float = 50.0  # weight of the discriminator's loss; the generator's has weight 1
     cls_token_id: int = 101
@@ -68,52 +67,30 @@ class ElectraConfig(TransformerConfig):
     mask_token_id: int = 103
 
     def discriminator(self):
-        return TransformerConfig(
-            **{field.name: getattr(self, field.name) for field in fields(TransformerConfig)}
-        )
+        return TransformerConfig(**{f.name: getattr(self, f.name) for f in fields(TransformerConfig)})
 
     def generator(self):
-        hidden = round(self.hidden_size * self.generator_size)  # [D18] narrower, not shallower
+        hidden = max(1, round(self.hidden_size * self.generator_size))  # [D18] narrower, not shallower
         heads = max(1, hidden // 64)
-        while hidden % heads:  # widths that the official code refuses
+        while hidden % heads:  # only for widths that the official code cannot take
             heads -= 1
-        shape = asdict(self.discriminator())
-        shape.update(hidden_size=hidden, intermediate_size=4 * hidden, num_attention_heads=heads)
-        return TransformerConfig(**shape)
+        shape = dict(hidden_size=hidden, intermediate_size=4 * hidden, num_attention_heads=heads)
+        return TransformerConfig(**asdict(self.discriminator()) | shape)
 
     def num_slots(self, length):
-        """K, the most positions that are predicted in a row of `length`: 19 for small's 128."""
-        return max(1, int((self.mask_prob + 0.005) * length))
+        """K, the most positions that can be predicted in a row of `length`; 19 for small's 128."""
+        return min(length, max(1, int((self.mask_prob + 0.005) * length)))
 
 
 # Only what differs from ElectraConfig's defaults, which are small's.
 SIZES = {
-    "tiny": dict(
-        embedding_size=128,
-        hidden_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=512,
-        max_position_embeddings=128,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    ),
+    "tiny": dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=2, intermediate_size=512,
+                 max_position_embeddings=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
     "small": dict(),
-    "base": dict(
-        embedding_size=768,
-        hidden_size=768,
-        num_attention_heads=12,
-        intermediate_size=3072,
-        generator_size=1 / 3,
-    ),
-    "large": dict(
-        embedding_size=1024,
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        mask_prob=0.25,
-    ),
+    "base": dict(embedding_size=768, hidden_size=768, num_attention_heads=12, intermediate_size=3072,
+                 generator_size=1 / 3),
+    "large": dict(embedding_size=1024, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
+                  intermediate_size=4096, mask_prob=0.25),
 }
 
 
@@ -122,19 +99,21 @@ SIZES = {
 
 
 class Output(NamedTuple):
-    """What one forward pass leaves. The two losses are this part's sums over the whole batch's counts, so
-    that the parts of a batch add up to the batch's loss and gradient."""
+    """What one forward pass leaves.
 
-    loss: torch.Tensor  # () the training loss
-    mlm_loss: torch.Tensor  # () the generator's part
-    disc_loss: torch.Tensor  # () the discriminator's part, not yet weighted
+    The losses are this part's sums over the whole batch's counts, so that the parts of a batch add up to it.
+    """
+
+    loss: torch.Tensor  # () what is trained on
+    mlm_loss: torch.Tensor  # () the generator's part of it
+    disc_loss: torch.Tensor  # () the discriminator's, not yet weighted
     mlm_correct: torch.Tensor  # () predictions whose likeliest token is the original
     sampled_correct: torch.Tensor  # () predictions whose sampled token is the original
     positions: torch.Tensor  # (B, K) where the text was masked; 0 in unused slots
     weights: torch.Tensor  # (B, K) 1 for a prediction, 0 for an unused slot
     corrupted_ids: torch.Tensor  # (B, L) what the discriminator read
-    is_replaced: torch.Tensor  # (B, L) bool, the discriminator's labels
-    disc_logits: torch.Tensor  # (B, L) fp32, above 0 for "replaced"
+    is_replaced: torch.Tensor  # (B, L) bool, what it should have said
+    disc_logits: torch.Tensor  # (B, L) what it said: above 0 for "replaced"
 
 
 class Electra(nn.Module):
@@ -143,12 +122,13 @@ class Electra(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        embeddings = Embeddings(config)
-        self.generator = Generator(config.generator(), embeddings)  # [D16] both networks get the same object,
-        self.discriminator = Discriminator(config.discriminator(), embeddings)  # LayerNorm included
+        embeddings = Embeddings(config)  # [D16] one object for both networks, its LayerNorm included
+        self.generator = Generator(config.generator(), embeddings)
+        self.discriminator = Discriminator(config.discriminator(), embeddings)
 
     def counts(self, input_ids):
-        """Number of predictions and of tokens in a batch, (2,): what its two loss sums are divided by.
+        """How many predictions and how many tokens a batch has, (2,): what its two sums of losses are divided
+        by.
 
         They follow from the ids alone, so a micro-batch can divide by the counts of the batch it is a part
         of.
@@ -157,36 +137,33 @@ class Electra(nn.Module):
         return torch.stack([predictions.sum(), (input_ids != 0).sum()]).float()
 
     def forward(self, input_ids, mask_uniform, sample_uniform, counts):
-        """One pass of the objective over a batch, or over a part of one.
+        """One pass of the objective over a batch or a part of one.
 
-        input_ids (B, L) int64; mask_uniform (B, L) float64 and sample_uniform (B, K) float32 are uniform
-        numbers in [0, 1), the step's only randomness but for dropout; counts (2,) is `self.counts` of the
-        whole batch.
+        input_ids (B, L) int64; mask_uniform (B, L) float64 and sample_uniform (B, K) float32 are uniform in
+        [0, 1) and, but for dropout, all the randomness of a step; counts (2,) are `self.counts` of the whole
+        batch.
         """
         attention_mask, token_type_ids = attention_mask_and_token_types(input_ids, self.config.sep_token_id)
         n_predictions, n_tokens = counts + 1e-6
 
-        positions, weights, masked_ids = mask(
-            input_ids, mask_uniform, self.config
-        )  # [D10] anew at every step
+        # [D10] The mask is drawn anew at every step.
+        positions, weights, masked_ids = mask(input_ids, mask_uniform, self.config)  # (B, K), (B, K), (B, L)
         labels = input_ids.gather(1, positions)  # (B, K)
-        # One generator pass, dropout included, serves the MLM loss and the sample.
-        mlm_logits = self.generator(
-            masked_ids, attention_mask, token_type_ids, positions
-        ).float()  # (B, K, V)
-        mlm_losses = F.cross_entropy(mlm_logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(
-            labels
-        )
 
-        sampled = sample(mlm_logits.detach(), sample_uniform)  # (B, K) [D11] not the argmax, and no gradient
+        # One pass of the generator, with dropout, serves both its loss and the samples.
+        mlm_logits = widen(self.generator(masked_ids, attention_mask, token_type_ids, positions))  # (B, K, V)
+        mlm_losses = F.cross_entropy(mlm_logits.flatten(0, 1), labels.flatten(), reduction="none")  # (B K)
+
+        sampled = sample(mlm_logits.detach(), sample_uniform)  # (B, K) [D11] no argmax, and no gradient
         corrupted_ids = corrupt(input_ids, positions, weights, sampled)  # (B, L)
         is_replaced = corrupted_ids != input_ids  # [D13] a sample that hits the original is original
 
-        # Mask and token types are the original text's: the generator may well sample [PAD] or [SEP].
-        disc_logits = self.discriminator(corrupted_ids, attention_mask, token_type_ids).float()  # (B, L)
-        disc_losses = F.binary_cross_entropy_with_logits(disc_logits, is_replaced.float(), reduction="none")
+        # Mask and token types are still those of the original: the generator may sample [PAD] or [SEP].
+        disc_logits = widen(self.discriminator(corrupted_ids, attention_mask, token_type_ids))  # (B, L)
+        targets = is_replaced.to(disc_logits.dtype)
+        disc_losses = F.binary_cross_entropy_with_logits(disc_logits, targets, reduction="none")  # (B, L)
 
-        mlm_loss = (mlm_losses * weights).sum() / n_predictions
+        mlm_loss = (mlm_losses.view_as(labels) * weights).sum() / n_predictions
         disc_loss = (disc_losses * attention_mask).sum() / n_tokens  # [D14] every token, [CLS] and [SEP] too
         return Output(
             loss=mlm_loss + self.config.discriminator_weight * disc_loss,  # [D15]
@@ -203,73 +180,70 @@ class Electra(nn.Module):
 
 
 def attention_mask_and_token_types(input_ids, sep_token_id):
-    """Both follow from the ids: (B, L) bool, (B, L) int64. [D35]
+    """Both follow from the ids: (B, L) bool, True on tokens, and (B, L) int64. [D35]
 
-    The mask is True on tokens; types are 0 up to and including the first [SEP], 1 after it, 0 on padding:
-    [CLS] a [SEP] b [SEP] [PAD] -> types 0 0 0 1 1 0.
+    [CLS] a [SEP] b [SEP] [PAD] has types 0 0 0 1 1 0: 1 after the first [SEP], and 0 again on padding.
     """
     attention_mask = input_ids != 0
     is_sep = (input_ids == sep_token_id).long()
-    after_first_sep = (is_sep.cumsum(1) - is_sep) > 0
-    return attention_mask, (after_first_sep & attention_mask).long()
+    is_after_sep = is_sep.cumsum(1) > is_sep  # of the [SEP]s up to here, not only the one that is here
+    return attention_mask, (is_after_sep & attention_mask).long()
 
 
 def selectable(input_ids, config):
-    """(B, L) bool: the tokens that may be masked."""
-    never = [0, config.cls_token_id, config.sep_token_id, config.mask_token_id]
+    """The tokens that may be masked, (B, L) bool."""
+    never = (0, config.cls_token_id, config.sep_token_id, config.mask_token_id)
     return torch.stack([input_ids != token for token in never]).all(0)  # [D07]
 
 
 def num_predictions(input_ids, candidates, config):
-    """(B,) int64: how many positions of each row are predicted."""
+    """How many positions of each row are predicted, (B,) int64."""
     lengths = (input_ids != 0).sum(1)
-    wanted = torch.round(
-        lengths.float() * config.mask_prob
-    ).long()  # [D08] half to even, special tokens counted
-    wanted = wanted.clamp(1, config.num_slots(input_ids.shape[1]))
-    return torch.minimum(wanted, candidates.sum(1))
+    wanted = torch.round(lengths.float() * config.mask_prob).long()  # [D08] half to even
+    return torch.minimum(wanted.clamp(1, config.num_slots(input_ids.shape[1])), candidates.sum(1))
 
 
 def mask(input_ids, uniform, config):
-    """Choose what the generator predicts -> positions (B, K), weights (B, K), masked ids (B, L).
+    """Choose what is predicted: positions (B, K), weights (B, K), 1 or 0, and the masked ids (B, L).
 
-    One number in [0, 1) per position decides everything: its upper bits rank the position, its lower bits
-    toss the coin between [MASK] and staying visible. float64 has 53 bits, enough for both.
+    The one number of a position decides all: its upper bits are the position's rank, its lower bits the toss
+    between [MASK] and staying visible. float64 has 53 bits, enough for two numbers.
     """
-    candidates = selectable(input_ids, config)
-    num_slots = config.num_slots(input_ids.shape[1])
-    # [D09] Unlike the official code, without replacement: the highest-ranked candidates, each at most once.
+    candidates, num_slots = selectable(input_ids, config), config.num_slots(input_ids.shape[1])
+    # [D09] Unlike the official code without replacement: the candidates of the highest ranks, once each.
     positions = uniform.masked_fill(~candidates, -1.0).topk(num_slots).indices  # (B, K)
-    used = (
-        torch.arange(num_slots, device=input_ids.device)
-        < num_predictions(input_ids, candidates, config)[:, None]
-    )
-    positions = positions * used  # unused slots point at [CLS] with weight 0
+    slots = torch.arange(num_slots, device=input_ids.device)
+    used = slots < num_predictions(input_ids, candidates, config)[:, None]  # (B, K)
+    positions = positions * used  # an unused slot points at [CLS]
 
-    original = input_ids.gather(1, positions)
-    coin = torch.frac(uniform.gather(1, positions) * 2**24)  # the 29 lower bits, again uniform in [0, 1)
-    visible = torch.where(coin < 0.85, config.mask_token_id, original)  # [D06]
-    # An unused slot writes [CLS] where [CLS] is.
-    masked_ids = input_ids.scatter(1, positions, torch.where(used, visible, original))
-    return positions, used.float(), masked_ids
+    original = input_ids.gather(1, positions)  # (B, K)
+    toss = (uniform.gather(1, positions) * 2**24).frac()
+    shown = torch.where(used & (toss < 0.85), config.mask_token_id, original)  # [D06]
+    return positions, used.float(), input_ids.scatter(1, positions, shown)  # unused slots put [CLS] on [CLS]
 
 
 @torch.no_grad()
 def sample(logits, uniform):
-    """Draw a token from softmax(logits): (B, K, V), (B, K) -> (B, K) int64.
+    """Draw tokens from the softmax of logits (B, K, V), one for each number of uniform (B, K): (B, K) int64.
 
-    Unlike the official code, which adds Gumbel noise to all B*K*V logits, by inverse CDF: one number in [0,
-    1) per slot. The token is the first whose cumulated probability exceeds it.
+    Unlike the official code, which adds noise to all B x K x V logits, by inverse CDF: the token drawn is the
+    first whose cumulated probability exceeds the number.
     """
-    cumulated = logits.float().softmax(-1).cumsum(-1)  # (B, K, V)
-    threshold = uniform[..., None] * cumulated[..., -1:]  # rounding leaves the total a little off 1
-    return torch.searchsorted(cumulated, threshold, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    cumulated = logits.softmax(-1).cumsum(-1)  # (B, K, V)
+    thresholds = uniform[..., None] * cumulated[..., -1:]  # the last is 1 but for rounding
+    sampled = torch.searchsorted(cumulated, thresholds.to(cumulated), right=True).squeeze(-1)
+    return sampled.clamp(max=logits.shape[-1] - 1)  # what is not a number goes beyond the last
 
 
 def corrupt(input_ids, positions, weights, sampled):
-    """The original text, not the masked one, with every predicted token resampled: (B, L). [D12]"""
+    """The original text, not the masked one, with every predicted token resampled, (B, L). [D12]"""
     original = input_ids.gather(1, positions)
     return input_ids.scatter(1, positions, torch.where(weights > 0, sampled, original))
+
+
+def widen(logits):
+    """bf16 is too coarse for a softmax over a vocabulary and for a loss."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -282,22 +256,20 @@ class Generator(nn.Module):
     def __init__(self, config, embeddings=None):
         super().__init__()
         self.encoder = Encoder(config, embeddings)
-        self.generator_predictions = nn.ModuleDict(
-            {
-                "dense": nn.Linear(config.hidden_size, config.embedding_size),
-                "LayerNorm": nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps),
-            }
-        )
-        self.generator_lm_head = nn.ParameterDict({"bias": nn.Parameter(torch.zeros(config.vocab_size))})
+        self.generator_predictions = nn.ModuleDict(dict(
+            dense=nn.Linear(config.hidden_size, config.embedding_size),
+            LayerNorm=nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps),
+        ))
+        self.generator_lm_head = nn.ParameterDict(dict(bias=torch.zeros(config.vocab_size)))
         truncated_normal_(self.generator_predictions["dense"], config)
 
     def forward(self, input_ids, attention_mask, token_type_ids, positions):
-        """Logits over the vocabulary at `positions` (B, K) only: (B, K, V)."""
+        """Logits over the vocabulary at `positions` (B, K) and nowhere else, (B, K, V). [D19]"""
         hidden = self.encoder(input_ids, attention_mask, token_type_ids)  # (B, L, H)
-        hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, K, H) [D19]
+        hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, K, H)
         hidden = F.gelu(self.generator_predictions["dense"](hidden))  # (B, K, E)
         hidden = self.generator_predictions["LayerNorm"](hidden)
-        table = self.encoder.embeddings.word_embeddings.weight  # (V, E), tied
+        table = self.encoder.embeddings.word_embeddings.weight  # (V, E), both input and output layer
         return F.linear(hidden, table, self.generator_lm_head["bias"])
 
 
@@ -307,48 +279,44 @@ class Discriminator(nn.Module):
     def __init__(self, config, embeddings=None):
         super().__init__()
         self.encoder = Encoder(config, embeddings)
-        self.discriminator_predictions = nn.ModuleDict(
-            {
-                "dense": nn.Linear(config.hidden_size, config.hidden_size),
-                "dense_prediction": nn.Linear(config.hidden_size, 1),
-            }
-        )
+        self.discriminator_predictions = nn.ModuleDict(dict(
+            dense=nn.Linear(config.hidden_size, config.hidden_size),
+            dense_prediction=nn.Linear(config.hidden_size, 1),
+        ))
         truncated_normal_(self.discriminator_predictions["dense"], config)
         glorot_uniform_(self.discriminator_predictions["dense_prediction"])
 
     def forward(self, input_ids, attention_mask, token_type_ids):
-        """Logits (B, L), above 0 for "replaced"."""
+        """Logits (B, L), above 0 for "replaced". [D20]"""
         hidden = self.encoder(input_ids, attention_mask, token_type_ids)  # (B, L, H)
-        hidden = F.gelu(self.discriminator_predictions["dense"](hidden))  # [D20]
+        hidden = F.gelu(self.discriminator_predictions["dense"](hidden))
         return self.discriminator_predictions["dense_prediction"](hidden).squeeze(-1)
 
 
 class Encoder(nn.Module):
-    """Embeddings and transformer layers. The vector of a whole row, for fine-tuning, is [:, 0] of the output
-    as it is."""
+    """Embeddings and transformer layers."""
 
     def __init__(self, config, embeddings=None):
         super().__init__()
         self.embeddings = Embeddings(config) if embeddings is None else embeddings
+        self.embeddings_project = None
         if config.embedding_size != config.hidden_size:
-            self.embeddings_project = nn.Linear(
-                config.embedding_size, config.hidden_size
-            )  # [D17] one per network
+            self.embeddings_project = nn.Linear(config.embedding_size, config.hidden_size)  # [D17]
             glorot_uniform_(self.embeddings_project)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, input_ids, attention_mask, token_type_ids):
-        """(B, L) ids, bool mask and token types -> (B, L, H). [D23]"""
+        """(B, L) ids, mask and token types -> (B, L, H). For a whole row stands [:, 0], as it is. [D23]"""
         hidden = self.embeddings(input_ids, token_type_ids)  # (B, L, E)
-        if hasattr(self, "embeddings_project"):
+        if self.embeddings_project is not None:
             hidden = self.embeddings_project(hidden)  # (B, L, H)
         for layer in self.layers:
-            hidden = layer(hidden, attention_mask[:, None, None, :])  # masks keys only: padding still asks
+            hidden = layer(hidden, attention_mask[:, None, None, :])
         return hidden
 
 
 class Embeddings(nn.Module):
-    """Word, position and token-type embeddings and their LayerNorm: exactly what the two networks share."""
+    """Word, position and token-type embeddings and their LayerNorm: what the two networks share."""
 
     def __init__(self, config):
         super().__init__()
@@ -367,7 +335,7 @@ class Embeddings(nn.Module):
 
 
 class Layer(nn.Module):
-    """A post-LN transformer layer: attention, then feed-forward, each as dropout, add, LayerNorm. [D22]"""
+    """A post-LN transformer layer: attention, then feed-forward, each with dropout, add, LayerNorm. [D22]"""
 
     def __init__(self, config):
         super().__init__()
@@ -384,6 +352,7 @@ class Layer(nn.Module):
             truncated_normal_(linear, config)
 
     def forward(self, hidden, keys):
+        """`keys` (B, 1, 1, L) says which positions can be attended to; padding itself still attends."""
         B, L, H = hidden.shape
         query, key, value = (
             part.view(B, L, self.num_heads, H // self.num_heads).transpose(1, 2)  # (B, heads, L, H / heads)
@@ -398,10 +367,10 @@ class Layer(nn.Module):
 
 
 def truncated_normal_(module, config):
-    """[D21] The deviation is that before truncation at two deviations; what is left has 0.88 of it."""
+    """[D21] 0.02 is the deviation before truncation at two deviations; 0.0176 is left of it."""
     std = config.initializer_range
     nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-    if getattr(module, "bias", None) is not None:
+    if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
 
 
@@ -436,32 +405,27 @@ def huggingface_names(name):
 
 
 def save_pretrained(network, config, folder, vocab, do_lower_case, strip_accents):
-    """Write a Generator or a Discriminator as a folder that `transformers` loads.
+    """Write a Generator or a Discriminator as a folder that `transformers` loads, over what is there.
 
-    `vocab` is the list of tokens in the order of their ids. Existing files are overwritten.
+    `vocab` is the list of tokens in the order of their ids.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shape = asdict(config) | {
-        "model_type": "electra",
-        "architectures": [ARCHITECTURES[type(network)]],
-        "hidden_act": "gelu",
-        "pad_token_id": 0,
-        "tie_word_embeddings": True,
-    }
-    (folder / "config.json").write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
-    (folder / "vocab.txt").write_text(
-        "".join(token + "\n" for token in vocab), encoding="utf-8", newline="\n"
-    )
+
+    def write_json(name, content):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    write_json("config.json", asdict(config) | {
+        "model_type": "electra", "architectures": [ARCHITECTURES[type(network)]], "hidden_act": "gelu",
+        "pad_token_id": 0, "tie_word_embeddings": True,
+    })
     # Without this file transformers lower-cases and strips accents whatever the vocabulary.
-    tokenizer = {
-        "tokenizer_class": "ElectraTokenizer",
-        "do_lower_case": do_lower_case,
-        "strip_accents": strip_accents,
-        "tokenize_chinese_chars": True,
+    write_json("tokenizer_config.json", {
+        "tokenizer_class": "ElectraTokenizer", "do_lower_case": do_lower_case,
+        "strip_accents": strip_accents, "tokenize_chinese_chars": True,
         "model_max_length": config.max_position_embeddings,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n", encoding="utf-8")
+    })
+    (folder / "vocab.txt").write_bytes("".join(token + "\n" for token in vocab).encode())
     tensors = {}
     for name, tensor in network.state_dict().items():
         names = huggingface_names(name)
@@ -470,61 +434,48 @@ def save_pretrained(network, config, folder, vocab, do_lower_case, strip_accents
 
 
 def load_config(folder):
-    """A TransformerConfig from the config.json of a HuggingFace ELECTRA folder. Other fields are not read."""
+    """The TransformerConfig of a HuggingFace ELECTRA folder. Fields that it does not know are not read."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         sys.exit(f"{folder} is not a model folder: it has no config.json")
     try:
-        shape = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(shape, dict):
-            raise ValueError("it is not an object")
-    except ValueError as error:
-        sys.exit(f"{path} is not JSON ({error})")
-    for key, ours in {
-        "model_type": "electra",
-        "hidden_act": "gelu",
-        "position_embedding_type": "absolute",
-    }.items():
+        shape = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        sys.exit(f"{path} is not a JSON object ({error})")
+    only = {"model_type": "electra", "hidden_act": "gelu", "position_embedding_type": "absolute"}
+    for key, ours in only.items():
         if shape.get(key, ours) != ours:
             sys.exit(f"{path} says {key} = {shape[key]!r}; only {ours!r} can be read")
     return TransformerConfig(**{f.name: shape[f.name] for f in fields(TransformerConfig) if f.name in shape})
 
 
 def load_weights(network, folder, encoder_only=False):
-    """Fill a Generator, a Discriminator or, with encoder_only, anything with an `.encoder`, from a
-    HuggingFace folder.
+    """Fill a Generator, a Discriminator or, with encoder_only, anything with an `.encoder`, from a folder.
 
     Every tensor must be there with its shape and none may be left over, except `position_ids`, the tied
     generator_lm_head.weight, and, with encoder_only, the pre-training heads.
     """
     tensors, path = read_weights(folder)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
-    tied, table = (
-        tensors.get("generator_lm_head.weight"),
-        tensors.get("electra.embeddings.word_embeddings.weight"),
-    )
-    if tied is not None and table is not None:
-        if not torch.equal(tied, table):
-            sys.exit(f"{path}: generator_lm_head.weight is not tied to the word embeddings, as it should be")
-        del tensors["generator_lm_head.weight"]
+    table = tensors.get("electra.embeddings.word_embeddings.weight")
+    tied = tensors.pop("generator_lm_head.weight", table)
+    if table is not None and not torch.equal(tied, table):
+        sys.exit(f"{path}: generator_lm_head.weight is not tied to the word embeddings, as it should be")
+    ours = network.state_dict()
     if encoder_only:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEADS)}
+        ours = {name: tensor for name, tensor in ours.items() if name.startswith("encoder.")}
 
-    ours = {
-        name: tensor
-        for name, tensor in network.state_dict().items()
-        if not encoder_only or name.startswith("encoder.")
-    }
-    expected, wrong = {}, []
+    expected = {}
     for name, tensor in ours.items():
-        names = huggingface_names(name)
-        expected.update(dict.fromkeys(names, (tensor.shape[0] // len(names), *tensor.shape[1:])))
+        parts = huggingface_names(name)
+        expected |= dict.fromkeys(parts, [tensor.shape[0] // len(parts), *tensor.shape[1:]])
+    wrong = [f"{name} is left over" for name in tensors.keys() - expected.keys()]
     for name, shape in expected.items():
         if name not in tensors:
             wrong.append(f"{name} is missing")
-        elif tuple(tensors[name].shape) != shape:
-            wrong.append(f"{name} has shape {tuple(tensors[name].shape)} instead of {shape}")
-    wrong += [f"{name} is left over" for name in tensors if name not in expected]
+        elif list(tensors[name].shape) != shape:
+            wrong.append(f"{name} has shape {list(tensors[name].shape)} instead of {shape}")
     if wrong:
         sys.exit(f"{path} does not hold this {type(network).__name__}: {'; '.join(sorted(wrong))}")
     state = {name: torch.cat([tensors[part] for part in huggingface_names(name)]) for name in ours}
@@ -552,14 +503,8 @@ def read_weights(folder):
 
 # The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, raw
 # tensors.
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32}
 
 
 def write_safetensors(path, tensors):
@@ -588,22 +533,14 @@ def read_safetensors(path):
         for name, entry in sorted(header.items(), key=lambda item: item[1].get("data_offsets", [0])):
             if name == "__metadata__":
                 continue
-            dtype, shape, (start, stop) = (
-                SAFETENSORS_DTYPES[entry["dtype"]],
-                entry["shape"],
-                entry["data_offsets"],
-            )
+            dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             if start != end or stop - start != math.prod(shape) * dtype.itemsize or stop > body.size:
                 raise ValueError(f"offsets and shape of {name} disagree")
             end = stop
-            raw = (
-                torch.from_numpy(body[start:stop].copy())
-                if stop > start
-                else torch.empty(0, dtype=torch.uint8)
-            )
+            raw = torch.from_numpy(body[start:stop].copy())
             tensors[name] = raw.view(dtype).view(shape).float()
         if end != body.size:
             raise ValueError("it is longer than its header says")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         sys.exit(f"{path} is not a safetensors file that can be read, or it is damaged ({error})")
     return tensors

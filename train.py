@@ -443,10 +443,12 @@ def show(run, heldout):
     sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     tokens = run.cache.wordpiece.tokens
-    [(output, _, _)] = run.forward_heldout(heldout)
-    masked = torch.zeros_like(output.is_replaced).scatter(1, output.positions, output.weights > 0)
+    rows = []
+    for output, ids, _ in run.forward_heldout(heldout):
+        masked = torch.zeros_like(output.is_replaced).scatter(1, output.positions, output.weights > 0)
+        rows += zip(ids, output.corrupted_ids, masked, output.disc_logits > 0, strict=True)
     print(LEGEND)
-    for row in zip(heldout, output.corrupted_ids, masked, output.disc_logits > 0, strict=True):
+    for row in rows:
         text = ""
         for original, seen, is_masked, is_flagged in zip(*(part.tolist() for part in row), strict=True):
             if not original:

@@ -1,0 +1,1696 @@
+"""The specification, executable, in the order of the files. `test_Dnn_*` is the test of detail Dnn.
+
+No network but the loopback interface, no GPU; all text is made here.
+"""
+
+import ast
+import gzip
+import hashlib
+import http.server
+import itertools
+import json
+import lzma
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch import nn
+
+import data
+import model
+import train
+from data import Cache, DataConfig, TrainingRows, WordPiece, segment
+from model import Electra, ElectraConfig
+
+HERE = Path(__file__).parent
+CLS, SEP, MASK = 101, 102, 103
+
+# Odd on purpose: embeddings wider than the generator and narrower than the discriminator, heads of 24.
+SHAPE = dict(
+    vocab_size=200,
+    embedding_size=40,
+    hidden_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=96,
+    max_position_embeddings=64,
+    generator_size=0.5,
+)
+CONFIG = ElectraConfig(**SHAPE)
+NO_DROPOUT = replace(CONFIG, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def make_electra(config=NO_DROPOUT, seed=0):
+    torch.manual_seed(seed)
+    return Electra(config)
+
+
+def make_rows(count=6, length=32, seed=0, vocab_size=200):
+    """Rows as data.py writes them: some full, some padded, with one segment or two."""
+    random_ = np.random.default_rng(seed)
+    rows = np.zeros((count, length), dtype=np.int64)
+    for number, row in enumerate(rows):
+        end = length if number % 2 else int(random_.integers(5, length))
+        row[:end] = random_.integers(104, vocab_size, end)
+        row[0], row[end - 1] = CLS, SEP
+        if number % 3:
+            row[end // 2] = SEP
+    return torch.from_numpy(rows)
+
+
+def make_noise(input_ids, config=CONFIG, seed=0):
+    random_ = np.random.default_rng(seed)
+    B, L = input_ids.shape
+    uniform = random_.random((B, L)), random_.random((B, config.num_slots(L)), dtype=np.float32)
+    return [torch.from_numpy(array) for array in uniform]
+
+
+def run_electra(electra, input_ids, seed=0):
+    return electra(input_ids, *make_noise(input_ids, electra.config, seed), electra.counts(input_ids))
+
+
+def script(*numbers):
+    """A `uniform` that returns these numbers in turn, and fails if it is asked for more."""
+    return iter(numbers).__next__
+
+
+# ------------------------------------------------------------------------------------------------------------
+# model.py: the objective
+
+
+@pytest.mark.parametrize(
+    "size, count", [("small", 14_196_219), ("base", 119_386_427), ("large", 354_655_291)]
+)
+def test_parameter_counts(size, count):
+    with torch.device("meta"):
+        electra = Electra(ElectraConfig(**model.SIZES[size]))
+    assert sum(parameter.numel() for parameter in electra.parameters()) == count
+
+
+def test_the_default_config_is_small():
+    assert ElectraConfig(**model.SIZES["small"]) == ElectraConfig()
+
+
+def test_D06_a_selected_token_becomes_mask_with_probability_85_percent():
+    ids = make_rows(400, 64, seed=1)
+    config = replace(CONFIG, mask_prob=0.5)
+    positions, weights, masked_ids = model.mask(ids, make_noise(ids, config)[0], config)
+    at_slots = masked_ids.gather(1, positions)[weights > 0]
+    original = ids.gather(1, positions)[weights > 0]
+    assert ((at_slots == MASK) | (at_slots == original)).all()  # none becomes a random token
+    share = (at_slots == MASK).double().mean().item()
+    assert abs(share - 0.85) < 4 * math.sqrt(0.85 * 0.15 / len(at_slots))
+    untouched = torch.ones_like(ids).scatter(1, positions, 0).bool()
+    assert torch.equal(masked_ids[untouched], ids[untouched])
+
+
+def test_D06_the_coin_is_independent_of_the_rank():
+    ids = torch.full((2000, 64), 150)
+    ids[:, 0], ids[:, -1] = CLS, SEP
+    positions, weights, masked_ids = model.mask(ids, make_noise(ids)[0], CONFIG)
+    visible = (masked_ids.gather(1, positions) == 150).double()  # (B, K), the slots in the order of rank
+    per_slot = visible.mean(0)
+    assert (abs(per_slot - 0.15) < 5 * math.sqrt(0.85 * 0.15 / len(ids))).all()
+
+
+def test_D07_special_tokens_are_never_selected_and_unknown_ones_may_be():
+    UNK = 100
+    ids = torch.tensor([[CLS, UNK, MASK, SEP, UNK, SEP, 0, 0]])
+    candidates = model.selectable(ids, CONFIG)
+    assert candidates.tolist() == [[False, True, False, False, True, False, False, False]]
+    config = replace(CONFIG, mask_prob=0.9)
+    for seed in range(50):
+        positions, weights, _ = model.mask(ids, make_noise(ids, config, seed)[0], config)
+        assert sorted(positions[weights > 0].tolist()) == [1, 4]
+
+
+@pytest.mark.parametrize("length, count", [(4, 1), (10, 2), (30, 4), (50, 8), (64, 10), (118, 18), (128, 19)])
+def test_D08_count_rounds_half_to_even_in_fp32_from_1_to_K(length, count):
+    # 0.15 x 10 = 1.5 -> 2; x 30 = 4.5 -> 4; x 50 = 7.5 -> 8; x 64 = 9.6 -> 10
+    ids = torch.zeros(1, 128, dtype=torch.long)
+    ids[0, :length] = 150
+    ids[0, 0], ids[0, length - 1] = CLS, SEP
+    assert model.num_predictions(ids, model.selectable(ids, CONFIG), CONFIG).item() == count
+    positions, weights, masked_ids = model.mask(ids, make_noise(ids)[0], CONFIG)
+    assert weights.shape == (1, 19) and weights.sum() == count
+    assert (positions[weights == 0] == 0).all() and masked_ids[0, 0] == CLS
+
+
+@pytest.mark.parametrize("mask_prob, length, slots", [(0.15, 128, 19), (0.15, 512, 79), (0.25, 512, 130)])
+def test_D08_number_of_slots(mask_prob, length, slots):
+    assert replace(CONFIG, mask_prob=mask_prob).num_slots(length) == slots
+
+
+def test_D09_positions_are_drawn_uniformly_without_replacement():
+    ids = torch.full((4000, 32), 150)
+    ids[:, 0], ids[:, 20], ids[:, -1] = CLS, SEP, SEP
+    positions, weights, _ = model.mask(ids, make_noise(ids)[0], CONFIG)
+    assert weights.sum() == 4000 * 4  # 0.15 x 32 = 4.8 -> 5, but K = 4
+    for row in positions[:200].tolist():
+        assert len(set(row)) == len(row)
+    counts = np.bincount(positions.flatten().numpy(), minlength=32)
+    assert counts[[0, 20, 31]].sum() == 0
+    assert stats.chisquare(np.delete(counts, [0, 20, 31])).pvalue > 1e-3
+
+
+def test_D10_masks_are_drawn_anew_at_every_step_and_are_the_same_for_the_same_step():
+    run = make_run_without_folder()
+    ids = make_rows().numpy()
+
+    def positions(step):
+        run.step = step
+        noise = torch.from_numpy(run.draw("train", ids)[0])
+        return model.mask(torch.from_numpy(ids), noise, CONFIG)[0]
+
+    assert torch.equal(positions(3), positions(3))
+    assert not torch.equal(positions(3), positions(4))
+
+
+def test_D11_samples_follow_the_softmax():
+    logits = torch.tensor([2.0, -1.0, 0.5, -40.0, 1.0, 0.0])
+    draws = 20_000
+    uniform = torch.from_numpy(np.random.default_rng(0).random((draws, 1), dtype=np.float32))
+    sampled = model.sample(logits.expand(draws, 1, 6), uniform)
+    counts = np.bincount(sampled.flatten().numpy(), minlength=6)
+    expected = logits.double().softmax(-1).numpy()
+    assert counts[3] == 0
+    keep = [0, 1, 2, 4, 5]
+    assert stats.chisquare(counts[keep], expected[keep] / expected[keep].sum() * draws).pvalue > 1e-3
+
+
+def test_D11_samples_at_the_ends_of_the_unit_interval_stay_in_the_vocabulary():
+    logits = torch.tensor([[[-math.inf, 0.0, 0.0, -math.inf]]])
+    just_below_one = np.nextafter(np.float32(1), np.float32(0))
+    assert model.sample(logits, torch.tensor([[0.0]])).item() == 1
+    assert model.sample(logits, torch.tensor([[just_below_one]])).item() == 2
+
+
+def test_D11_no_gradient_flows_through_the_sample_and_one_generator_pass_serves_both():
+    electra = make_electra()
+    calls = []
+    electra.generator.register_forward_hook(lambda *_: calls.append(1))
+    output = run_electra(electra, make_rows())
+    disc_only = (
+        F.binary_cross_entropy_with_logits(output.disc_logits, output.is_replaced.float())
+    ).requires_grad
+    assert len(calls) == 1 and not disc_only and not output.corrupted_ids.requires_grad
+    # The discriminator's loss alone gives the generator's own weights no gradient.
+    electra.config = replace(electra.config, discriminator_weight=1e6)
+    run_electra(electra, make_rows()).loss.backward()
+    large = electra.generator.encoder.layers[0].output.weight.grad.norm()
+    electra.zero_grad()
+    electra.config = replace(electra.config, discriminator_weight=0.0)
+    run_electra(electra, make_rows()).loss.backward()
+    assert torch.allclose(large, electra.generator.encoder.layers[0].output.weight.grad.norm(), rtol=1e-3)
+
+
+def test_D12_corruption_starts_from_the_unmasked_text_and_resamples_every_selected_token():
+    ids = make_rows()
+    positions, weights, masked_ids = model.mask(ids, make_noise(ids)[0], CONFIG)
+    corrupted = model.corrupt(ids, positions, weights, torch.full_like(positions, 7))
+    selected = torch.zeros_like(ids).bool()
+    for row, places, used in zip(selected, positions, weights, strict=True):
+        row[places[used > 0]] = True
+    assert torch.equal(corrupted, torch.where(selected, 7, ids))
+    kept_visible = selected & (masked_ids == ids)
+    assert kept_visible.any() and (corrupted[kept_visible] == 7).all()
+    assert not (corrupted == MASK).any()
+
+
+def test_D13_a_sample_that_equals_the_original_counts_as_original():
+    electra = make_electra()
+    ids = make_rows()
+    certain = torch.full((200,), -1e4)
+    certain[150] = 1e4  # a generator that always says 150
+    electra.generator.generator_lm_head["bias"].data = certain
+    ids[:, 1:4] = 150
+    output = run_electra(electra, ids)
+    labels = ids.gather(1, output.positions)
+    used = output.weights > 0
+    assert (labels[used] == 150).any()
+    assert torch.equal(output.is_replaced.gather(1, output.positions)[used], (labels != 150)[used])
+    assert output.sampled_correct == (labels == 150)[used].sum()
+
+
+def test_D14_the_discriminator_loss_covers_every_token_and_no_padding():
+    electra = make_electra().eval()
+    ids = make_rows()
+    output = run_electra(electra, ids)
+    losses = F.softplus(torch.where(output.is_replaced, -output.disc_logits, output.disc_logits))
+    tokens = ids != 0  # [CLS] and [SEP] are in
+    assert torch.allclose(output.disc_loss, losses[tokens].sum() / (tokens.sum() + 1e-6), rtol=1e-5)
+
+
+def test_D15_the_loss_is_mlm_plus_50_discriminator_and_both_reach_the_embeddings():
+    electra = make_electra().eval()
+    ids = make_rows()
+    output = run_electra(electra, ids)
+    mask, types = model.attention_mask_and_token_types(ids, SEP)
+    positions, weights, masked_ids = model.mask(ids, make_noise(ids)[0], CONFIG)
+    log_probs = electra.generator(masked_ids, mask, types, positions).log_softmax(-1)
+    by_hand = -log_probs.gather(2, ids.gather(1, positions)[..., None]).squeeze(-1)
+    mlm_loss = (by_hand * weights).sum() / (weights.sum() + 1e-6)
+    assert torch.allclose(output.mlm_loss, mlm_loss, rtol=1e-5)
+    assert torch.allclose(output.loss, mlm_loss + 50 * output.disc_loss, rtol=1e-5)
+
+    table = electra.generator.encoder.embeddings.word_embeddings.weight
+    both = torch.autograd.grad(output.loss, table)[0]
+    electra.config = replace(electra.config, discriminator_weight=0.0)
+    mlm = torch.autograd.grad(run_electra(electra, ids).loss, table)[0]
+    assert mlm.norm() > 0 and (both - mlm).norm() > 0
+
+
+def test_D16_embeddings_and_their_layer_norm_are_one_object():
+    electra = make_electra()
+    assert electra.generator.encoder.embeddings is electra.discriminator.encoder.embeddings
+    shared = {name for name, _ in electra.generator.encoder.embeddings.named_parameters()}
+    assert shared == {
+        "word_embeddings.weight",
+        "position_embeddings.weight",
+        "token_type_embeddings.weight",
+        "LayerNorm.weight",
+        "LayerNorm.bias",
+    }
+
+
+def test_D17_each_network_projects_embeddings_of_another_width():
+    electra = make_electra()
+    generator, discriminator = electra.generator.encoder, electra.discriminator.encoder
+    assert generator.embeddings_project.weight.shape == (24, 40)
+    assert discriminator.embeddings_project.weight.shape == (48, 40)
+    same = make_electra(replace(NO_DROPOUT, embedding_size=48))
+    assert same.discriminator.encoder.embeddings_project is None
+    assert same.generator.encoder.embeddings_project is not None
+    # It comes after the LayerNorm.
+    ids, types = make_rows(), torch.zeros(6, 32, dtype=torch.long)
+    seen = []
+    discriminator.embeddings_project.register_forward_hook(lambda module, args, result: seen.append(args[0]))
+    discriminator(ids, ids != 0, types)
+    assert torch.equal(seen[0], discriminator.embeddings(ids, types))
+
+
+@pytest.mark.parametrize(
+    "size, shape", [("small", (64, 256, 1, 12)), ("base", (256, 1024, 4, 12)), ("large", (256, 1024, 4, 24))]
+)
+def test_D18_generator_is_narrower_not_shallower(size, shape):
+    generator = ElectraConfig(**model.SIZES[size]).generator()
+    assert shape == (
+        generator.hidden_size,
+        generator.intermediate_size,
+        generator.num_attention_heads,
+        generator.num_hidden_layers,
+    )
+
+
+def test_D19_mlm_head_at_the_selected_positions_only():
+    generator = make_electra(CONFIG).generator.eval()
+    ids, types = make_rows(), torch.zeros(6, 32, dtype=torch.long)
+    positions = torch.tensor([[3, 1], [2, 2], [0, 4], [1, 1], [5, 6], [7, 8]])
+    logits = generator(ids, ids != 0, types, positions)
+    assert logits.shape == (6, 2, 200)
+    hidden = generator.encoder(ids, ids != 0, types)
+    dense, norm = generator.generator_predictions["dense"], generator.generator_predictions["LayerNorm"]
+    table, bias = generator.encoder.embeddings.word_embeddings.weight, generator.generator_lm_head["bias"]
+    everywhere = norm(F.gelu(dense(hidden))) @ table.T + bias
+    for row in range(6):
+        assert torch.allclose(logits[row], everywhere[row, positions[row]], atol=1e-6)
+    assert not any(isinstance(module, nn.Dropout) for module in generator.generator_predictions.values())
+
+
+def test_D20_discriminator_head():
+    discriminator = make_electra(CONFIG).discriminator.eval()
+    ids, types = make_rows(), torch.zeros(6, 32, dtype=torch.long)
+    dense, last = discriminator.discriminator_predictions.values()
+    hidden = F.gelu(dense(discriminator.encoder(ids, ids != 0, types)))
+    assert torch.allclose(discriminator(ids, ids != 0, types), last(hidden)[..., 0], atol=1e-6)
+    assert dense.weight.shape == (48, 48) and last.weight.shape == (1, 48)
+
+
+def test_D21_initial_weights():
+    electra = make_electra(replace(CONFIG, vocab_size=5000, hidden_size=192, num_attention_heads=3))
+    glorot = {
+        "discriminator.discriminator_predictions.dense_prediction.weight",
+        "discriminator.encoder.embeddings_project.weight",
+        "generator.encoder.embeddings_project.weight",
+    }
+    for name, weight in electra.named_parameters():
+        if name.endswith("bias"):
+            assert (weight == 0).all()
+        elif "norm" in name.lower():
+            assert (weight == 1).all()
+        elif name in glorot:
+            bound = math.sqrt(6 / sum(weight.shape))
+            assert 0.9 * bound < weight.abs().max() <= bound
+            glorot.remove(name)
+        else:
+            assert weight.abs().max() <= 0.04
+            if weight.numel() > 5000:
+                assert abs(weight.std() - 0.0176) < 0.0004 and weight.abs().max() > 0.039, name
+    assert not glorot
+    assert electra.generator.encoder.embeddings.word_embeddings.weight[0].abs().sum() > 0  # [PAD]
+
+
+def test_D22_a_layer_is_post_norm_and_masks_keys_only():
+    layer = make_electra().discriminator.encoder.layers[0]
+    hidden, mask = torch.randn(2, 5, 48), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
+    q, k, v = layer.query_key_value(hidden).chunk(3, -1)
+    attended = torch.zeros_like(hidden)
+    for head in (slice(0, 24), slice(24, 48)):
+        scores = q[..., head] @ k[..., head].transpose(1, 2) / math.sqrt(24)
+        scores = scores - 1e4 * ~mask[:, None, :]
+        attended[..., head] = scores.softmax(-1) @ v[..., head]
+    middle = layer.attention_norm(hidden + layer.attention_output(attended))
+    expected = layer.output_norm(middle + layer.output(F.gelu(layer.intermediate(middle))))
+    assert torch.allclose(layer(hidden, mask[:, None, None, :]), expected, atol=1e-5)
+
+
+def test_D22_dropout_follows_embeddings_attention_and_feed_forward_and_is_off_in_eval(monkeypatch):
+    encoder, ids = make_electra(CONFIG).discriminator.encoder, make_rows()
+    calls = []
+    dropout, attention = F.dropout, F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F,
+        "dropout",
+        lambda x, p, training, inplace=False: (
+            calls.append(("hidden", p if training else 0)),
+            dropout(x, p, training, inplace),
+        )[1],
+    )
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda *args, dropout_p, **kwargs: (
+            calls.append(("attention", dropout_p)),
+            attention(*args, dropout_p=dropout_p, **kwargs),
+        )[1],
+    )
+    encoder(ids, ids != 0, ids * 0)
+    assert calls == [("hidden", 0.1)] + 2 * [("attention", 0.1), ("hidden", 0.1), ("hidden", 0.1)]
+    calls.clear()
+    encoder.eval()(ids, ids != 0, ids * 0)
+    assert {p for _, p in calls} == {0}
+
+
+def test_D23_the_pooled_vector_is_the_last_layers_as_it_is():
+    encoder, ids = make_electra().discriminator.encoder, make_rows()
+    seen = []
+    encoder.layers[-1].register_forward_hook(lambda module, args, result: seen.append(result))
+    assert encoder(ids, ids != 0, ids * 0) is seen[0]
+
+
+def test_D35_attention_mask_and_token_types_follow_from_the_ids():
+    ids = torch.tensor(
+        [[CLS, 5, SEP, 6, 7, SEP, 0, 0], [CLS, 5, 6, SEP, 0, 0, 0, 0], [CLS, 5, SEP, 6, SEP, 7, SEP, 0]]
+    )
+    mask, types = model.attention_mask_and_token_types(ids, SEP)
+    assert mask.int().tolist() == [
+        [1, 1, 1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 1, 1, 0],
+    ]
+    assert types.tolist() == [[0, 0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1, 0]]
+
+
+@pytest.mark.parametrize("sampled", [0, SEP])
+def test_D35_they_are_taken_from_the_original_ids_even_if_the_generator_samples_pad_or_sep(sampled):
+    electra, ids = make_electra().eval(), make_rows()
+    bias = torch.full((200,), -1e4)
+    bias[sampled] = 1e4
+    electra.generator.generator_lm_head["bias"].data = bias
+    output = run_electra(electra, ids)
+    mask, types = model.attention_mask_and_token_types(ids, SEP)
+    assert (output.corrupted_ids[output.is_replaced] == sampled).all() and output.is_replaced.any()
+    assert torch.allclose(output.disc_logits, electra.discriminator(output.corrupted_ids, mask, types))
+
+
+def test_initial_losses():
+    mlm, disc = [], []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        electra = Electra(ElectraConfig()).eval()
+        ids = make_rows(4, 128, seed, 30_522)
+        ids[:, 1:127] = torch.from_numpy(np.random.default_rng(seed).integers(1000, 30_000, (4, 126)))
+        with torch.no_grad():
+            output = run_electra(electra, ids)
+        mlm.append(output.mlm_loss.item())
+        disc.append(output.disc_loss.item())
+    expected = math.log(30_522) + 128 * 0.0176**2 / 2  # 10.35
+    for losses, value in (mlm, expected), (disc, math.log(2)):
+        assert max(abs(loss - value) for loss in losses) < 0.15
+        assert abs(np.mean(losses) - value) < 0.05
+
+
+def test_the_objective_is_one_graph_for_the_compiler():
+    electra, ids = make_electra(), make_rows()
+    compiled = torch.compile(electra, fullgraph=True, backend="eager")
+    noise, counts = make_noise(ids), electra.counts(ids)
+    ours, theirs = electra(ids, *noise, counts), compiled(ids, *noise, counts)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(embedding_size=48),
+        dict(hidden_size=40, num_attention_heads=5),
+        dict(hidden_size=200, num_attention_heads=4, generator_size=1.0),
+    ],
+)
+def test_other_widths_and_heads_train(changes):
+    electra, ids = make_electra(replace(CONFIG, **changes)), make_rows()
+    run_electra(electra, ids).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in electra.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# model.py: weights in and out
+
+VOCAB = [
+    "[PAD]",
+    *(f"[unused{n}]" for n in range(99)),
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *(f"w{n}" for n in range(96)),
+]
+
+
+def huggingface():
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    return transformers
+
+
+def save_network(name, folder, config=CONFIG, seed=0):
+    network = getattr(make_electra(config, seed), name).eval()
+    model.save_pretrained(
+        network, getattr(config, name)(), folder, VOCAB, do_lower_case=False, strip_accents=False
+    )
+    return network
+
+
+def logits_of(name, ours, theirs):
+    """The logits of our network and of theirs on rows with padding and two segments."""
+    ids = make_rows(8, 40, seed=3)
+    mask, types = model.attention_mask_and_token_types(ids, SEP)
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=ids, attention_mask=mask.long(), token_type_ids=types).logits
+        if name == "discriminator":
+            return ours(ids, mask, types)[mask], expected[mask]
+        positions = torch.arange(40).expand(8, 40)
+        return ours(ids, mask, types, positions)[mask], expected[mask]
+
+
+NETWORKS = {
+    "discriminator": ("ElectraForPreTraining", model.Discriminator),
+    "generator": ("ElectraForMaskedLM", model.Generator),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "config", [CONFIG, replace(CONFIG, embedding_size=48)], ids=["projected", "not projected"]
+)
+def test_huggingface_loads_what_we_save(name, config, tmp_path):
+    ours = save_network(name, tmp_path, config)
+    loader = getattr(huggingface(), NETWORKS[name][0])
+    theirs, report = loader.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["unexpected_keys"] and not report["missing_keys"] and not report["mismatched_keys"]
+    one, other = logits_of(name, ours, theirs)
+    assert (one - other).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+def test_huggingface_saves_what_we_load(name, format, tmp_path):
+    transformers = huggingface()
+    shape = {
+        field.name: getattr(getattr(CONFIG, name)(), field.name) for field in fields(model.TransformerConfig)
+    }
+    torch.manual_seed(5)
+    theirs = getattr(transformers, NETWORKS[name][0])(transformers.ElectraConfig(**shape))
+    for parameter in theirs.parameters():  # biases and [PAD] too
+        nn.init.normal_(parameter, std=0.05)
+    theirs.save_pretrained(tmp_path)
+    if format == "bin":  # as Google's repositories hold it: tied duplicate and position_ids included
+        (tmp_path / "model.safetensors").unlink()
+        state = theirs.state_dict() | {"electra.embeddings.position_ids": torch.arange(64)[None]}
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    config = model.load_config(tmp_path)
+    assert config == getattr(CONFIG, name)()
+    ours = NETWORKS[name][1](config).eval()
+    model.load_weights(ours, tmp_path)
+    one, other = logits_of(name, ours, theirs)
+    assert (one - other).abs().max() < 1e-5
+
+
+def test_huggingface_tokenizer_agrees_on_case_and_accents(tmp_path):
+    save_network("discriminator", tmp_path)
+    vocab = VOCAB[:104] + ["Élan", "elan", "e", "##lan", "É"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
+    theirs = huggingface().AutoTokenizer.from_pretrained(tmp_path)
+    ours = WordPiece(vocab, do_lower_case=False, strip_accents=False)
+    text = "Élan elan É"
+    tokens = [ours.tokens[i] for i in ours.encode([text])[0]]
+    assert tokens == theirs.tokenize(text) == ["Élan", "elan", "É"]
+
+
+def test_what_is_saved_can_be_loaded_bit_by_bit(tmp_path):
+    for name, (_, network) in NETWORKS.items():
+        before = save_network(name, tmp_path / name)
+        after = network(model.load_config(tmp_path / name))
+        model.load_weights(after, tmp_path / name)
+        for one, other in zip(before.state_dict().values(), after.state_dict().values(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_only_fine_tuning_may_leave_the_heads_unused(tmp_path):
+    saved = save_network("discriminator", tmp_path)
+    classifier = nn.Module()
+    classifier.encoder, classifier.head = model.Encoder(CONFIG.discriminator()), nn.Linear(48, 2)
+    head = classifier.head.weight.clone()
+    model.load_weights(classifier, tmp_path, encoder_only=True)
+    assert torch.equal(classifier.encoder.layers[1].output.weight, saved.encoder.layers[1].output.weight)
+    assert torch.equal(classifier.head.weight, head)
+    with pytest.raises(SystemExit, match="discriminator_predictions.dense.bias is left over"):
+        model.load_weights(make_electra().generator, tmp_path)
+
+
+def damage_weights(change):
+    def damage(folder):
+        tensors = model.read_safetensors(folder / "model.safetensors")
+        change(tensors)
+        model.write_safetensors(folder / "model.safetensors", tensors)
+
+    return damage
+
+
+def rewrite(name, change):
+    def damage(folder):
+        path = folder / name
+        path.write_bytes(change(path.read_bytes()))
+
+    return damage
+
+
+def header_with(**entry):
+    header = json.dumps({"a": dict(dtype="F32", shape=[2], data_offsets=[0, 8]) | entry}).encode()
+    return rewrite("model.safetensors", lambda _: len(header).to_bytes(8, "little") + header + bytes(8))
+
+
+QUERY = "electra.encoder.layer.0.attention.self.query.weight"
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (damage_weights(lambda t: t.pop(QUERY)), f"{QUERY} is missing"),
+        (
+            damage_weights(lambda t: t.update({QUERY: torch.zeros(3, 4)})),
+            f"{QUERY} has shape .3, 4. instead of .48, 48.",
+        ),
+        (damage_weights(lambda t: t.update(extra=torch.zeros(1))), "extra is left over"),
+        (
+            damage_weights(lambda t: t.update({"generator_lm_head.weight": torch.zeros(200, 40)})),
+            "is not tied",
+        ),
+        (rewrite("model.safetensors", lambda data: data[:-4]), "damaged"),
+        (rewrite("model.safetensors", lambda data: data + b"1234"), "longer than its header says"),
+        (rewrite("model.safetensors", lambda data: data[:5]), "damaged"),
+        (rewrite("model.safetensors", lambda data: b"\xff" * 8 + data[8:]), "header is longer than the file"),
+        (rewrite("model.safetensors", lambda data: data[:8] + b"x" + data[9:]), "damaged"),
+        (header_with(data_offsets=[0, 1 << 40]), "disagree"),
+        (header_with(data_offsets=[-8, 0]), "disagree"),
+        (header_with(shape=[3]), "disagree"),
+        (header_with(shape=[-1, -2]), "damaged"),
+        (header_with(dtype="F8"), "damaged"),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            "neither model.safetensors nor pytorch_model.bin",
+        ),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (rewrite("config.json", lambda data: b"{"), "is not a JSON object"),
+        (rewrite("config.json", lambda data: b"[1]"), "is not a JSON object"),
+        (rewrite("config.json", lambda data: data.replace(b'"electra"', b'"bert"')), "model_type = 'bert'"),
+        (rewrite("config.json", lambda data: data.replace(b'"gelu"', b'"relu"')), "hidden_act = 'relu'"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+            "is not a file of weights",
+        ),
+    ],
+)
+def test_a_damaged_model_folder_is_refused_in_one_sentence(damage, message, tmp_path):
+    save_network("discriminator", tmp_path)
+    damage(tmp_path)
+    with pytest.raises(SystemExit, match=message) as stop:
+        model.load_weights(model.Discriminator(model.load_config(tmp_path)), tmp_path)
+    assert "\n" not in str(stop.value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# data.py: documents and tokens
+
+WORDS = [
+    f"{a}{b}"
+    for a in ("ba", "do", "ku", "le", "mi")
+    for b in ("", "ra", "sto", "vin", "zu", "gel", "pa", "non")
+]
+SMALL_VOCAB = [*data.SPECIAL_TOKENS, *WORDS, ".", ",", "##s"]
+
+
+def make_text(documents=300, seed=0, words=WORDS):
+    """Documents of lines of words in which each word mostly decides the next: something can be learnt."""
+    random_ = random.Random(seed)
+    texts = []
+    for _ in range(documents):
+        word, lines = random_.randrange(len(words)), []
+        for _ in range(random_.randint(1, 8)):
+            line = []
+            for _ in range(random_.randint(3, 20)):
+                frequent_ones_mostly = int(len(words) * random_.random() ** 3)
+                word = (word * 7 + 3) % len(words) if random_.random() < 0.3 else frequent_ones_mostly
+                line.append(words[word])
+            lines.append(" ".join(line) + " .")
+        texts.append("\n".join(lines))
+    return texts
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """A folder to work in, with corpus.txt of 300 documents and vocab.txt; units are small, and so many."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "UNIT_CHARACTERS", 10_000)
+    Path("corpus.txt").write_text("\n\n".join(make_text()), encoding="utf-8")
+    Path("vocab.txt").write_text("\n".join(SMALL_VOCAB) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+def data_config(*paths, **changes):
+    return DataConfig(**dict(data=paths or ("corpus.txt",), vocab="vocab.txt", max_length=32) | changes)
+
+
+def documents(*paths, **changes):
+    return [text for _, text in data.read_documents(data_config(*map(str, paths), **changes))]
+
+
+def test_text_files_are_split_at_blank_lines(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffone\r\ntwo\u2028still two\r\n \r\n\r\nthree\n".encode())
+    assert documents(path) == ["one\r\ntwo\u2028still two", "three"]
+    assert documents(path, one_document_per_file=True) == ["one\r\ntwo\u2028still two\r\n \r\n\r\nthree"]
+
+
+def test_jsonl_gz_xz_and_folders(tmp_path):
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in ("a\n\nb", "", "c"))
+    (tmp_path / "3.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "x.txt.xz").write_bytes(lzma.compress(b"x"))
+    (tmp_path / "2.jsonl").write_text(lines)
+    (tmp_path / "README.md").write_text("not text for training")
+    (tmp_path / ".hidden.txt").write_text("nor this")
+    assert documents(tmp_path) == ["x", "a\n\nb", "c", "a\n\nb", "c"]
+    assert documents(tmp_path / "3.jsonl.gz", tmp_path / "1" / "x.txt.xz") == ["a\n\nb", "c", "x"]
+
+
+def test_python_docs_are_read_without_importing(tmp_path, monkeypatch):
+    package = tmp_path / "torch"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        '"""First."""\nraise SystemError\nclass A:\n    """Second."""\n    def f():\n        """Third."""\n'
+    )
+    (package / "newer.py").write_text(
+        'def f[T]():\n    """Not for this Python, perhaps."""\n    match = = 1\n'
+    )
+    (package / "test").mkdir()
+    (package / "test" / "a.py").write_text('"""A test."""')
+    (tmp_path / "std" / "pydoc_data").mkdir(parents=True)
+    (tmp_path / "std" / "pydoc_data" / "topics.py").write_text("topics = {'a': 'Topic a', 'b': 'Topic b'}\n")
+    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(tmp_path / "std"))
+    spec = type("spec", (), {"origin": str(package / "__init__.py")})
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: spec)
+    texts = data.python_docs.__wrapped__()
+    assert sorted(set(texts)) == ["First.\nSecond.\nThird.", "Topic a", "Topic b"] or "" in texts
+    assert (
+        "First.\nSecond.\nThird." in texts
+        and "Topic b" in texts
+        and not any("test" in text for text in texts)
+    )
+
+
+@pytest.mark.parametrize(
+    "text, tokens",
+    [
+        ("Kura, bazu!", ["kura", ",", "bazu", "[UNK]"]),
+        ("[SEP] [MASK]", ["[UNK]", "[UNK]", "[UNK]"] * 2),
+        ("KÜRAs", ["kura", "##s"]),
+        ("ba" * 100, ["[UNK]"]),
+        ("", []),
+    ],
+)
+def test_wordpiece(text, tokens):
+    [ids] = WordPiece(SMALL_VOCAB).encode([text])
+    assert [SMALL_VOCAB[i] for i in ids] == tokens
+
+
+def test_wordpiece_takes_words_of_200_characters_cased_and_accented_ones():
+    long, accented = "x" * 200, "Ünï"
+    wordpiece = WordPiece(
+        [*data.SPECIAL_TOKENS, long, accented, "uni"], do_lower_case=False, strip_accents=True
+    )
+    assert wordpiece.encode([f"{long} {accented} uni x{long}"]) == [[5, 6, 7, 1]]
+    assert not wordpiece.strip_accents  # as in the official code, accents go with the case
+    assert WordPiece(wordpiece.tokens).encode([accented]) == [[7]]
+    assert WordPiece([*data.SPECIAL_TOKENS, "ünï"], strip_accents=False).encode(["Ünï"]) == [[5]]
+
+
+def test_a_vocabulary_is_trained_once_for_a_text(corpus):
+    config = data_config(vocab="train:60")
+    first = data.load_wordpiece(config)
+    [path] = Path("cache").glob("*vocab.txt")
+    assert first.tokens[:5] == data.SPECIAL_TOKENS and 20 < len(first.tokens) <= 60
+    path.write_text("\n".join(first.tokens[::1] + ["marker"]))
+    assert data.load_wordpiece(config).tokens[-1] == "marker"  # reused, not trained again
+    Path("corpus.txt").write_text("other text here")
+    assert data.load_wordpiece(config).tokens[-1] != "marker"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `files`, {path: bytes}, on the loopback interface."""
+
+    def __init__(self, files):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                body = files.get(self.path)
+                self.send_response(200 if body is not None else 404)
+                self.send_header("Content-Length", str(len(body or b"")))
+                self.end_headers()
+                self.wfile.write(body or b"")
+
+            def log_message(self, *args):
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.shutdown()
+        self.server_close()
+
+
+def test_the_vocabulary_is_downloaded_once_and_checked(corpus, monkeypatch):
+    body = "\n".join(SMALL_VOCAB).encode()
+    known = data.BERT_VOCAB | dict(size=len(body), sha256=hashlib.sha256(body).hexdigest())
+    monkeypatch.setattr(data, "BERT_VOCAB", known)
+    files = {known["address"]: body}
+    with Server(files) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        files[known["address"]] = body[:-1] + b"x"
+        with pytest.raises(SystemExit, match="SHA-256 .* instead of .*--vocab FILE"):
+            data.load_wordpiece(data_config(vocab="bert"))
+        del files[known["address"]]
+        with pytest.raises(SystemExit, match="404.*--vocab train:8192"):
+            data.load_wordpiece(data_config(vocab="bert"))
+        assert list(Path("cache").iterdir()) == []  # nothing half-written
+        files[known["address"]] = body
+        assert data.load_wordpiece(data_config(vocab="bert")).tokens == SMALL_VOCAB
+    assert data.load_wordpiece(data_config(vocab="bert")).tokens == SMALL_VOCAB  # the server is gone
+
+
+# ------------------------------------------------------------------------------------------------------------
+# data.py: examples of two segments
+
+LINES = [[10, 11], [12, 13], [14, 15], [16, 17, 18, 19, 20], [21]]
+
+
+def test_D01_an_example_never_crosses_the_end_of_a_document():
+    # In each document all ids are the same, so a row with two kinds would have crossed.
+    wordpiece, config = WordPiece(SMALL_VOCAB), DataConfig(max_length=32)
+    documents = [(False, [[number] * 7] * 9) for number in range(5, 45)]
+    rows, _, kept, dropped = data.build_rows(documents, 0, wordpiece, config)
+    assert len(rows) >= 80 and kept + dropped == 40 * 63
+    for row in rows:
+        assert len(set(row.tolist()) - {0, 2, 3}) == 1
+
+
+@pytest.mark.parametrize(
+    "uniforms, first, second, why",
+    [
+        # 0.5 first: no random target; then at each example 0.5: two segments; half is (12 - 3) // 2 = 4
+        (
+            [0.5, 0.5, 0.5, 0.5],
+            [10, 11, 21],
+            [12, 13, 14, 15, 16, 17],
+            "2 + 2 is not strictly under 4, 2 + 1 is",
+        ),
+        ([0.5, 0.5, 0.4, 0.5], [10, 11, 12, 13], [14, 15, 16, 17, 18], "the toss puts the second line first"),
+        ([0.5, 0.05, 0.5], [10, 11, 12, 13, 14, 15, 16, 17, 18, 19], [], "one in ten has no second segment"),
+    ],
+)
+def test_D02_lines_are_dealt_to_two_segments(uniforms, first, second, why):
+    examples = segment(LINES, 12, iter([*uniforms, 0.5, 0.5, 0.5, 0.5]).__next__)
+    assert next(examples)[:2] == (first, second), why
+
+
+def test_D02_line_order_can_break_even_after_the_second_segment_has_begun():
+    lines = [[10], [11, 12, 13, 14, 15], [16], [17]]
+    [(first, second, _)] = segment(
+        lines, 13, script(0.5, 0.5, 0.5)
+    )  # half is 5: the long line does not fit, toss lost
+    assert (first, second) == ([10, 16, 17], [11, 12, 13, 14, 15])
+
+
+def test_D02_the_end_of_a_document_and_single_lines():
+    assert list(segment([[10, 11]], 12, script(0.5, 0.5))) == [([10, 11], [], 0)]
+    assert list(segment([], 12, script(0.5))) == []
+
+
+def test_D03_the_next_example_may_aim_at_a_random_length():
+    # 0.04 < 0.05, then 5 + int(0.5 x 8) = 9 for a max_length of 12: three lines of 2 and one of 5 reach it
+    lines = LINES + LINES
+    lengths = [len(a) + len(b) for a, b, _ in segment(lines, 12, script(0.04, 0.5, *[0.5] * 20))]
+    assert lengths[0] == 9  # cut at max_length - 3, not at the target
+    assert [data.draw_target(128, script(0.04, u)) for u in (0.0, 0.9999999)] == [5, 128]
+    assert data.draw_target(128, script(0.05)) == 128
+    uniform = random.Random(0).random
+    targets = [data.draw_target(128, uniform) for _ in range(40_000)]
+    short = [target for target in targets if target < 128]
+    assert abs(len(short) / 40_000 - 0.05 * 123 / 124) < 4 * math.sqrt(0.05 * 0.95 / 40_000)
+    assert abs(np.mean(short) - 66) < 4 * 36 / math.sqrt(len(short))
+
+
+def test_D03_each_document_begins_with_a_draw_of_its_own():
+    # 0.01 and 0.0: the target is 5, so the first example is complete with the second line.
+    examples = list(segment([[10, 11, 12], [13, 14], [15]], 12, script(0.01, 0.0, 0.05, 0.9, 0.5)))
+    assert examples == [([10, 11, 12, 13, 14], [], 0), ([15], [], 0)]
+
+
+def test_D04_the_overflow_is_dropped():
+    long = list(range(100, 130))
+    [(first, second, dropped)] = segment([long], 12, script(0.5, 0.5, 0.5))
+    assert (first, second, dropped) == (long[:10], [], 20)  # [CLS] + 10 + [SEP]
+    [(first, second, dropped)] = segment([[1, 2, 3], long], 12, script(0.5, 0.5, 0.5, 0.5))
+    assert (first, second, dropped) == ([1, 2, 3], long[:6], 24)  # [CLS] + 3 + [SEP] + 6 + [SEP]
+    [(first, second, dropped)] = segment([list(range(9)), long], 12, script(0.5, 0.5, 0.5, 0.5))
+    assert (first, second, dropped) == (list(range(9)), [], 30)  # 9 leaves no room for a second
+
+
+def test_rows_are_a_document_of_ids_with_special_tokens_and_zeros(corpus):
+    Path("one.txt").write_text("ba bara\nbasto", encoding="utf-8")
+    cache = prepared(data_config("one.txt", max_length=8))
+    rows = np.concatenate([cache.load(kind, [0]) for kind in ("train", "heldout")])
+    assert rows.dtype == np.uint16
+    assert rows.tolist() in ([[2, 5, 6, 3, 7, 3, 0, 0]], [[2, 5, 6, 7, 3, 0, 0, 0]])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# data.py: the cache and the order
+
+
+def prepared(config):
+    cache = Cache(config, data.load_wordpiece(config))
+    cache.prepare()
+    return cache
+
+
+def contents(cache):
+    return {path.name: path.read_bytes() for path in cache.folder.iterdir()}
+
+
+def test_cache_manifest_counts_what_is_there(corpus):
+    cache = prepared(data_config())
+    shards, complete, _ = cache.read_manifest()
+    assert complete and len(shards) > 4
+    assert sum(shard["documents"] for shard in shards) == 300
+    for shard in shards:
+        train, heldout = cache.load("train", [shard["shard"]]), cache.load("heldout", [shard["shard"]])
+        assert (len(train), len(heldout)) == (shard["rows"], shard["heldout_rows"])
+        special = sum((rows == i).sum() for rows in (train, heldout) for i in (2, 3))
+        assert shard["tokens_kept"] == sum((rows != 0).sum() for rows in (train, heldout)) - special
+    total = sum(shard["tokens_kept"] + shard["tokens_dropped"] for shard in shards)
+    assert total == sum(len(text.split()) for text in make_text())
+
+
+def test_cache_holds_out_documents_by_a_hash_of_their_text(corpus):
+    pairs = list(itertools.permutations(WORDS, 2))[:600]
+    texts = {f"{one} {other} " * 5: (one, other) for one, other in pairs}
+    heldout = {pair for text, pair in texts.items()
+               if int(hashlib.sha256(text.strip().encode()).hexdigest()[:16], 16) % 100 == 0}
+    assert 0 < len(heldout) < 20
+    Path("corpus.txt").write_text("\n\n".join(texts))
+    cache = prepared(data_config())
+    rows = cache.heldout(1000)
+    assert {tuple(cache.wordpiece.decode(row).split()[1:3]) for row in rows} == heldout
+    trained_on = {tuple(cache.wordpiece.decode(row).split()[1:3]) for row in cache.load("train", [0])}
+    assert trained_on and not trained_on & heldout
+    assert np.array_equal(cache.heldout(2), rows[:2])
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"shard": 9'])
+def test_cache_is_the_same_bytes_after_any_stop(corpus, monkeypatch, torn):
+    whole = contents(prepared(data_config()))
+    config = data_config(cache="other")
+    cache, append = Cache(config, data.load_wordpiece(config)), data.append
+    for stop_at in (0, 1, 3, 2):  # after so many lines of the manifest the process is gone
+        lines = itertools.count()
+
+        def stop(file, entry, lines=lines, stop_at=stop_at):
+            if next(lines) == stop_at:
+                file.write(torn)
+                file.flush()
+                raise KeyboardInterrupt
+            append(file, entry)
+
+        monkeypatch.setattr(data, "append", stop)
+        with pytest.raises(KeyboardInterrupt):
+            cache.prepare()
+    monkeypatch.setattr(data, "append", append)
+    cache.prepare()
+    assert contents(cache) == whole
+    monkeypatch.setattr(data, "read_documents", lambda *_: pytest.fail("a complete cache needs no reading"))
+    cache.prepare()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(max_length=16),
+        dict(seed=1),
+        dict(do_lower_case=False),
+        dict(vocab="v2.txt"),
+        dict(one_document_per_file=True),
+        dict(strip_accents=False),
+        dict(data=("b.txt",)),
+    ],
+)
+def test_cache_of_anything_else_is_not_reused(corpus, change):
+    Path("v2.txt").write_text("\n".join([*SMALL_VOCAB, "more"]))
+    Path("b.txt").write_bytes(Path("corpus.txt").read_bytes())
+    before, after = data_config(), replace(data_config(), **change)
+    folders = {Cache(config, data.load_wordpiece(config)).folder for config in (before, after)}
+    assert len(folders) == 2
+    os.utime("corpus.txt", (1, 1))
+    assert Cache(before, data.load_wordpiece(before)).folder not in folders
+
+
+def test_cache_rows_of_a_document_do_not_depend_on_its_neighbours_text(corpus):
+    texts = make_text()
+    one = prepared(data_config()).load("train", [0])
+    words = texts[1].split(" ")
+    texts[1] = " ".join(WORDS[0] if word in WORDS else word for word in words)
+    Path("b.txt").write_text("\n\n".join(texts))
+    other = prepared(data_config("b.txt")).load("train", [0])
+    assert (one[0] == other[0]).all() and (one[-1] == other[-1]).all() and not np.array_equal(one, other)
+
+
+def test_order_is_by_groups_of_shards_and_each_epoch_is_a_permutation(corpus, monkeypatch):
+    monkeypatch.setattr(data, "MAX_GROUP", 4)
+    cache = prepared(data_config())
+    rows = TrainingRows(cache)
+    shards = len(rows.sizes)
+    groups = [next_groups for next_groups in itertools.takewhile(lambda group: group[0] < 3, rows.groups())]
+    first_epoch = [members for epoch, _, members in groups if epoch == 0]
+    assert shards > 7 and [len(members) for members in first_epoch[:3]] == [1, 2, 4]
+    assert all(len(members) <= 4 for members in first_epoch[3:])
+    assert list(itertools.chain(*first_epoch)) == list(range(shards))
+    for epoch in (1, 2):
+        members = list(itertools.chain(*(m for e, _, m in groups if e == epoch)))
+        assert sorted(members) == list(range(shards)) != members
+    everything = sorted(map(bytes, cache.load("train", range(shards))))
+    flat = list(
+        itertools.islice((row for _, batch in rows.batches(0, 7) for row in batch), 2 * len(everything))
+    )
+    for epoch in range(2):
+        part = flat[epoch * len(everything) : (epoch + 1) * len(everything)]
+        assert sorted(bytes(row.astype(np.uint16)) for row in part) == everything
+    first = cache.load("train", [0])
+    assert sorted(map(bytes, first)) == sorted(bytes(row.astype(np.uint16)) for row in flat[: len(first)])
+    assert not np.array_equal(first, np.array(flat[: len(first)]))
+
+
+def test_order_from_any_step_is_the_tail_of_the_order_from_the_first(corpus):
+    rows = TrainingRows(prepared(data_config()))
+    steps = 3 * sum(rows.sizes) // 64
+    whole = list(itertools.islice(rows.batches(0, 64), steps))
+    assert whole[-1][0] >= 2
+    for start in (1, 5, steps // 2, steps - 1):
+        tail = list(itertools.islice(rows.batches(start, 64), steps - start))
+        for (epoch, batch), (other_epoch, other) in zip(whole[start:], tail, strict=True):
+            assert epoch == other_epoch and np.array_equal(batch, other)
+    halves = itertools.islice(rows.batches(0, 32), 4)  # row g does not depend on the batch size
+    assert np.array_equal(
+        np.concatenate([batch for _, batch in halves]), np.concatenate([b for _, b in whole[:2]])
+    )
+
+
+def test_prefetch_hands_on_items_and_errors():
+    def items():
+        yield 1
+        sys.exit("a sentence")
+
+    iterator = data.prefetch(items())
+    assert next(iterator) == 1
+    with pytest.raises(SystemExit, match="a sentence"):
+        next(iterator)
+
+
+def test_data_command_shows_rows_and_warns_of_long_lines(corpus, capsys):
+    data.main(["--data", "corpus.txt", "--vocab", "vocab.txt", "--max-length", "32", "--show", "2"])
+    printed = capsys.readouterr().out
+    assert "300 documents gave" in printed and printed.count("[CLS]") == 2 and "warning" not in printed
+    Path("long.txt").write_text("\n\n".join(text.replace("\n", " ") * 3 for text in make_text(20)))
+    data.main(["--data", "long.txt", "--vocab", "vocab.txt", "--max-length", "32", "--workers", "1"])
+    assert "warning: that is a lot" in capsys.readouterr().out
+    assert os.environ["RAYON_NUM_THREADS"] == "1"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# train.py: optimiser and schedule
+
+
+def transcription(parameters, gradients, recipe, steps):
+    """The official optimiser in NumPy (model/optimization.py), from D24 to D27."""
+    values = [p.copy() for p in parameters]
+    m, v = [np.zeros_like(p) for p in values], [np.zeros_like(p) for p in values]
+    for step in range(steps):
+        lr = (
+            recipe.learning_rate
+            * (1 - step / recipe.num_train_steps)
+            * min(1, step / recipe.num_warmup_steps)
+        )
+        grads = gradients[step]
+        norm = math.sqrt(sum((g**2).sum() for g in grads))
+        for i, grad in enumerate(grads):
+            grad = grad * recipe.max_grad_norm / max(norm, recipe.max_grad_norm)
+            m[i] = recipe.adam_beta1 * m[i] + (1 - recipe.adam_beta1) * grad
+            v[i] = recipe.adam_beta2 * v[i] + (1 - recipe.adam_beta2) * grad**2
+            change = m[i] / (np.sqrt(v[i]) + recipe.adam_epsilon)
+            if values[i].ndim > 1:
+                change = change + recipe.weight_decay * values[i]
+            values[i] = values[i] - lr * change
+    return values
+
+
+def optimise(parameters, gradients, recipe, steps, optimizer=None):
+    tensors = [nn.Parameter(torch.from_numpy(p.copy())) for p in parameters]
+    optimizer = train.build_optimizer(tensors, recipe) if optimizer is None else optimizer(tensors)
+    norms = []
+    for step in range(steps):
+        for tensor, grad in zip(tensors, gradients[step], strict=True):
+            tensor.grad = torch.from_numpy(grad.copy())
+        lr = train.learning_rate(step, recipe.learning_rate, recipe.num_train_steps, recipe.num_warmup_steps)
+        norms.append(train.update(optimizer, lr, recipe.max_grad_norm).item())
+    return [tensor.detach().numpy() for tensor in tensors], norms
+
+
+RECIPE = train.TrainConfig(num_train_steps=40, num_warmup_steps=8, learning_rate=0.01)
+
+
+def optimiser_input(scale=1.0):
+    random_ = np.random.default_rng(0)
+    shapes = [(7, 5), (5,), (3, 4)]
+    gradients = [[scale * random_.normal(size=shape) for shape in shapes] for _ in range(40)]
+    return [random_.normal(size=shape) for shape in shapes], gradients
+
+
+def test_D24_adam_corrects_no_bias():
+    parameters, gradients = optimiser_input()
+    ours, _ = optimise(parameters, gradients, RECIPE, 40)
+    for one, other in zip(ours, transcription(parameters, gradients, RECIPE, 40), strict=True):
+        assert np.abs(one - other).max() < 1e-10
+    # With bias correction the first updates are smaller by far.
+    constant = [[np.full((1, 1), 0.1)]] * 3
+    recipe = replace(RECIPE, weight_decay=0.0, num_warmup_steps=0, num_train_steps=10**9)
+    corrected = lambda p: torch.optim.AdamW(p, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0)  # noqa: E731
+    by = [optimise([np.zeros((1, 1))], constant, recipe, 2, kind)[0][0].item() for kind in (None, corrected)]
+    assert by[0] / by[1] > 2
+
+
+def test_D25_decay_is_decoupled_and_spares_vectors():
+    parameters, _ = optimiser_input()
+    nothing = [[np.zeros_like(p) for p in parameters]] * 40
+    recipe = replace(RECIPE, weight_decay=0.1)
+    ours, _ = optimise(parameters, nothing, recipe, 20)
+    factor = math.prod(1 - 0.1 * train.learning_rate(step, 0.01, 40, 8) for step in range(20))
+    assert np.allclose(ours[0], parameters[0] * factor, atol=1e-12) and np.array_equal(ours[1], parameters[1])
+    electra = make_electra()
+    [decayed, spared] = train.build_optimizer(electra.parameters(), RECIPE).param_groups
+    names = {id(parameter): name for name, parameter in electra.named_parameters()}
+    assert all(
+        name.endswith("bias") or "norm" in name.lower() for name in (names[id(p)] for p in spared["params"])
+    )
+    decayed = [names[id(p)] for p in decayed["params"]]
+    assert not any(name.endswith("bias") or "norm" in name.lower() for name in decayed)
+    assert "generator.encoder.embeddings.word_embeddings.weight" in decayed
+
+
+def test_D26_warm_up_multiplies_the_decay():
+    rates = [
+        train.learning_rate(step, 5e-4, 1_000_000, 10_000) for step in (0, 5_000, 10_000, 500_000, 999_999)
+    ]
+    assert rates == pytest.approx([0, 5e-4 * 0.995 * 0.5, 5e-4 * 0.99, 2.5e-4, 5e-10], rel=1e-12)
+    assert train.learning_rate(0, 1.0, 10, 0) == 1.0
+
+
+def test_D27_gradients_are_clipped_to_global_norm_1():
+    for scale in (10.0, 1e-3):
+        parameters, gradients = optimiser_input(scale)
+        ours, norms = optimise(parameters, gradients, RECIPE, 10)
+        assert norms[0] == pytest.approx(math.sqrt(sum((g**2).sum() for g in gradients[0])), rel=1e-12)
+        for one, other in zip(ours, transcription(parameters, gradients, RECIPE, 10), strict=True):
+            assert np.abs(one - other).max() < 1e-10
+
+
+# ------------------------------------------------------------------------------------------------------------
+# train.py: figures
+
+
+def test_area_under_curve_is_the_share_of_ordered_pairs():
+    random_ = np.random.default_rng(0)
+    for levels in (3, 1000):
+        scores, labels = random_.integers(0, levels, 200).astype(float), random_.random(200) < 0.2
+        pairs = scores[labels][:, None] - scores[~labels][None]
+        assert train.area_under_curve(scores, labels) == pytest.approx(
+            ((pairs > 0) + 0.5 * (pairs == 0)).mean()
+        )
+    assert train.area_under_curve(scores, np.zeros(200, bool)) == 0.5
+
+
+def test_figures_of_a_batch_by_hand_and_by_parts():
+    electra = make_electra().double().eval()
+    ids = make_rows(8)
+    noise, counts = make_noise(ids), electra.counts(ids)
+    with torch.no_grad():
+        whole = electra(ids, *noise, counts)
+        parts = [
+            (electra(*part, counts), part[0], counts)
+            for part in zip(ids.split(2), *(n.split(2) for n in noise), strict=True)
+        ]
+    figures = train.figures(parts)
+    tokens, fakes = (ids != 0), whole.is_replaced
+    flagged = (whole.disc_logits > 0) & tokens
+    rate = fakes.sum() / tokens.sum()
+    assert figures["loss"] == pytest.approx(whole.loss.item(), rel=1e-9)
+    assert figures["recall"] == pytest.approx((flagged & fakes).sum().item() / fakes.sum().item())
+    assert figures["precision"] == pytest.approx(
+        (flagged & fakes).sum().item() / max(1, flagged.sum().item())
+    )
+    assert figures["all_original"] == pytest.approx(
+        -(rate * rate.log() + (1 - rate) * (1 - rate).log()).item()
+    )
+    assert figures["sampled_accuracy"] == pytest.approx(whole.sampled_correct.item() / counts[0].item())
+
+
+def test_unigram_entropy():
+    rows = np.array([[CLS, 150, 150, 151, 152, SEP, 0, 0]])
+    assert train.unigram_entropy(rows, CONFIG) == pytest.approx(1.5 * math.log(2))
+
+
+def test_diagnosis_of_a_stuck_generator_and_a_collapsed_discriminator():
+    def lines(mlm_loss, disc_loss, last=25_000):
+        return [
+            dict(step=step, mlm_loss=mlm_loss, disc_loss=disc_loss, all_original=0.4)
+            for step in range(100, last + 1, 100)
+        ]
+
+    assert train.diagnose(lines(3.0, 0.3), 10_000) is None
+    assert "generator looks stuck" in train.diagnose(lines(6.5, 0.3), 10_000)
+    assert "discriminator looks collapsed" in train.diagnose(lines(3.0, 0.39), 10_000)
+    assert train.diagnose(lines(6.5, 0.39, last=15_000), 10_000) is None  # early is no cause for alarm
+    recovered = lines(3.0, 0.39)
+    recovered[-1]["disc_loss"] = 0.3
+    assert train.diagnose(recovered, 10_000) is None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# train.py: the run
+
+NETWORK = [
+    "--embedding-size",
+    "16",
+    "--hidden-size",
+    "32",
+    "--num-hidden-layers",
+    "2",
+    "--num-attention-heads",
+    "2",
+    "--intermediate-size",
+    "64",
+    "--max-position-embeddings",
+    "32",
+    "--max-length",
+    "32",
+]
+ARGUMENTS = [
+    "--data",
+    "corpus.txt",
+    "--vocab",
+    "vocab.txt",
+    *NETWORK,
+    "--batch-size",
+    "8",
+    "--num-train-steps",
+    "24",
+    "--num-warmup-steps",
+    "4",
+    "--log-every",
+    "2",
+    "--eval-every",
+    "8",
+    "--save-every",
+    "4",
+    "--learning-rate",
+    "0.002",
+]
+
+
+def make_run_without_folder():
+    run = train.Run.__new__(train.Run)
+    run.seed, run.length, run.model_config, run.step = 0, 32, CONFIG, 0
+    return run
+
+
+def read_log(folder="out/small"):
+    """Log lines without what cannot be the same twice: rates."""
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+def final_bytes(folder="out/small"):
+    return [
+        (Path(folder) / name / "model.safetensors").read_bytes() for name in ("discriminator", "generator")
+    ]
+
+
+def test_a_run_logs_learns_and_leaves_models(corpus, capsys):
+    train.main([*ARGUMENTS, "--num-train-steps", "150", "--learning-rate", "0.01"])
+    header, *lines = read_log()
+    steps = [line for line in lines if line["split"] == "train"]
+    assert [line["step"] for line in steps] == [1, *range(2, 151, 2)]
+    heldout = [line for line in lines if line["split"] == "heldout"]
+    assert [line["step"] for line in heldout] == [*range(8, 151, 8), 150]
+    assert (
+        set(steps[0])
+        == set(heldout[0]) | {"lr", "grad_norm"}
+        == {
+            "split",
+            "step",
+            "tokens",
+            "epoch",
+            "lr",
+            "loss",
+            "mlm_loss",
+            "mlm_accuracy",
+            "sampled_accuracy",
+            "disc_loss",
+            "all_original",
+            "auc",
+            "precision",
+            "recall",
+            "grad_norm",
+        }
+    )
+    assert steps[0]["tokens"] == 8 * 32 and steps[0]["lr"] == 0 and header["settings"]["batch_size"] == 8
+    assert heldout[-1]["mlm_loss"] < heldout[0]["mlm_loss"] - 0.2
+    printed = capsys.readouterr().out
+    assert "held-out text: MLM loss" in printed and "✗]" in printed and "word frequencies alone" in printed
+    discriminator = model.Discriminator(model.load_config("out/small/discriminator"))
+    model.load_weights(discriminator, "out/small/discriminator")
+    assert discriminator.encoder.embeddings.word_embeddings.weight.shape == (len(SMALL_VOCAB), 16)
+    tokenizer = json.loads(Path("out/small/discriminator/tokenizer_config.json").read_text())
+    assert tokenizer["do_lower_case"] is True and tokenizer["strip_accents"] is True
+
+
+def test_an_evaluation_is_on_the_same_rows_and_noise_every_time(corpus):
+    train.main([*ARGUMENTS, "--learning-rate", "0"])
+    first, *others = [line for line in read_log() if line.get("split") == "heldout"]
+    assert others and all(
+        other | dict(step=0, tokens=0, epoch=0) == first | dict(step=0, tokens=0, epoch=0) for other in others
+    )
+
+
+KILLED = """
+import os, signal, sys
+import data, train
+data.UNIT_CHARACTERS = 10_000
+what, count = sys.argv[1], int(sys.argv[2])
+def die_half_way(path):
+    real = data.atomic_write(path)
+    class Half:
+        def __enter__(self):
+            file = real.__enter__()
+            class Writer:
+                def write(self, content):
+                    file.write(content[: len(content) // 2]); file.flush()
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return Writer() if path.name == "checkpoint.pt" and next(calls) == count else file
+        def __exit__(self, *error):
+            return real.__exit__(*error)
+    return Half()
+calls = iter(range(1000))
+if what == "checkpoint":
+    train.atomic_write = die_half_way
+elif what == "shard":
+    append = data.append
+    data.append = lambda *a: append(*a) if next(calls) < count else os.kill(os.getpid(), signal.SIGKILL)
+elif what == "step":
+    train_step = train.Run.train_step
+    def step(self, *args):
+        if self.step == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train_step(self, *args)
+    train.Run.train_step = step
+train.main(sys.argv[3:])
+"""
+
+
+def test_resume_after_sigkill_ends_in_the_same_bits(corpus):
+    train.main([*ARGUMENTS, "--out", "whole"])
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    arguments = [*ARGUMENTS, "--out", "killed", "--cache", "cache2"]
+    for moment in ("shard", 3), ("step", 6), ("checkpoint", 1), ("step", 13):
+        command = [sys.executable, "-c", KILLED, *map(str, moment), *arguments]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert process.returncode == -signal.SIGKILL, process.stderr
+    train.main(arguments)
+    assert final_bytes("killed/small") == final_bytes("whole/small")
+    assert read_log("killed/small") == read_log("whole/small")
+
+
+def test_resume_after_ctrl_c_too_and_at_a_step_that_is_not_logged(corpus, monkeypatch):
+    train.main([*ARGUMENTS, "--out", "whole"])
+    train_step = train.Run.train_step
+
+    def step(self, *args):
+        if self.step == 6:
+            signal.raise_signal(signal.SIGINT)
+        return train_step(self, *args)
+
+    monkeypatch.setattr(train.Run, "train_step", step)
+    with pytest.raises(SystemExit, match="saved after step 7; the same command goes on"):
+        train.main(ARGUMENTS)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train.main(ARGUMENTS)
+    assert final_bytes() == final_bytes("whole/small") and read_log() == read_log("whole/small")
+    train.main(ARGUMENTS)  # a finished run only shows its end again
+    assert final_bytes() == final_bytes("whole/small") and read_log() == read_log("whole/small")
+
+
+@pytest.mark.parametrize(
+    "change, listed",
+    [
+        (["--learning-rate", "0.1"], "learning_rate 0.002 there and 0.1 here"),
+        (["--seed", "1"], "seed"),
+        (["--hidden-size", "16"], "hidden_size"),
+        (["--no-do-lower-case"], "do_lower_case"),
+        (["--data", "b.txt"], "files"),
+    ],
+)
+def test_another_run_in_the_folder_is_refused_unless_restarted(corpus, change, listed):
+    Path("b.txt").write_text("\n\n".join(make_text(50)))
+    train.main(ARGUMENTS)
+    before = final_bytes(), read_log()
+    with pytest.raises(SystemExit, match=f"another run .*{listed}"):
+        train.main([*ARGUMENTS, *change])
+    assert (final_bytes(), read_log()) == before
+    train.main([*ARGUMENTS, *change, "--restart"])
+    assert read_log()[0] != before[1][0] and read_log()[-1]["step"] == 24
+
+
+def test_what_changes_only_the_rounding_may_change_and_is_logged(corpus, monkeypatch):
+    monkeypatch.setattr(train.Run, "train", lambda self, rows, heldout: None)
+    train.main(ARGUMENTS)
+    train.main([*ARGUMENTS, "--micro-batch-size", "2", "--log-every", "3"])
+    [first, second] = read_log()
+    assert first["rounding"] | dict(micro_batch_size=2) == second["rounding"]
+
+
+def test_every_flag_is_of_one_kind():
+    names = {field.name for field in (*fields(train.TrainConfig), *fields(DataConfig))}
+    assert train.ROUNDING | train.NEITHER < names and not train.ROUNDING & train.NEITHER
+    assert (
+        not train.ROUNDING | train.NEITHER & {field.name for field in fields(ElectraConfig)} < names - names
+    )
+
+
+def gradients_by_parts(part_size, ids):
+    electra = make_electra().double()
+    noise, counts = make_noise(ids), electra.counts(ids)
+    for part in zip(ids.split(part_size), *(n.split(part_size) for n in noise), strict=True):
+        electra(*part, counts).loss.backward()
+    return [parameter.grad for parameter in electra.parameters()]
+
+
+def test_micro_batches_give_the_gradient_of_the_one_batch():
+    ids = make_rows(12)
+    for part_size in (1, 3, 4):
+        for one, other in zip(gradients_by_parts(12, ids), gradients_by_parts(part_size, ids), strict=True):
+            assert (one - other).abs().max() < 1e-10
+
+
+def test_micro_batch_flag_changes_a_run_by_rounding_only(corpus):
+    calm = [*ARGUMENTS, "--hidden-dropout-prob", "0", "--attention-probs-dropout-prob", "0"]
+    train.main([*calm, "--out", "a"])
+    train.main([*calm, "--out", "b", "--micro-batch-size", "2"])
+    losses = [[line["loss"] for line in read_log(f"{out}/small") if "loss" in line] for out in "ab"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0] != losses[1]
+
+
+def test_bf16_and_compile_flags(corpus, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module, fullgraph: compiled.append(fullgraph) or module)
+    train.main([*ARGUMENTS, "--dtype", "bf16", "--compile", "--out", "a"])
+    train.main([*ARGUMENTS, "--out", "b"])
+    assert compiled == [True]
+    losses = [[line["loss"] for line in read_log(f"{out}/small") if "loss" in line] for out in "ab"]
+    assert losses[0] == pytest.approx(losses[1], rel=0.1) and losses[0] != losses[1]
+    assert read_log("a/small")[0]["rounding"]["dtype"] == "bf16"
+
+
+def test_cuda_resolves_to_bf16_where_it_is_fast(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    precisions = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
+    for capability, dtype in ((8, 0), "bf16"), ((7, 5), "fp32"):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert train.resolve(train.TrainConfig()) == (torch.device("cuda"), dtype, True)
+    assert train.resolve(train.TrainConfig(device="cpu", compile=True)) == (torch.device("cpu"), "fp32", True)
+    assert precisions == ["high", "high"]
+
+
+def test_checkpoints_come_after_ten_minutes_too(corpus, monkeypatch):
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    saved, save = [], train.Run.save
+    monkeypatch.setattr(train.Run, "save", lambda self: saved.append(self.step) or save(self))
+    train.main([*ARGUMENTS, "--save-every", "1000"])
+    assert saved == [0, 1, *range(2, 25, 2)]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(corpus, monkeypatch):
+    train_step = train.Run.train_step
+
+    def step(self, *args):
+        if self.step == 9:
+            self.model.generator.generator_lm_head["bias"].data[7] = math.nan
+        return train_step(self, *args)
+
+    monkeypatch.setattr(train.Run, "train_step", step)
+    with pytest.raises(SystemExit, match="is not finite after step 10; the likely cause is a learning rate"):
+        train.main(ARGUMENTS)
+    state = torch.load("out/small/checkpoint.pt", weights_only=True)
+    assert state["step"] == 8 and all(value.isfinite().all() for value in state["model"].values())
+    monkeypatch.setattr(
+        train, "figures", lambda parts: {"loss": 1.0}
+    )  # and if no figure tells, the weights do
+    monkeypatch.setattr(train.Run, "evaluate", lambda *args: "")
+    monkeypatch.setattr(train, "update", lambda optimizer, lr, norm: torch.tensor(1.0))
+    with pytest.raises(SystemExit, match="a weight is not finite after step 12"):
+        train.main(ARGUMENTS)
+
+
+def test_text_without_held_out_documents_trains_without_evaluation(corpus, capsys):
+    texts = [text for text in make_text() if not data.is_heldout(text)]
+    Path("corpus.txt").write_text("\n\n".join(texts[:40]))
+    train.main(ARGUMENTS)
+    assert "there is no evaluation" in capsys.readouterr().out
+    assert {line.get("split") for line in read_log()} == {None, "train"}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Bad input: one sentence, a non-zero exit, nothing half-written
+
+
+def bad(name, content=b""):
+    def write():
+        Path(name).write_bytes(content)
+        return ["--data", name]
+
+    return write
+
+
+def bad_vocab(tokens):
+    def write():
+        Path("bad.txt").write_text("\n".join(tokens), encoding="utf-8")
+        return ["--vocab", "bad.txt"]
+
+    return write
+
+
+MANY = [*data.SPECIAL_TOKENS, *(f"t{n}" for n in range(65_531))]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--data", "nowhere"], "there is no nowhere"),
+        (bad("empty.txt"), "empty.txt holds no text to train on"),
+        (bad("blank.txt", b"\n \n\n"), "holds no text to train on"),
+        (bad("odd.pdf"), "odd.pdf cannot be read: .txt and .jsonl can"),
+        (lambda: Path("folder").mkdir() or ["--data", "folder"], "folder has no .txt or .jsonl file"),
+        (bad("cut.txt.gz", gzip.compress(b"ba " * 999)[:-9]), "cut.txt.gz is damaged or cut short"),
+        (bad("cut.txt.xz", lzma.compress(b"ba " * 999)[:-9]), "cut.txt.xz is damaged or cut short"),
+        (bad("not.txt.gz", b"plain text"), "not.txt.gz is damaged"),
+        (bad("not.txt.xz", b"plain text"), "not.txt.xz is damaged"),
+        (bad("latin.txt", "ba\nbé".encode("latin-1")), "latin.txt is not UTF-8 at byte 4"),
+        (
+            bad("a.jsonl", b'{"text": "ba"}\n{"no": 1}\n'),
+            "a.jsonl, line 2: a line of a .jsonl file must be an object",
+        ),
+        (bad("b.jsonl", b"{"), "b.jsonl, line 1"),
+        (bad_vocab(["[PAD]", "[UNK]", "[CLS]", "a"]), r"lacks \[SEP\], \[MASK\]"),
+        (bad_vocab([*data.SPECIAL_TOKENS[1:], "[PAD]", "a"]), r"must begin with \[PAD\]"),
+        (bad_vocab([*SMALL_VOCAB, "ba"]), "has a token twice: 'ba'"),
+        (bad_vocab(MANY), "has 65,536 tokens"),
+        (["--vocab", "nowhere.txt"], "there is no vocabulary nowhere.txt"),
+        (["--vocab", "train:70000"], "train:70000 has 70,000 tokens"),
+        (["--max-length", "33"], "max_length 33 is over the model's 32 position rows"),
+        (["--max-length", "4"], "max_length is 4"),
+        (["--micro-batch-size", "3"], "a batch of 8 rows cannot be cut into micro-batches of 3"),
+        (["--batch-size", "0"], "batch_size is 0; it must be 1 or more"),
+        (["--hidden-size", "33"], "hidden_size 33 cannot be shared by 2 heads"),
+        (["--num-attention-heads", "0"], "num_attention_heads is 0"),
+        (["--size", "huge"], "there is no size huge; there are tiny, small, base, large"),
+        (["--learning", "1"], "unrecognized arguments: --learning 1; --help lists the flags"),
+        (["--batch-size", "many"], "invalid int value: 'many'"),
+        (["--dtype", "fp8"], "there is no dtype fp8"),
+        (["--device", "tpu"], "there is no device tpu here"),
+        (["--device", "cuda"], "there is no device cuda here"),
+        (["--seed", "-1"], "seed must be 0 or more"),
+    ],
+)
+def test_bad_input(corpus, arguments, message):
+    if "cuda" in arguments if isinstance(arguments, list) else False:
+        torch.cuda.is_available() and pytest.skip("there is one")
+    arguments = arguments() if callable(arguments) else arguments
+    with pytest.raises(SystemExit, match=message) as stop:
+        train.main([*ARGUMENTS, *arguments])
+    assert stop.value.code and "\n" not in str(stop.value)
+    assert not [
+        path for path in Path(".").rglob("*") if path.suffix == ".tmp" or path.name == "discriminator"
+    ]
+    assert not any(b'"complete"' in path.read_bytes() for path in Path(".").rglob("manifest.jsonl"))
+
+
+def test_a_line_or_document_without_end_is_refused(corpus, monkeypatch):
+    monkeypatch.setattr(data, "MAX_DOCUMENT", 1000)
+    for text in ("ba " * 400, "ba\n" * 400):
+        Path("long.txt").write_text(text)
+        with pytest.raises(SystemExit, match="long.txt has a document of over 1,000 bytes"):
+            documents("long.txt")
+
+
+@pytest.mark.parametrize("victim", ["train-000002.npy", "manifest.jsonl", "checkpoint.pt", "log.jsonl"])
+def test_a_full_disk_stops_with_a_sentence_and_the_same_command_goes_on(corpus, monkeypatch, victim):
+    train.main([*ARGUMENTS, "--out", "whole"])
+    fsync, calls = os.fsync, itertools.count()
+
+    def full(number):
+        name = Path(os.readlink(f"/proc/self/fd/{number}")).name
+        if name.startswith(victim) and (victim.startswith("train-") or next(calls) > 2):
+            raise OSError(28, "No space left on device", name)
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit, match="No space left on device; mend that, and the same command goes on"):
+        train.main([*ARGUMENTS, "--cache", "cache2"])
+    assert not list(Path(".").rglob("*.tmp"))
+    monkeypatch.setattr(os, "fsync", fsync)
+    train.main([*ARGUMENTS, "--cache", "cache2"])
+    assert final_bytes() == final_bytes("whole/small") and read_log() == read_log("whole/small")
+
+
+def test_a_folder_in_use_is_refused(corpus):
+    Path("out/small").mkdir(parents=True)
+    with (
+        data.lock(Path("out/small/lock"), ""),
+        pytest.raises(SystemExit, match="another process is training in out/small"),
+    ):
+        train.main(ARGUMENTS)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The house
+
+FILES = ["model.py", "data.py", "train.py"]
+
+
+def test_imports_only_go_up_the_list_and_five_packages_are_enough():
+    may_import = {"model": set(), "data": set(), "train": {"model", "data"}}
+    for name in FILES:
+        tree = ast.parse((HERE / name).read_text(encoding="utf-8"))
+        imported = {
+            alias.name.split(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        packages = {"torch", "numpy", "tokenizers", "requests", "tqdm"}
+        assert imported - set(sys.stdlib_module_names) - packages == may_import[Path(name).stem]
+
+
+def test_details_in_code_in_the_readme_and_in_tests_are_the_same():
+    in_code = {
+        tag for name in FILES for tag in re.findall(r"\[(D\d\d)\]", (HERE / name).read_text(encoding="utf-8"))
+    }
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    in_readme = re.findall(r"^\| (D\d\d) \|.*github\.com/google-research/electra/blob/8a46635", readme, re.M)
+    tests = {name for name in globals() if name.startswith("test_D")}
+    in_tests = {name[5:8] for name in tests}
+    assert in_code == set(in_readme) == in_tests and len(in_readme) == len(set(in_readme))
+    for row in re.findall(r"^\| D\d\d \|.*", readme, re.M):
+        assert set(re.findall(r"test_D\w+", row)) <= tests and "test_D" in row
+
+
+def test_the_flags_that_the_readme_names_exist(capsys):
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    flags = set(re.findall(r"--[a-z0-9][a-z0-9-]*", capsys.readouterr().out)) | {"--show"}
+    commands = re.findall(r"^ {4}.*python (?:train|data)\.py.*", readme, re.M)
+    named = {flag for command in commands for flag in re.findall(r"--[a-z0-9-]+", command)}
+    assert commands and named <= flags
+
+
+def test_help_says_every_default_once(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "peak learning rate (0.0005; tiny: " in text and "base: 0.0002" in text
