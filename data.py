@@ -33,7 +33,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -115,13 +114,13 @@ def read_documents(config, start=(0, 0)):
     for number, file in enumerate(find_files(config)):
         if number < start[0]:
             continue
-        documents = python_docs() if file == "python-docs" else read_file(file, config.one_document_per_file)
+        documents = python_docs(config.cache) if file == "python-docs" else read_file(file, config)
         for index, text in enumerate(documents):
             if (number, index) >= tuple(start) and text.strip():
                 yield (number, index), text.strip()
 
 
-def read_file(path, one_document_per_file):
+def read_file(path, config):
     """Yield the documents of a .txt file, which blank lines separate, or of a .jsonl file, one a line."""
     try:
         with OPENERS.get(path.suffix, open)(path, "rb") as file:
@@ -134,7 +133,7 @@ def read_file(path, one_document_per_file):
             for line, end in read_lines(file, path):
                 if end - start > MAX_DOCUMENT:
                     sys.exit(f"{path} has a document of over {MAX_DOCUMENT:,} bytes; put blank lines between")
-                if line.strip() or one_document_per_file:
+                if line.strip() or config.one_document_per_file:
                     document.append(line)
                 else:
                     yield "".join(document)
@@ -169,10 +168,15 @@ def text_of_json(line, where):
 DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-@cache
-def python_docs():
+def python_docs(folder):
     """Some 9 MB of real English that every machine has: Python's help topics, and the docstrings of the
-    standard library, torch and numpy, one document per module. The files are parsed, never imported."""
+    standard library, torch and numpy, one document per module.
+
+    The files are parsed, never imported. Since that takes half a minute, the documents are kept in `folder`.
+    """
+    kept = Path(folder) / f"python-docs-{digest(identify('python-docs'))}.json"
+    if kept.exists():
+        return json.loads(kept.read_bytes())
     roots = [Path(sysconfig.get_path("stdlib"))]
     roots += [Path(importlib.util.find_spec(package).origin).parent for package in ("torch", "numpy")]
     paths = [(path, path.relative_to(root).parts) for root in roots for path in sorted(root.rglob("*.py"))]
@@ -187,7 +191,10 @@ def python_docs():
         elif b'"""' in source:
             documents.append("\n".join(docstrings(source)))
     # In an order without meaning, so that each shard is a mixture.
-    return sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())
+    documents = sorted(filter(None, documents), key=lambda text: hashlib.sha256(text.encode()).digest())
+    with atomic_write(kept) as file:
+        file.write(json.dumps(documents).encode())
+    return documents
 
 
 def docstrings(source):

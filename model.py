@@ -84,8 +84,10 @@ class ElectraConfig(TransformerConfig):
 
 # Only what differs from ElectraConfig's defaults, which are small's.
 SIZES = {
-    "tiny": dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=2, intermediate_size=512,
-                 max_position_embeddings=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+    # Narrow layers need larger initial weights, or else next to nothing of the context reaches a token.
+    "tiny": dict(embedding_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+                 intermediate_size=256, max_position_embeddings=32, hidden_dropout_prob=0.0,
+                 attention_probs_dropout_prob=0.0, initializer_range=0.1, generator_size=0.5),
     "small": dict(),
     "base": dict(embedding_size=768, hidden_size=768, num_attention_heads=12, intermediate_size=3072,
                  generator_size=1 / 3),

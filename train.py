@@ -85,8 +85,8 @@ class TrainConfig:
 
 # What differs from the defaults, here and in DataConfig, which are small's.
 RECIPES = {
-    "tiny": dict(data=("python-docs",), vocab="train:8192", batch_size=32, num_train_steps=650,
-                 learning_rate=1e-3, num_warmup_steps=100, log_every=10, eval_every=50, save_every=50),
+    "tiny": dict(data=["python-docs"], vocab="train:2048", max_length=32, batch_size=32, num_train_steps=9000,
+                 learning_rate=1e-3, num_warmup_steps=500, log_every=50, eval_every=500, save_every=1000),
     "small": dict(),
     "base": dict(max_length=512, batch_size=256, num_train_steps=766_000, learning_rate=2e-4),
     "large": dict(max_length=512, batch_size=2048, num_train_steps=400_000, learning_rate=2e-4),
