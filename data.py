@@ -46,7 +46,7 @@ BERT_VOCAB = dict(  # BERT's uncased vocabulary, which is ELECTRA's
     size=231_508,
     sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 )
-UNIT_CHARACTERS = 2_000_000  # of text become one shard, some 3,000 rows of 128
+UNIT_CHARACTERS = 4_000_000  # of text become one shard, some 6,000 rows of 128
 MAX_GROUP = 64  # shards that are shuffled together, at most: some 50 MB
 MAX_DOCUMENT = 100_000_000  # bytes; what is longer is surely not one document
 VOCAB_CHARACTERS = 200_000_000  # from the beginning of the corpus, to train a vocabulary on
@@ -116,8 +116,9 @@ def read_documents(config, start=(0, 0)):
             continue
         documents = python_docs(config.cache) if file == "python-docs" else read_file(file, config)
         for index, text in enumerate(documents):
-            if (number, index) >= tuple(start) and text.strip():
-                yield (number, index), text.strip()
+            text = text.replace("\r\n", "\n").strip()  # so that copies of a document are the same text
+            if (number, index) >= tuple(start) and text:
+                yield (number, index), text
 
 
 def read_file(path, config):
