@@ -33,6 +33,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ HELDOUT_SHARE = 100  # one document in so many is held out
 class DataConfig:
     """What text, and how it becomes rows."""
 
-    data: list = ("python-docs",)  # files or folders of .txt or .jsonl, also .gz or .xz; or python-docs
+    data: list = ()  # files or folders of .txt or .jsonl, also .gz or .xz; or python-docs
     one_document_per_file: bool = False  # blank lines in .txt files do not separate documents
     vocab: str = "bert"  # a vocab.txt; train:SIZE, made of the text; or bert, downloaded once
     do_lower_case: bool = True  # lower-case the text
@@ -68,10 +69,12 @@ class DataConfig:
     cache: str = "cache"  # folder for prepared text and vocabularies
 
     def __post_init__(self):
+        if not self.data:
+            sys.exit("there is nothing to read; --data takes files and folders of text, or python-docs")
         if self.max_length < 8:
             sys.exit(f"max_length is {self.max_length}; a row needs 8 tokens at the least")
-        if self.seed < 0 or self.workers < 1:
-            sys.exit("seed must be 0 or more, and workers 1 or more")
+        if not 0 <= self.seed < 2**63 or self.workers < 1:
+            sys.exit("seed must be from 0 to 2^63 - 1, and workers 1 or more")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -149,8 +152,11 @@ def read_lines(file, name):
     others."""
     offset = 0
     while raw := file.readline(MAX_DOCUMENT + 1):
+        if len(raw) > MAX_DOCUMENT:
+            sys.exit(f"{name} has a line of over {MAX_DOCUMENT:,} bytes; it is hardly text")
         try:
-            yield raw.decode("utf-8" if offset else "utf-8-sig"), offset + len(raw)
+            line = raw.decode()
+            yield line if offset else line.removeprefix("\ufeff"), offset + len(raw)
         except UnicodeDecodeError as error:
             sys.exit(f"{name} is not UTF-8 at byte {offset + error.start}; convert it, perhaps with iconv")
         offset += len(raw)
@@ -159,11 +165,11 @@ def read_lines(file, name):
 def text_of_json(line, where):
     try:
         text = json.loads(line)["text"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         text = None
     if not isinstance(text, str):
         sys.exit(f'{where}: a line of a .jsonl file must be an object with a string under "text"')
-    return text
+    return text.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
 
 
 DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -252,19 +258,22 @@ def load_wordpiece(config):
     """The WordPiece that config.vocab names: a file, BERT's, or one trained on the text."""
     # What tokenizers reads when it first runs in parallel.
     os.environ.update(RAYON_NUM_THREADS=str(config.workers), TOKENIZERS_PARALLELISM="true")
-    path = Path(config.vocab)
+    path, make = Path(config.vocab), None
     if config.vocab == "bert":
         path = Path(config.cache) / "bert-uncased-vocab.txt"
-        if not path.exists():
-            instead = "or take --vocab FILE, or --vocab train:8192 for one trained on your text"
-            download(path, **BERT_VOCAB, instead=instead)
+        instead = "or take --vocab FILE, or --vocab train:8192 for one trained on your text"
+        make = partial(download, path, **BERT_VOCAB, instead=instead)
     elif match := re.fullmatch(r"train:(\d+)", config.vocab):
         # Training is not reproducible to the byte, so a vocabulary is trained once for a text and kept.
         made_from = [[identify(file) for file in find_files(config)], config.one_document_per_file,
                      config.do_lower_case, config.strip_accents, match[1]]
         path = Path(config.cache) / f"{source_name(config)}-{digest(made_from)}-vocab.txt"
-        if not path.exists():
-            train_vocab(config, int(match[1]), path)
+        make = partial(train_vocab, config, int(match[1]), path)
+    if make is not None and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lock(path.with_suffix(".lock"), f"waiting for another process to make {path}", wait=True):
+            if not path.exists():
+                make()
     return WordPiece(read_vocab(path), config.do_lower_case, config.strip_accents)
 
 
@@ -282,7 +291,9 @@ def train_vocab(config, size, path):
             yield from text.split("\n")
 
     tokenizer = blank_tokenizer(config.do_lower_case, config.do_lower_case and config.strip_accents)
-    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL_TOKENS, show_progress=False)
+    # Each letter takes two places, within a word and at its beginning; rare ones must leave room for words.
+    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL_TOKENS, show_progress=False,
+                                        limit_alphabet=max(1, size // 4))
     tokenizer.train_from_iterator(lines(), trainer)
     if not total:
         sys.exit(f"{' '.join(config.data)} holds no text to train a vocabulary on")
@@ -413,6 +424,7 @@ class Cache:
     def __init__(self, config, wordpiece):
         self.config, self.wordpiece = config, wordpiece
         self.made_from = {
+            "format": [1, UNIT_CHARACTERS, HELDOUT_SHARE],
             "files": [identify(file) for file in find_files(config)],
             "one_document_per_file": config.one_document_per_file,
             "vocab_sha256": wordpiece.sha256,
@@ -431,7 +443,7 @@ class Cache:
         shards, complete, size = [], False, 0
         for line in self.manifest.read_bytes().splitlines(keepends=True) if self.manifest.exists() else []:
             if line.endswith(b"\n"):  # else it was torn by a kill
-                entry, size = json.loads(line), size + len(line)
+                entry, size = parse(line, self.manifest), size + len(line)
                 complete = "complete" in entry
                 shards += [entry] if "shard" in entry else []
         return shards, complete, size
@@ -485,7 +497,10 @@ class Cache:
 
     def load(self, kind, numbers):
         """The rows of some shards, uint16 (rows, max_length)."""
-        return np.concatenate([np.load(self.path(kind, number)) for number in numbers])
+        try:
+            return np.concatenate([np.load(self.path(kind, number)) for number in numbers])
+        except (ValueError, EOFError) as error:
+            sys.exit(f"a shard of {self.folder} is damaged ({error}); delete the folder, to prepare it anew")
 
     def heldout(self, limit):
         """The first `limit` held-out rows, or all if there are fewer."""
@@ -603,6 +618,10 @@ def atomic_write(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)  # which the system leaves out when it refuses to write
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -639,6 +658,13 @@ def prefetch(items, depth=1):
         while (item := pending.popleft().result()) is not end:
             pending.append(thread.submit(next, iterator, end))
             yield item
+
+
+def parse(line, where):
+    try:
+        return json.loads(line)
+    except ValueError:
+        sys.exit(f"{where} is damaged; delete the folder it is in, to begin anew")
 
 
 def digest(value):
@@ -691,7 +717,9 @@ def one_sentence():
         yield
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"{where}{error.strerror or error}; mend that, and the same command goes on")
+        sys.exit(f"{where}{error.strerror or error}; mend that and go on: what was saved is safe")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
 
 
 @one_sentence()

@@ -48,11 +48,18 @@ class TransformerConfig:
     initializer_range: float = 0.02  # standard deviation of the initial weights, before truncation
 
     def __post_init__(self):
-        for field in fields(self):
-            if field.type is int and getattr(self, field.name) < 1:
-                sys.exit(f"{field.name} is {getattr(self, field.name)}; it must be 1 or more")
+        check_ranges(self, hidden_dropout_prob=(0, 0.99), attention_probs_dropout_prob=(0, 0.99),
+                     layer_norm_eps=(1e-20, 1), initializer_range=(1e-6, 10))
         if self.hidden_size % self.num_attention_heads:
             sys.exit(f"hidden_size {self.hidden_size} cannot be shared by {self.num_attention_heads} heads")
+
+
+def check_ranges(config, **ranges):
+    """Refuse fields out of their (low, high), and whole numbers under 1 where none is given."""
+    counts = {field.name: (1, math.inf) for field in fields(config) if field.type is int}
+    for name, (low, high) in (counts | ranges).items():
+        if not low <= getattr(config, name) <= high:
+            sys.exit(f"{name} is {getattr(config, name)}; it must be from {low} to {high}")
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,10 @@ class ElectraConfig(TransformerConfig):
     cls_token_id: int = 101
     sep_token_id: int = 102
     mask_token_id: int = 103
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, generator_size=(0.001, 10), mask_prob=(0.001, 1), discriminator_weight=(0, 1e6))
 
     def discriminator(self):
         return TransformerConfig(**{f.name: getattr(self, f.name) for f in fields(TransformerConfig)})
@@ -448,7 +459,11 @@ def load_config(folder):
     for key, ours in only.items():
         if shape.get(key, ours) != ours:
             sys.exit(f"{path} says {key} = {shape[key]!r}; only {ours!r} can be read")
-    return TransformerConfig(**{f.name: shape[f.name] for f in fields(TransformerConfig) if f.name in shape})
+    known = [field for field in fields(TransformerConfig) if field.name in shape]
+    for field in known:
+        if type(shape[field.name]) not in (field.type, int):
+            sys.exit(f"{path} says {field.name} = {shape[field.name]!r}, not a {field.type.__name__}")
+    return TransformerConfig(**{field.name: shape[field.name] for field in known})
 
 
 def load_weights(network, folder, encoder_only=False):
@@ -494,11 +509,10 @@ def read_weights(folder):
         sys.exit(f"{folder} is not a model folder: it has neither model.safetensors nor pytorch_model.bin")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        sys.exit(f"{path} is not a file of weights, or it is damaged ({str(error).splitlines()[0]})")
-    if not isinstance(tensors, dict) or not all(
-        isinstance(tensor, torch.Tensor) for tensor in tensors.values()
-    ):
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, AttributeError, ValueError) as error:
+        sys.exit(f"{path} is not a file of weights, or it is damaged ({type(error).__name__} in reading it)")
+    tables = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not tables or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         sys.exit(f"{path} is not a table of weights by name")
     return {name: tensor.float() for name, tensor in tensors.items()}, path
 

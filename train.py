@@ -9,9 +9,9 @@ samples and dropout are a function of (seed, step) and no state of a random gene
 """
 
 import io
-import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -37,8 +37,9 @@ from data import (
     load_wordpiece,
     lock,
     one_sentence,
+    parse,
 )
-from model import SIZES, Electra, ElectraConfig, save_pretrained, selectable
+from model import SIZES, Electra, ElectraConfig, check_ranges, save_pretrained, selectable
 
 HELDOUT_ROWS = 1024  # every evaluation is on these rows, with the same masks and samples
 SHOWN_ROWS = 3
@@ -73,10 +74,11 @@ class TrainConfig:
     def __post_init__(self):
         if self.size not in SIZES:
             sys.exit(f"there is no size {self.size}; there are {', '.join(SIZES)}")
-        for name in ("batch_size", "num_train_steps", "log_every", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                sys.exit(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if self.micro_batch_size < 0 or self.batch_size % (self.micro_batch_size or self.batch_size):
+        # Betas nearer to 1 would have 1 - beta^step below 1 at any number of steps that fp32 can count.
+        check_ranges(self, num_warmup_steps=(0, math.inf), micro_batch_size=(0, self.batch_size),
+                     learning_rate=(0, 1e3), weight_decay=(0, 1), adam_beta1=(0, 0.9999),
+                     adam_beta2=(0, 0.9999), adam_epsilon=(1e-20, 1), max_grad_norm=(1e-9, math.inf))
+        if self.batch_size % (self.micro_batch_size or self.batch_size):
             sys.exit(f"a batch of {self.batch_size} rows cannot be cut into micro-batches of "
                      f"{self.micro_batch_size}; take a divisor")
         if self.dtype not in ("auto", "fp32", "bf16"):
@@ -85,7 +87,7 @@ class TrainConfig:
 
 # What differs from the defaults, here and in DataConfig, which are small's.
 RECIPES = {
-    "tiny": dict(data=["python-docs"], vocab="train:2048", max_length=32, batch_size=32, num_train_steps=9000,
+    "tiny": dict(data=["python-docs"], vocab="train:2048", max_length=32, batch_size=32, num_train_steps=6000,
                  learning_rate=1e-3, num_warmup_steps=500, log_every=50, eval_every=500, save_every=1000),
     "small": dict(),
     "base": dict(max_length=512, batch_size=256, num_train_steps=766_000, learning_rate=2e-4),
@@ -209,9 +211,9 @@ def unigram_entropy(rows, model_config):
 def diagnose(lines, num_warmup_steps):
     """A sentence on what looks wrong in the training lines of a log, or None."""
     last = lines[-1]["step"]
-    recent = [line for line in lines if line["step"] > last - HEALTH_WINDOW]
     if last < max(HEALTH_STEP, 2 * num_warmup_steps):
         return None
+    recent = [line for line in lines if line["step"] > last - HEALTH_WINDOW]
     if min(line["mlm_loss"] for line in recent) > 6:
         return (f"the generator looks stuck: MLM loss above 6 up to step {last}; the likely cause is a "
                 "learning rate that is too high, or text that is not language")
@@ -257,7 +259,8 @@ class Run:
             for epoch, input_ids in rows.batches(self.step, config.batch_size):
                 if signals:
                     self.save()
-                    sys.exit(f"stopped and saved after step {self.step}; the same command goes on from there")
+                    again = "the same command" + " without --restart" * config.restart
+                    sys.exit(f"stopped and saved after step {self.step}; {again} goes on from there")
                 if self.step == total:
                     break
                 lr = learning_rate(self.step, config.learning_rate, total, config.num_warmup_steps)
@@ -267,20 +270,21 @@ class Run:
 
                 evaluates = self.step % config.eval_every == 0 or self.step == total
                 saves = self.step % config.save_every == 0 or self.step == total
-                if not (evaluates or saves or self.step == 1 or self.step % config.log_every == 0):
-                    continue
-                rate = (self.step - clock_step) * input_ids.size / (time.perf_counter() - clock)
-                line = self.log("train", epoch, lr=lr, **figures(parts), grad_norm=norm.item(),
-                                tokens_per_second=round(rate))
-                bar.set_postfix({name: f"{line[name]:.4g}" for name in ("loss", "lr", "tokens_per_second")})
-                if not warned and (warned := diagnose(self.lines, config.num_warmup_steps)):
-                    tqdm.write(f"warning: {warned}")
-                if evaluates and len(heldout):
-                    tqdm.write(self.evaluate(heldout, epoch))
+                if evaluates or saves or self.step == 1 or self.step % config.log_every == 0:
+                    rate = (self.step - clock_step) * input_ids.size / (time.perf_counter() - clock)
+                    line = self.log("train", epoch, lr=lr, **figures(parts), grad_norm=norm.item(),
+                                    tokens_per_second=round(rate))
+                    shown = ("loss", "lr", "tokens_per_second")
+                    bar.set_postfix({name: f"{line[name]:.4g}" for name in shown})
+                    if not warned and (warned := diagnose(self.lines, config.num_warmup_steps)):
+                        tqdm.write(f"warning: {warned}")
+                    if evaluates and len(heldout):
+                        tqdm.write(self.evaluate(heldout, epoch))
+                    clock, clock_step = time.perf_counter(), self.step
+                # A line is about its own step alone, so a checkpoint can come between lines without a trace.
                 if saves or time.perf_counter() - saved > SAVE_SECONDS:
                     self.save()
                     saved = time.perf_counter()
-                clock, clock_step = time.perf_counter(), self.step
 
     def train_step(self, input_ids, lr):
         """One update from one batch -> its parts, for `figures`, and the gradient norm. Waits for no
@@ -355,30 +359,39 @@ class Run:
             file.write(buffer.getbuffer())
 
     def stop_for(self, what):
-        sys.exit(f"{what} is not finite after step {self.step}; the likely cause is a learning rate that is "
-                 f"too high; the checkpoint in {self.folder} is from before it")
+        sys.exit(f"{what} is not finite after step {self.step}, and that was not saved; the likely cause is "
+                 "a learning rate that is too high: --restart with a lower one")
 
-    def load(self):
-        """Go on from the checkpoint, or begin where there is none. Log lines from after it are cut."""
-        if self.config.restart:
-            self.checkpoint.unlink(missing_ok=True)
-        if not self.checkpoint.exists():
-            with open(self.log_path, "wb") as log:
-                append(log, dict(settings=self.settings, rounding=self.rounding))
-            self.save()
-            return
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+    def read_checkpoint(self):
+        """The state to go on from, or None; the state of another run is refused."""
+        if self.config.restart or not self.checkpoint.exists():
+            return None
+        try:
+            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError):
+            sys.exit(f"{self.checkpoint} is damaged; --restart begins anew")
         before, now = state["settings"], self.settings
         if before != now:
             names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
             listed = ", ".join(f"{name} {before.get(name)} there and {now.get(name)} here" for name in names)
             sys.exit(f"{self.folder} has another run ({listed}): take its settings, or --out, or --restart")
+        return state
+
+    def begin(self, state):
+        """Begin anew, or go on from a state; log lines from after it are cut."""
+        if state is None:
+            for left in ("discriminator", "generator", "discriminator.new", "generator.new"):
+                shutil.rmtree(self.folder / left, ignore_errors=True)
+            with open(self.log_path, "wb") as log:
+                append(log, dict(settings=self.settings, rounding=self.rounding))
+            self.save()
+            return
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         with open(self.log_path, "r+b") as log:
             log.truncate(state["log_bytes"])
-            entries = [json.loads(line) for line in log]
+            entries = [parse(line, self.log_path) for line in log]
             self.lines = [entry for entry in entries if entry.get("split") == "train"]
             if state["rounding"] != self.rounding:
                 append(log, dict(step=self.step, rounding=self.rounding))
@@ -388,11 +401,16 @@ class Run:
         wordpiece = self.cache.wordpiece
         for name in ("discriminator", "generator"):
             folder, new = self.folder / name, self.folder / f"{name}.new"
-            save_pretrained(getattr(self.model, name), getattr(self.model_config, name)(), new,
-                            wordpiece.tokens, wordpiece.do_lower_case, wordpiece.strip_accents)
-            if folder.exists():
-                shutil.rmtree(folder)
-            new.rename(folder)
+            try:
+                save_pretrained(getattr(self.model, name), getattr(self.model_config, name)(), new,
+                                wordpiece.tokens, wordpiece.do_lower_case, wordpiece.strip_accents)
+                if folder.exists():
+                    shutil.rmtree(folder)
+                new.rename(folder)
+            except OSError as error:
+                error.filename = str(folder)
+                shutil.rmtree(new, ignore_errors=True)
+                raise
 
 
 @contextmanager
@@ -440,7 +458,8 @@ and of all the others  [word !]  is a false alarm."""
 
 def show(run, heldout):
     """Print held-out rows with what was masked, what the generator put there, what the discriminator said."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     tokens = run.cache.wordpiece.tokens
     rows = []
@@ -490,8 +509,9 @@ def main(argv=None):
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / "lock", f"another process is training in {folder}; take another --out"):
         run = Run(config, data_config, model_config, cache)
-        run.load()
+        state = run.read_checkpoint()  # before the text is prepared, which may take long,
         cache.prepare()
+        run.begin(state)  # and after, so that bad input leaves nothing behind
         print(cache.describe())
         heldout = cache.heldout(HELDOUT_ROWS).astype(np.int64)
         if len(heldout):
