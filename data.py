@@ -18,6 +18,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import lzma
@@ -26,8 +27,12 @@ import os
 import platform
 import random
 import re
+import subprocess
 import sys
 import sysconfig
+import tarfile
+import threading
+import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -35,21 +40,30 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import requests
+import urllib3
+from requests.adapters import HTTPAdapter
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+# hub: stands for the hub's host. This revision still has the tars, which the main branch replaced by parquet.
+OPENWEBTEXT = [f"hub:/datasets/Skylion007/openwebtext/resolve/39d1a6d3f3a4c838b27bbc65bfb14a2f6f727740"
+               f"/subsets/urlsf_subset{number:02d}.tar" for number in range(21)]
+OFFLINE = "without that address, --data PATH and --data python-docs go on"
+TIMEOUT, ATTEMPTS, BACKOFF = 30, 5, 0.5  # seconds; in a row; seconds, and twice as many each time
 BERT_VOCAB = dict(  # BERT's uncased vocabulary, which is ELECTRA's
-    address="/google/electra-small-discriminator/resolve/main/vocab.txt",
+    address="hub:/google/electra-small-discriminator/resolve/main/vocab.txt",
     size=231_508,
     sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 )
 UNIT_CHARACTERS = 4_000_000  # of text become one shard, some 6,000 rows of 128
 MAX_GROUP = 64  # shards that are shuffled together, at most: some 50 MB
 MAX_DOCUMENT = 100_000_000  # bytes; what is longer is surely not one document
+MAX_LINE = 65_536  # characters of a line that are tokenised
 VOCAB_CHARACTERS = 200_000_000  # from the beginning of the corpus, to train a vocabulary on
 HELDOUT_SHARE = 100  # one document in so many is held out
 
@@ -58,7 +72,7 @@ HELDOUT_SHARE = 100  # one document in so many is held out
 class DataConfig:
     """What text, and how it becomes rows."""
 
-    data: list = ()  # files or folders of .txt or .jsonl, also .gz or .xz; or python-docs
+    data: list = ("openwebtext",)  # files, folders, addresses; or openwebtext, or python-docs
     one_document_per_file: bool = False  # blank lines in .txt files do not separate documents
     vocab: str = "bert"  # a vocab.txt; train:SIZE, made of the text; or bert, downloaded once
     do_lower_case: bool = True  # lower-case the text
@@ -69,8 +83,6 @@ class DataConfig:
     cache: str = "cache"  # folder for prepared text and vocabularies
 
     def __post_init__(self):
-        if not self.data:
-            sys.exit("there is nothing to read; --data takes files and folders of text, or python-docs")
         if self.max_length < 8:
             sys.exit(f"max_length is {self.max_length}; a row needs 8 tokens at the least")
         if not 0 <= self.seed < 2**63 or self.workers < 1:
@@ -78,87 +90,291 @@ class DataConfig:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Sources and documents
+# Sources: what was typed -> files and addresses -> bytes
 
-TEXT_FILE = re.compile(r"\.(txt|jsonl)(\.gz|\.xz)?$")
-OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+READABLE = re.compile(r"\.(txt|jsonl|tar)(\.gz|\.xz)?$")
 
 
 def find_files(config):
-    """The corpus as a list of paths in a fixed order: arguments as typed, the files of a folder by name."""
+    """The corpus as a list of paths and addresses in a fixed order: as typed, the files of a folder by
+    name."""
     files = []
     for argument in config.data:
         path = Path(argument)
-        if argument == "python-docs":
+        if argument == "python-docs" or is_address(argument):
             files.append(argument)
+        elif argument == "openwebtext":
+            files += OPENWEBTEXT
         elif path.is_dir():
-            found = sorted(file for file in path.rglob("[!.]*") if TEXT_FILE.search(file.name))
+            found = sorted(file for file in path.rglob("[!.]*") if READABLE.search(file.name))
             if not found:
-                sys.exit(f"{path} has no .txt or .jsonl file in it, nor one of these with .gz or .xz")
+                sys.exit(f"{path} has no .txt, .jsonl or .tar file in it, nor one of these with .gz or .xz")
             files += found
         elif not path.exists():
-            sys.exit(f"there is no {path}; --data takes files and folders of text, or python-docs")
-        elif not TEXT_FILE.search(path.name):
-            sys.exit(f"{path} cannot be read: .txt and .jsonl can, and these with .gz or .xz")
+            sys.exit(f"there is no {path}; --data takes files, folders, addresses, openwebtext, python-docs")
         else:
-            files.append(path)
+            files += read_addresses(path) or [path]
+    for file in files:
+        if file != "python-docs" and not READABLE.search(path_of(file)):
+            sys.exit(f"{file} cannot be read: .txt, .jsonl and .tar can, and these with .gz or .xz")
     return files
 
 
+def is_address(name):
+    return str(name).startswith(("http://", "https://", "hub:"))
+
+
+def path_of(file):
+    return urlsplit(file).path if is_address(file) else str(file)
+
+
+def url_of(address):
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    return hub + address.removeprefix("hub:") if address.startswith("hub:") else address
+
+
+def read_addresses(path):
+    """The addresses in a .txt file that begins with one; else none, and it is text."""
+    if path.suffix != ".txt":
+        return []
+    with open(path, "rb") as file:
+        if not file.read(8).startswith((b"http://", b"https://")):
+            return []
+        file.seek(0)
+        addresses = file.read().decode("utf-8", "replace").split()
+    if not all(map(is_address, addresses)):
+        sys.exit(f"{path} begins with an address, so it must hold addresses only, one a line")
+    return addresses
+
+
 def identify(file):
-    """What tells whether a file is still the one that a cache was made from."""
+    """What tells whether a file is still the one that a cache was made from.
+
+    Of an address it is the address alone; HttpStream sees to it that what is there stays the same.
+    """
     if file == "python-docs":
         return [file, platform.python_version(), *map(importlib.metadata.version, ("torch", "numpy"))]
-    return [str(file), file.stat().st_size, file.stat().st_mtime_ns]
+    return [file] if is_address(file) else [str(file), file.stat().st_size, file.stat().st_mtime_ns]
 
 
-def read_documents(config, start=(0, 0)):
-    """Yield ((file, index), text), from the document at position `start` on, leaving out empty ones."""
+class HttpStream(io.RawIOBase):
+    """What is at an address, from byte `offset` on, as a binary file. A body that breaks off is continued.
+
+    `seen` maps addresses to the (ETag, length) first found there. It is added to; what is there must agree
+    with it.
+    """
+
+    def __init__(self, address, offset, seen):
+        self.address, self.url, self.position, self.seen = address, url_of(address), offset, seen
+        self.response, self.length, self.failures = None, None, 0
+        # Connections, "too many requests" and the server's errors are the library's part, broken bodies ours.
+        retry = urllib3.Retry(ATTEMPTS, status_forcelist=[429, 500, 502, 503, 504], backoff_factor=BACKOFF)
+        self.session = requests.Session()
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, HTTPAdapter(max_retries=retry))
+
+    def readable(self):
+        return True
+
+    def close(self):
+        self.disconnect()
+        self.session.close()
+        super().close()
+
+    def disconnect(self):
+        if self.response is not None:
+            self.response.close()
+        self.response = None
+
+    def readinto(self, buffer):
+        while self.length is None or self.position < self.length:
+            try:
+                if self.response is None:
+                    self.connect()
+                data = self.response.raw.read(min(len(buffer), self.length - self.position))
+                if not data:
+                    raise urllib3.exceptions.ProtocolError("the body ended early")
+            except (urllib3.exceptions.HTTPError, requests.RequestException) as error:
+                self.wait_after(error)
+                continue
+            buffer[: len(data)] = data
+            self.position, self.failures = self.position + len(data), 0
+            return len(data)
+        return 0
+
+    def connect(self):
+        """Ask for what is missing, following redirects anew, and see that it is the rest of the same
+        thing."""
+        headers = {"Range": f"bytes={self.position}-", "Accept-Encoding": "identity"}
+        self.response = response = self.session.get(self.url, headers=headers, stream=True, timeout=TIMEOUT)
+        if response.status_code not in (200, 206):
+            answer = f"{response.status_code} {response.reason}"
+            sys.exit(f"{self.url} cannot be read: it answers {answer}; {OFFLINE}")
+        part = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+        whole = 0, int(response.headers.get("Content-Length", -1))
+        begin, length = map(int, part.groups()) if part else whole
+        found = [response.headers.get("ETag"), length]
+        known = self.seen.setdefault(self.address, found)
+        if known != found or length < 0:
+            sys.exit(f"{self.url} is no longer what it was: its ETag and length are {found}, not {known}; "
+                     "take another --cache to begin anew")
+        while begin < self.position:  # a server that does not know Range begins at the beginning
+            begin += len(response.raw.read(min(1 << 20, self.position - begin)) or self.broken())
+        self.length = length
+
+    def broken(self):
+        raise urllib3.exceptions.ProtocolError("the body ended early")
+
+    def wait_after(self, error):
+        self.disconnect()
+        self.failures += 1
+        if self.failures > ATTEMPTS:
+            sys.exit(f"{self.url} cannot be read: {self.failures} attempts in a row broke off at byte "
+                     f"{self.position:,}, the last with: {error}; {OFFLINE}")
+        time.sleep(min(60, BACKOFF * 2**self.failures))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Documents
+
+DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, tarfile.TarError)
+
+
+class Damage(Exception):
+    """What a file or a member of an archive holds cannot be read; the message names it."""
+
+
+def read_documents(config, start=(0, 0, 0), seen=None):
+    """Yield (position, group, text) from the document at position `start` on.
+
+    A position is (file, offset, index): where in an uncompressed tar the document's member begins, else 0,
+    and the number of the document from there. Documents with the same group, not None, are from the same
+    inner archive.
+    """
+    seen = {} if seen is None else seen
     for number, file in enumerate(find_files(config)):
         if number < start[0]:
             continue
-        documents = python_docs(config.cache) if file == "python-docs" else read_file(file, config)
-        for index, text in enumerate(documents):
-            text = text.replace("\r\n", "\n").strip()  # so that copies of a document are the same text
-            if (number, index) >= tuple(start) and text:
-                yield (number, index), text
+        offset, index = start[1:] if number == start[0] else (0, 0)
+        damaged = None
+        while True:
+            try:
+                for at, group, text in read_file(file, offset, index, config, seen):
+                    # Without "\r", so that copies of a document are the same text.
+                    if text := text.replace("\r\n", "\n").strip():
+                        yield (number, *at), group, text
+                    offset, index = at[0], at[1] + 1
+                break
+            except Damage as damage:
+                if damaged == (offset, index):
+                    sys.exit(f"{damage}; make or fetch it again")
+                damaged = offset, index  # perhaps it was damaged on its way here: once more from there
 
 
-def read_file(path, config):
-    """Yield the documents of a .txt file, which blank lines separate, or of a .jsonl file, one a line."""
+def read_file(file, offset, index, config, seen):
+    """Yield ((offset, index), group, text) for the documents of one file, from a position in it on."""
+    if file == "python-docs":
+        documents = ((0, None, text) for text in python_docs(config.cache))
+        stream = io.BytesIO()
+    elif is_address(file):
+        stream = io.BufferedReader(HttpStream(file, offset, seen), 1 << 20)
+    else:
+        stream = open(file, "rb")
+        stream.seek(offset)
+    with stream:
+        name = path_of(file)
+        if ".tar" in Path(name).suffixes[-2:]:
+            documents = read_tar(stream, name, file, offset)
+        elif file != "python-docs":
+            texts = read_text(stream, name, file, config.one_document_per_file)
+            documents = ((0, None, text) for text in texts)
+        last, number = offset, -1
+        for where, group, text in documents:
+            last, number = where, number + 1 if where == last else 0
+            if where > offset or number >= index:
+                yield (where, number), group, text
+
+
+class Member(tarfile.TarInfo):
+    """A member of an archive that must not end without its end mark, as tarfile would let it."""
+
+    @classmethod
+    def fromtarfile(cls, tar):
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError) as error:
+            raise tarfile.ReadError("it has no end mark") from error
+
+
+def read_tar(stream, name, source, base):
+    """Yield (offset, group, text) for what a tar holds. Nothing is written to the disk.
+
+    Members are .txt, one document each, .jsonl, and tars of these, as which OpenWebText's *_data.xz count
+    too. `base` is where in the source the stream began.
+    """
+    with (told_as_damage(source), decompress(stream, name) as file,
+          tarfile.open(fileobj=file, mode="r|", tarinfo=Member) as tar):
+        while member := tar.next():
+            tar.members.clear()  # or else it would grow with the archive
+            inside = f"{member.name} in {source}"
+            offset = base + member.offset if file is stream else 0
+            suffixes = Path(member.name).suffixes
+            if not member.isfile():
+                continue
+            if READABLE.search(member.name) and ".tar" not in suffixes[-2:]:
+                for text in read_text(tar.extractfile(member), member.name, inside, whole=True):
+                    yield offset, None, text
+            elif ".tar" in suffixes[-2:] or suffixes[-1:] == [".xz"]:
+                for _, _, text in read_tar(tar.extractfile(member), member.name, inside, 0):
+                    yield offset, member.offset, text
+
+
+def read_text(stream, name, source, whole):
+    """Yield the documents of a .jsonl file, one a line, or of a .txt file, separated by blank lines or one
+    whole."""
+    with told_as_damage(source), decompress(stream, name) as file:
+        if ".jsonl" in Path(name).suffixes[-2:]:
+            for number, (line, _) in enumerate(read_lines(file, source), 1):
+                if line.strip():
+                    yield text_of_json(line, f"{source}, line {number}")
+            return
+        document, start = [], 0
+        for line, end in read_lines(file, source):
+            if end - start > MAX_DOCUMENT:
+                sys.exit(f"{source} has a document of over {MAX_DOCUMENT:,} bytes; put blank lines between")
+            if line.strip() or whole:
+                document.append(line)
+            else:
+                yield "".join(document)
+                document, start = [], end
+        yield "".join(document)
+
+
+def decompress(stream, name):
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(name).suffix)
+    return opener(stream) if opener else stream
+
+
+@contextmanager
+def told_as_damage(source):
     try:
-        with OPENERS.get(path.suffix, open)(path, "rb") as file:
-            if ".jsonl" in path.suffixes:
-                for number, (line, _) in enumerate(read_lines(file, path), 1):
-                    if line.strip():
-                        yield text_of_json(line, f"{path}, line {number}")
-                return
-            document, start = [], 0
-            for line, end in read_lines(file, path):
-                if end - start > MAX_DOCUMENT:
-                    sys.exit(f"{path} has a document of over {MAX_DOCUMENT:,} bytes; put blank lines between")
-                if line.strip() or config.one_document_per_file:
-                    document.append(line)
-                else:
-                    yield "".join(document)
-                    document, start = [], end
-            yield "".join(document)
-    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
-        sys.exit(f"{path} is damaged or cut short ({error}); make or fetch it again")
+        yield
+    except DAMAGE as error:
+        raise Damage(f"{source} is damaged or cut short ({error})") from error
 
 
-def read_lines(file, name):
+def read_lines(file, source):
     """Yield (line, byte offset of its end). Only "\\n" ends a line; str.splitlines also cuts at U+2028 and
     others."""
     offset = 0
     while raw := file.readline(MAX_DOCUMENT + 1):
         if len(raw) > MAX_DOCUMENT:
-            sys.exit(f"{name} has a line of over {MAX_DOCUMENT:,} bytes; it is hardly text")
+            sys.exit(f"{source} has a line of over {MAX_DOCUMENT:,} bytes; it is hardly text")
         try:
             line = raw.decode()
             yield line if offset else line.removeprefix("\ufeff"), offset + len(raw)
         except UnicodeDecodeError as error:
-            sys.exit(f"{name} is not UTF-8 at byte {offset + error.start}; convert it, perhaps with iconv")
+            sys.exit(f"{source} is not UTF-8 at byte {offset + error.start}; convert it, perhaps with iconv")
         offset += len(raw)
 
 
@@ -284,7 +500,7 @@ def train_vocab(config, size, path):
 
     def lines():
         nonlocal total
-        for _, text in read_documents(config):
+        for _, _, text in read_documents(config):
             total += len(text)
             if total > VOCAB_CHARACTERS:
                 return
@@ -328,7 +544,7 @@ def check_vocab_size(size, name):
 
 def download(path, address, size, sha256, instead):
     """Fetch a file of the hub whole to `path`; `instead` says what else can be done."""
-    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + address
+    url = url_of(address)
     try:
         with requests.get(url, stream=True, timeout=30) as response, atomic_write(path) as file:
             response.raise_for_status()
@@ -413,6 +629,10 @@ def build_rows(documents, unit, wordpiece, config):
 # The cache: shards and their manifest
 
 
+class Interrupted(Exception):
+    """A signal came while training waited for shards."""
+
+
 class Cache:
     """A folder of shards made from one corpus with one vocabulary, and a manifest that says how far it has
     come.
@@ -436,49 +656,90 @@ class Cache:
         # A cache of anything else has another name, so it is never taken for this one.
         self.folder = Path(config.cache) / f"{source_name(config)}-{digest(self.made_from)}"
         self.manifest = self.folder / "manifest.jsonl"
+        self.shards, self.complete, self.read_bytes, self.seen = [], False, 0, {}
+        self.producer, self.interrupted = None, []  # the latter holds signals that came
 
     def read_manifest(self):
-        """-> the shards' entries, whether they are all, and how many bytes of the manifest are whole
-        lines."""
-        shards, complete, size = [], False, 0
-        for line in self.manifest.read_bytes().splitlines(keepends=True) if self.manifest.exists() else []:
-            if line.endswith(b"\n"):  # else it was torn by a kill
-                entry, size = parse(line, self.manifest), size + len(line)
-                complete = "complete" in entry
-                shards += [entry] if "shard" in entry else []
-        return shards, complete, size
+        """-> the shards' entries, and whether they are all. Only lines that were added meanwhile are read."""
+        with open(self.manifest, "rb") if self.manifest.exists() else io.BytesIO() as manifest:
+            manifest.seek(self.read_bytes)
+            for line in manifest:
+                if not line.endswith(b"\n"):
+                    break  # torn by a kill, or not yet whole
+                self.read_bytes += len(line)
+                entry = parse(line, self.manifest)
+                self.complete = "complete" in entry
+                self.shards += [entry] if "shard" in entry else []
+                self.seen |= entry.get("seen", {})
+        return self.shards, self.complete
 
     def prepare(self):
         """Make what is missing of the cache, with a progress bar."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with lock(self.folder / "lock", f"waiting for another process to prepare {self.folder}", wait=True):
-            shards, complete, size = self.read_manifest()
+            _, complete = self.read_manifest()
             if complete:
                 return
             with open(self.manifest, "ab") as manifest:
-                manifest.truncate(size)
-                if not size:
+                manifest.truncate(self.read_bytes)
+                if not self.read_bytes:
                     append(manifest, {"made_from": self.made_from})
-                self.add_shards(manifest, shards)
+                self.add_shards(manifest)
                 append(manifest, {"complete": True})
 
-    def add_shards(self, manifest, shards):
-        start = shards[-1]["next"] if shards else (0, 0)
-        rows = sum(shard["rows"] for shard in shards)
+    def add_shards(self, manifest):
+        start = self.shards[-1]["next"] if self.shards else (0, 0, 0)
+        rows, known = sum(shard["rows"] for shard in self.shards), dict(self.seen)
         with tqdm(desc="preparing", unit=" rows", initial=rows, disable=None) as bar:
-            units = prefetch(self.encode(*unit) for unit in prefetch(read_units(self.config, start)))
-            for number, (documents, following) in enumerate(units, len(shards)):
+            units = prefetch(read_units(self.config, start, self.seen))
+            encoded = prefetch(self.encode(*unit) for unit in units)
+            for number, (documents, following) in enumerate(encoded, len(self.shards)):
                 entry = self.write_shard(number, documents, following)
+                if known != self.seen:
+                    known = entry["seen"] = dict(self.seen)
                 append(manifest, entry)
                 bar.update(entry["rows"])
                 rows += entry["rows"]
-            if not rows:
-                sys.exit(f"{' '.join(self.config.data)} holds no text to train on: not one row came of it")
+        if not rows:
+            sys.exit(f"{' '.join(self.config.data)} holds no text to train on: not one row came of it")
+
+    @contextmanager
+    def producing(self):
+        """For as long as this lasts, have a process of its own make what is missing: what `python data.py`
+        does.
+
+        It ends when this process does, however that ends, since then its standard input closes.
+        """
+        if self.read_manifest()[1]:
+            yield
+            return
+        command = [sys.executable, __file__, "--until-stdin-closes", *as_flags(self.config)]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        # In a session of its own, so that a Ctrl-C is for training alone to answer.
+        with subprocess.Popen(command, **pipes, text=True, start_new_session=True) as self.producer:
+            try:
+                yield
+            finally:
+                self.producer.kill()
+
+    def wait(self, enough):
+        """The shards' entries, as soon as they are `enough`, or all there are going to be."""
+        while True:
+            ended = self.producer is not None and self.producer.poll() is not None
+            shards, complete = self.read_manifest()
+            if complete or enough(shards):
+                return shards
+            if ended:
+                said = self.producer.stderr.read().strip().splitlines()
+                sys.exit(said[-1] if said else f"the preparation of {self.folder} was killed; run this again")
+            if self.interrupted:
+                raise Interrupted
+            time.sleep(0.05)
 
     def encode(self, texts, following):
         """The documents of a unit as (is_heldout, lines of ids), tokenised in one call, which runs in
         parallel."""
-        documents = [[line for line in text.split("\n") if line.strip()] for text in texts]
+        documents = [[line[:MAX_LINE] for line in text.split("\n") if line.strip()] for text in texts]
         ids = iter(self.wordpiece.encode([line for lines in documents for line in lines]))
         encoded = [list(itertools.islice(ids, len(lines))) for lines in documents]
         return list(zip(map(is_heldout, texts), encoded, strict=True)), following
@@ -503,9 +764,9 @@ class Cache:
             sys.exit(f"a shard of {self.folder} is damaged ({error}); delete the folder, to prepare it anew")
 
     def heldout(self, limit):
-        """The first `limit` held-out rows, or all if there are fewer."""
+        """The first `limit` held-out rows, once they are there, or all if there are fewer."""
         rows = np.zeros((0, self.config.max_length), dtype=np.uint16)
-        for shard in self.read_manifest()[0]:
+        for shard in self.wait(lambda shards: sum(shard["heldout_rows"] for shard in shards) >= limit):
             if len(rows) < limit:
                 rows = np.concatenate([rows, self.load("heldout", [shard["shard"]])])
         return rows[:limit]
@@ -513,10 +774,11 @@ class Cache:
     def describe(self):
         """What the cache holds, with a warning where D04 drops much of it."""
         names = ("documents", "rows", "heldout_rows", "tokens_kept", "tokens_dropped")
-        shards, _, _ = self.read_manifest()
+        shards, complete = self.read_manifest()
         documents, rows, heldout, kept, dropped = (sum(shard[name] for shard in shards) for name in names)
-        share = dropped / (kept + dropped)
-        text = (f"{self.folder}: {documents:,} documents gave {rows:,} rows and {heldout:,} held out; "
+        share = dropped / max(1, kept + dropped)
+        text = (f"{self.folder}{'' if complete else ', so far'}: {documents:,} documents gave {rows:,} rows "
+                f"and {heldout:,} held out; "
                 f"{kept:,} tokens are in them, and {share:.1%} were dropped where lines overflow a row")
         if share > 0.4:
             text += ("\nwarning: that is a lot. ELECTRA takes a line for a sentence or paragraph, and cuts "
@@ -524,17 +786,17 @@ class Cache:
         return text
 
 
-def read_units(config, start):
-    """Group documents into units of some MB: yield (texts, position of the first document that follows)."""
-    texts, size = [], 0
-    for position, text in read_documents(config, start):
-        if size >= UNIT_CHARACTERS:
+def read_units(config, start, seen):
+    """Group documents into units, an inner archive or some MB: yield (texts, position of what follows)."""
+    texts, size, unit = [], 0, None
+    for position, group, text in read_documents(config, start, seen):
+        if texts and (size >= UNIT_CHARACTERS or group != unit):
             yield texts, position
             texts, size = [], 0
         texts.append(text)
-        size += len(text)
+        size, unit = size + len(text), group
     if texts:
-        yield texts, (len(find_files(config)), 0)
+        yield texts, (len(find_files(config)), 0, 0)
 
 
 def is_heldout(text):
@@ -556,38 +818,40 @@ class TrainingRows:
 
     def __init__(self, cache):
         self.cache, self.seed = cache, cache.config.seed
-        self.sizes = [shard["rows"] for shard in cache.read_manifest()[0]]
 
     def groups(self):
-        """Yield (epoch, group, its shards) for ever."""
+        """Yield (epoch, group, its shards) for ever, in epoch 0 as soon as the shards of a group are
+        there."""
         for epoch in itertools.count():
-            shards = list(range(len(self.sizes)))
-            if epoch:
-                shards = generator(self.seed, "shards", epoch).permutation(shards).tolist()
+            start = 0
             for group in itertools.count():
-                if not shards:
+                stop = start + min(2**group, MAX_GROUP)
+                arrived = len(self.cache.wait(lambda shards, stop=stop: len(shards) >= stop))
+                order = range(arrived)
+                if epoch:
+                    order = generator(self.seed, "shards", epoch).permutation(arrived).tolist()
+                if start >= arrived:
                     break
-                size = min(2**group, MAX_GROUP)
-                yield epoch, group, shards[:size]
-                shards = shards[size:]
+                yield epoch, group, list(order[start:stop])
+                start = stop
 
     def read_groups(self, first_row):
         """Yield (epoch, rows) of the groups from row `first_row` on, and of the first group only what follows
         it."""
         for epoch, group, shards in self.groups():
-            size = sum(self.sizes[shard] for shard in shards)
+            size = sum(self.cache.shards[shard]["rows"] for shard in shards)
             if first_row < size:
                 order = generator(self.seed, "rows", epoch, group).permutation(size)
                 yield epoch, self.cache.load("train", shards)[order[first_row:]]
             first_row = max(0, first_row - size)
 
-    def batches(self, first_step, batch_size):
+    def batches(self, first_step, batch_size, waiting=None):
         """Yield (epoch of the last row, (batch_size, max_length) int64) from step `first_step` on.
 
         Row g = step x batch_size + i of the order is row i of the step's batch; batches run on across groups
-        and epochs. The next group is read in the background.
+        and epochs. The next group is read in the background; `waiting` is called where it has not come yet.
         """
-        groups = prefetch(self.read_groups(first_step * batch_size))
+        groups = prefetch(self.read_groups(first_step * batch_size), waiting=waiting)
         epoch, rows = next(groups)
         while True:
             while len(rows) < batch_size:
@@ -648,14 +912,24 @@ def lock(path, busy, wait=False):
         yield
 
 
-def prefetch(items, depth=1):
-    """Iterate over `items` in a background thread, up to `depth` ahead. What is raised there is raised
-    here."""
+def prefetch(items, depth=1, waiting=None):
+    """Iterate over `items` in a background thread, up to `depth` ahead. What is raised there is raised here.
+
+    `waiting` is called with True before a wait for an item that is late, and with False after it.
+    """
     end = object()
     with ThreadPoolExecutor(1) as thread:
         iterator = iter(items)
         pending = deque(thread.submit(next, iterator, end) for _ in range(depth))
-        while (item := pending.popleft().result()) is not end:
+        while True:
+            is_late = not pending[0].done()
+            if waiting and is_late:
+                waiting(True)
+            item = pending.popleft().result()
+            if waiting and is_late:
+                waiting(False)
+            if item is end:
+                return
             pending.append(thread.submit(next, iterator, end))
             yield item
 
@@ -710,6 +984,25 @@ def configure(config_class, typed, **defaults):
     return config_class(**values)
 
 
+def as_flags(config):
+    """What to type to get this config."""
+    flags = []
+    for field in fields(config):
+        name, value = field.name.replace("_", "-"), getattr(config, field.name)
+        if field.type is bool:
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags += [f"--{name}", *map(str, value if field.type is list else [value])]
+    return flags
+
+
+def end_with_parent():
+    """Once standard input closes, end this process, at once and wherever it is: what is whole stays."""
+    while os.read(0, 1):  # not sys.stdin, whose lock this thread would hold when the process ends by itself
+        pass
+    os._exit(1)
+
+
 @contextmanager
 def one_sentence():
     """Let what the system refuses, such as space on a full disk, end the command with a sentence."""
@@ -726,8 +1019,11 @@ def one_sentence():
 def main(argv=None):
     parser = Parser("Prepare text for pre-training: tokenise it, cut it into rows, and keep them in a cache.")
     parser.add_fields(DataConfig)
+    parser.add_argument("--until-stdin-closes", action="store_true", help="end with who began this")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N rows and their segments")
     typed = parser.parse_args(argv)
+    if hasattr(typed, "until_stdin_closes"):
+        threading.Thread(target=end_with_parent, daemon=True).start()
     config = configure(DataConfig, typed)
     wordpiece = load_wordpiece(config)
     cache = Cache(config, wordpiece)

@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from tqdm import tqdm
 from data import (
     Cache,
     DataConfig,
+    Interrupted,
     Parser,
     TrainingRows,
     append,
@@ -247,29 +248,39 @@ class Run:
         self.model = Electra(model_config).to(self.device).train()
         self.compiled_model = torch.compile(self.model, fullgraph=True) if compiled else self.model
         self.optimizer = build_optimizer(self.model.parameters(), config)
-        self.step, self.lines = 0, []
+        self.step, self.lines, self.heldout = 0, [], None
 
-    def train(self, rows, heldout):
-        """Steps from wherever the run is to its end."""
+    def train(self, rows):
+        """Steps from wherever the run is to its end, or to a signal; what is then not yet saved is."""
+        with stop_signals() as self.cache.interrupted:
+            with suppress(Interrupted):
+                self.take_steps(rows)
+            if self.step < self.config.num_train_steps:
+                self.save()
+                again = "the same command" + " without --restart" * self.config.restart
+                sys.exit(f"stopped and saved after step {self.step}; {again} goes on from there")
+
+    def take_steps(self, rows):
         config, total, warned = self.config, self.config.num_train_steps, False
         saved = clock = time.perf_counter()
         clock_step = self.step
-        bar = tqdm(total=total, initial=self.step, desc=config.size, unit="step", disable=None)
-        with stop_signals() as signals, bar:
-            for epoch, input_ids in rows.batches(self.step, config.batch_size):
-                if signals:
-                    self.save()
-                    again = "the same command" + " without --restart" * config.restart
-                    sys.exit(f"stopped and saved after step {self.step}; {again} goes on from there")
-                if self.step == total:
-                    break
+        with tqdm(total=total, initial=self.step, desc=config.size, unit="step", disable=None) as bar:
+
+            def waiting(is_so):
+                bar.set_description(f"{config.size}, waiting for text" if is_so else config.size)
+
+            for epoch, input_ids in rows.batches(self.step, config.batch_size, waiting):
+                if self.cache.interrupted or self.step == total:
+                    return
+                evaluates = (self.step + 1) % config.eval_every == 0 or self.step + 1 == total
+                saves = (self.step + 1) % config.save_every == 0 or self.step + 1 == total
+                if evaluates and self.heldout is None:
+                    self.heldout = self.wait_for_heldout()  # before the step, in case a signal comes
                 lr = learning_rate(self.step, config.learning_rate, total, config.num_warmup_steps)
                 parts, norm = self.train_step(input_ids, lr)
                 self.step += 1
                 bar.update()
 
-                evaluates = self.step % config.eval_every == 0 or self.step == total
-                saves = self.step % config.save_every == 0 or self.step == total
                 if evaluates or saves or self.step == 1 or self.step % config.log_every == 0:
                     rate = (self.step - clock_step) * input_ids.size / (time.perf_counter() - clock)
                     line = self.log("train", epoch, lr=lr, **figures(parts), grad_norm=norm.item(),
@@ -278,8 +289,8 @@ class Run:
                     bar.set_postfix({name: f"{line[name]:.4g}" for name in shown})
                     if not warned and (warned := diagnose(self.lines, config.num_warmup_steps)):
                         tqdm.write(f"warning: {warned}")
-                    if evaluates and len(heldout):
-                        tqdm.write(self.evaluate(heldout, epoch))
+                    if evaluates and len(self.heldout):
+                        tqdm.write(self.evaluate(epoch))
                     clock, clock_step = time.perf_counter(), self.step
                 # A line is about its own step alone, so a checkpoint can come between lines without a trace.
                 if saves or time.perf_counter() - saved > SAVE_SECONDS:
@@ -326,9 +337,19 @@ class Run:
         self.model.train()
         return parts
 
-    def evaluate(self, heldout, epoch):
+    def wait_for_heldout(self):
+        """The held-out rows, as soon as there are enough; says what to compare the MLM loss on them with."""
+        heldout = self.cache.heldout(HELDOUT_ROWS).astype(np.int64)
+        if len(heldout):
+            unigram = unigram_entropy(heldout, self.model_config)
+            tqdm.write(f"held out: {len(heldout):,} rows; word frequencies alone give MLM loss {unigram:.3f}")
+        else:
+            tqdm.write("of so little text no document is held out (one in a hundred is): no evaluation")
+        return heldout
+
+    def evaluate(self, epoch):
         """Log the figures of the held-out rows and return them as a sentence."""
-        line = self.log("heldout", epoch, **figures(self.forward_heldout(heldout)))
+        line = self.log("heldout", epoch, **figures(self.forward_heldout(self.heldout)))
         return (f"step {self.step}, held-out text: MLM loss {line['mlm_loss']:.3f}; discriminator loss "
                 f"{line['disc_loss']:.4f} = {line['disc_loss'] / line['all_original']:.3f} x all-original, "
                 f"AUC {line['auc']:.3f}, recall {line['recall']:.3f}")
@@ -510,19 +531,15 @@ def main(argv=None):
     with lock(folder / "lock", f"another process is training in {folder}; take another --out"):
         run = Run(config, data_config, model_config, cache)
         state = run.read_checkpoint()  # before the text is prepared, which may take long,
-        cache.prepare()
-        run.begin(state)  # and after, so that bad input leaves nothing behind
-        print(cache.describe())
-        heldout = cache.heldout(HELDOUT_ROWS).astype(np.int64)
-        if len(heldout):
-            print(f"held out: {len(heldout):,} rows, in which word frequencies alone would give an MLM loss "
-                  f"of {unigram_entropy(heldout, model_config):.3f}")
-        else:
-            print("of so little text no document is held out (one in a hundred is): there is no evaluation")
-        run.train(TrainingRows(cache), heldout)
-        run.export()
-        if len(heldout):
-            show(run, heldout[:SHOWN_ROWS])
+        with cache.producing():
+            cache.wait(lambda shards: any(shard["rows"] for shard in shards))
+            run.begin(state)  # and after, so that bad input leaves nothing behind
+            print(cache.describe())
+            run.train(TrainingRows(cache))
+            run.export()
+            heldout = run.wait_for_heldout() if run.heldout is None else run.heldout
+            if len(heldout):
+                show(run, heldout[:SHOWN_ROWS])
         print(f"\n{folder}/discriminator and {folder}/generator can be fine-tuned, here or in transformers")
 
 
