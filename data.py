@@ -689,14 +689,17 @@ class Cache:
 
     def add_shards(self, manifest):
         start = self.shards[-1]["next"] if self.shards else (0, 0, 0)
-        rows, known = sum(shard["rows"] for shard in self.shards), dict(self.seen)
+        rows, known = sum(shard["rows"] for shard in self.shards), set(self.seen)
+        files = find_files(self.config)
         with tqdm(desc="preparing", unit=" rows", initial=rows, disable=None) as bar:
             units = prefetch(read_units(self.config, start, self.seen))
             encoded = prefetch(self.encode(*unit) for unit in units)
-            for number, (documents, following) in enumerate(encoded, len(self.shards)):
+            for number, (documents, following, file) in enumerate(encoded, len(self.shards)):
                 entry = self.write_shard(number, documents, following)
-                if known != self.seen:
-                    known = entry["seen"] = dict(self.seen)
+                # Of the files up to this one only: how far ahead the reading is, is chance.
+                if new := [address for address in files[: file + 1] if address in self.seen.keys() - known]:
+                    known |= set(new)
+                    entry["seen"] = {address: self.seen[address] for address in new}
                 append(manifest, entry)
                 bar.update(entry["rows"])
                 rows += entry["rows"]
@@ -736,13 +739,13 @@ class Cache:
                 raise Interrupted
             time.sleep(0.05)
 
-    def encode(self, texts, following):
+    def encode(self, texts, *where):
         """The documents of a unit as (is_heldout, lines of ids), tokenised in one call, which runs in
         parallel."""
         documents = [[line[:MAX_LINE] for line in text.split("\n") if line.strip()] for text in texts]
         ids = iter(self.wordpiece.encode([line for lines in documents for line in lines]))
         encoded = [list(itertools.islice(ids, len(lines))) for lines in documents]
-        return list(zip(map(is_heldout, texts), encoded, strict=True)), following
+        return list(zip(map(is_heldout, texts), encoded, strict=True)), *where
 
     def write_shard(self, number, documents, following):
         """Write the rows of one unit; return its entry for the manifest."""
@@ -787,16 +790,16 @@ class Cache:
 
 
 def read_units(config, start, seen):
-    """Group documents into units, an inner archive or some MB: yield (texts, position of what follows)."""
-    texts, size, unit = [], 0, None
+    """Group documents into units, an inner archive or some MB: yield (texts, position after them, last file)."""
+    texts, size, unit, file = [], 0, None, 0
     for position, group, text in read_documents(config, start, seen):
         if texts and (size >= UNIT_CHARACTERS or group != unit):
-            yield texts, position
+            yield texts, position, file
             texts, size = [], 0
         texts.append(text)
-        size, unit = size + len(text), group
+        size, unit, file = size + len(text), group, position[0]
     if texts:
-        yield texts, (len(find_files(config)), 0, 0)
+        yield texts, (len(find_files(config)), 0, 0), file
 
 
 def is_heldout(text):

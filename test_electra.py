@@ -1367,7 +1367,8 @@ def test_no_producer_outlives_its_parent(streaming):
     server, arguments = streaming
     config = data_config(f"{server.url}/owt.tar")
     script = (
-        "import sys, data, time; config = data.DataConfig(data=sys.argv[1:], vocab='vocab.txt', max_length=32)\n"
+        "import sys, data, time\n"
+        "config = data.DataConfig(data=sys.argv[1:], vocab='vocab.txt', max_length=32)\n"
         "cache = data.Cache(config, data.load_wordpiece(config))\n"
         "with cache.producing(): print(cache.producer.pid, flush=True); time.sleep(60)"
     )

@@ -1,0 +1,55 @@
+"""Text to rows, compared with what the tokeniser alone does on the same text with the same number of threads.
+
+    python bench/rate.py --data PATH --vocab FILE [--workers 1] [--rounds 5]
+
+Each round times both, one after the other, and peak memory is that of the whole process. Prints medians.
+"""
+
+import argparse
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--vocab", required=True)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    work = tempfile.mkdtemp(prefix="rate-")
+    config = data.DataConfig(data=options.data, vocab=options.vocab, workers=options.workers, cache=work)
+    wordpiece = data.load_wordpiece(config)
+    texts = [text for *_, text in data.read_documents(config)]
+    lines = [line[: data.MAX_LINE] for text in texts for line in text.split("\n") if line.strip()]
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    bare, whole = [], []
+    for _ in range(options.rounds):
+        began = time.perf_counter()
+        for start in range(0, len(lines), 10_000):
+            wordpiece.tokenizer.encode_batch(lines[start : start + 10_000], add_special_tokens=False)
+        bare.append(megabytes / (time.perf_counter() - began))
+        cache = data.Cache(config, wordpiece)
+        began = time.perf_counter()
+        cache.prepare()
+        whole.append(megabytes / (time.perf_counter() - began))
+        shutil.rmtree(cache.folder)
+    shutil.rmtree(work)
+    print(
+        f"{megabytes:.0f} MB, {options.workers} threads: encode_batch {statistics.median(bare):.2f} MB/s, "
+        f"text to rows {statistics.median(whole):.2f} MB/s, "
+        f"ratio {statistics.median(w / b for w, b in zip(whole, bare, strict=True)):.2f}; "
+        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Pre-train from a server that fails, under kills, and compare with a run that nothing happened to.
+
+    python bench/soak.py --subsets DIR --vocab FILE [--files 2] [--faults 100] [--kills 20]
+
+DIR holds tars in OpenWebText's nesting (urlsf_subset00.tar, ...), which are served on the loopback interface
+under the paths of the hub. Prints how long after the first byte of the corpus the first batch reaches the step,
+and whether cache, weights and log are the same at the end.
+"""
+
+import argparse
+import http.server
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+HUB_PATH = "/datasets/Skylion007/openwebtext/resolve/main/subsets/"
+FIRST_BATCH = """
+import sys, time, train
+def first(self, input_ids, lr):
+    print("first batch", time.time(), flush=True)
+    raise SystemExit(0)
+train.Run.train_step = first
+train.main(sys.argv[1:])
+"""
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """Serves a folder, with `faults` more requests going wrong in one way or another."""
+
+    daemon_threads = True
+
+    def __init__(self, folder, seed=0):
+        self.folder, self.random, self.faults, self.happened, self.first_byte = (
+            folder,
+            random.Random(seed),
+            0,
+            [],
+            None,
+        )
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def fault(self):
+        if self.faults <= 0:
+            return None
+        self.faults -= 1
+        kind = self.random.choice(["reset", "truncated", "429", "503", "redirect", "slow"])
+        self.happened.append(kind)
+        return kind
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        path, hub = self.server.folder / Path(self.path.split("?")[0]).name, self.server
+        fault = None if "?" in self.path else hub.fault()
+        if fault in ("429", "503", "redirect"):
+            self.send_response({"redirect": 302}.get(fault) or int(fault))
+            self.send_header("Location", self.path + "?again")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        size = path.stat().st_size
+        begin = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
+        self.send_response(206)
+        self.send_header("ETag", f"{path.name}-{size}")
+        self.send_header("Content-Length", str(size - begin))
+        self.send_header("Content-Range", f"bytes {begin}-{size - 1}/{size}")
+        self.end_headers()
+        hub.first_byte = hub.first_byte or time.time()
+        # While faults are wanted, every body ends early, so that there is another request.
+        rest = hub.random.randrange(50_000, 400_000) if fault else size
+        try:
+            with open(path, "rb") as file:
+                file.seek(begin)
+                while rest > 0 and (data := file.read(min(rest, 1 << 16))):
+                    self.wfile.write(data)
+                    rest -= len(data)
+                    time.sleep(0.05 if fault == "slow" else 0)
+            if fault == "reset":
+                self.connection.setsockopt(
+                    1, 13, b"\1\0\0\0\0\0\0\0"
+                )  # SO_LINGER 0: a reset instead of an end
+                self.connection.close()
+        except OSError:
+            self.close_connection = True  # the client was killed
+        if fault:
+            self.close_connection = True
+
+    def log_message(self, *args):
+        pass
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--subsets", type=Path, required=True)
+    parser.add_argument("--vocab", type=Path, required=True)
+    parser.add_argument("--files", type=int, default=2)
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=600)
+    options = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="soak-"))
+    hub = Hub(options.subsets)
+    names = sorted(path.name for path in options.subsets.glob("*.tar"))[: options.files]
+    listed = work / "list.txt"
+    listed.write_text("".join(f"http://127.0.0.1:{hub.server_port}{HUB_PATH}{name}\n" for name in names))
+    common = ["--data", str(listed), "--vocab", str(options.vocab.resolve())]
+
+    for size in ("tiny", "small"):
+        hub.first_byte = None
+        flags = [
+            "--size",
+            size,
+            *common,
+            "--cache",
+            str(work / f"{size}-cache"),
+            "--out",
+            str(work / "first"),
+        ]
+        printed = subprocess.run(
+            [sys.executable, "-c", FIRST_BATCH, *flags], cwd=HERE, capture_output=True, text=True
+        )
+        seconds = float(re.search(r"first batch (\S+)", printed.stdout)[1]) - hub.first_byte
+        print(f"{size}: first batch {seconds:.1f} s after the first byte", flush=True)
+
+    recipe = [
+        *common,
+        "--size",
+        "tiny",
+        "--max-length",
+        "32",
+        "--num-train-steps",
+        str(options.steps),
+        "--log-every",
+        "10",
+        "--save-every",
+        "50",
+        "--eval-every",
+        "300",
+    ]
+
+    def command(name):
+        place = ["--cache", str(work / f"{name}-cache"), "--out", str(work / f"{name}-out")]
+        prepare = [sys.executable, str(HERE / "data.py"), *common, "--max-length", "32", *place[:2]]
+        return [sys.executable, str(HERE / "train.py"), *recipe, *place], prepare
+
+    def run_to_the_end(name):
+        train, prepare = command(name)
+        for part in (train, prepare):
+            subprocess.run(part, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    began = time.time()
+    run_to_the_end("whole")
+    print(f"undisturbed run: {time.time() - began:.0f} s", flush=True)
+
+    hub.faults = options.faults
+    run_to_the_end("faults")
+    counts = {kind: hub.happened.count(kind) for kind in sorted(set(hub.happened))}
+    print(f"faults: {len(hub.happened)}, {counts}", flush=True)
+
+    hub.happened.clear()
+    hub.faults, chance, killed = 10**9, random.Random(1), {"trainer": 0, "producer": 0}
+    while sum(killed.values()) < options.kills:
+        with open(work / "killed.log", "ab") as log:
+            process = subprocess.Popen(command("killed")[0], stdout=log, stderr=log)
+        time.sleep(chance.uniform(2.0, 9.0))
+        if process.poll() is not None:
+            continue
+        producers = children(process.pid)
+        victim = chance.choice(["trainer", "producer"]) if producers else "trainer"
+        os.kill(producers[0] if victim == "producer" else process.pid, signal.SIGKILL)
+        killed[victim] += 1
+        process.wait()
+    hub.faults = 0
+    run_to_the_end("killed")
+    print(f"kills: {killed}, with {len(hub.happened)} faults besides", flush=True)
+
+    for name in ("faults", "killed"):
+        [one], [other] = (list((work / f"{run}-cache").iterdir()) for run in ("whole", name))
+        same = {"cache": contents(one) == contents(other)}
+        for network in ("discriminator", "generator"):
+            one, other = (work / f"{run}-out/tiny/{network}/model.safetensors" for run in ("whole", name))
+            same[network] = one.read_bytes() == other.read_bytes()
+        logs = [
+            [
+                {key: value for key, value in json.loads(line).items() if key != "tokens_per_second"}
+                for line in (work / f"{run}-out/tiny/log.jsonl").read_text().splitlines()
+            ]
+            for run in ("whole", name)
+        ]
+        same["log"] = logs[0] == logs[1]
+        print(f"{name}: the same as undisturbed: {same}", flush=True)
+    shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()
