@@ -1,13 +1,14 @@
-"""From text to batches: source, documents, WordPiece ids, examples of two segments, shards, rows in training
-order.
+"""From text to batches: source, documents, WordPiece ids, examples of two segments, shards, training order.
 
-What enters: files of text, or the documentation that Python, torch and numpy ship. What leaves: a cache of
-`.npy` shards, uint16 (rows, max_length), zero-padded, and from it the rows of every step. The disk holds that
-one array: attention mask and token types follow from the ids. `python data.py --data PATH` prepares a cache
-ahead of time.
+What enters: files, archives or addresses of text, among them OpenWebText, or the documentation that Python,
+torch and numpy ship. What leaves: a cache of `.npy` shards, uint16 (rows, max_length), zero-padded, and from
+it the rows of every step. The disk holds that one array: attention mask and token types follow from the ids.
+`python data.py --data PATH` prepares a cache ahead of time; training has the same done by a process beside
+it.
 
-Claim: the same input, vocabulary and seed give the same bytes, in one go or after any number of kills
-(test_cache_*), and row g of the training order is a function of the seed and g alone (test_order_*).
+Claim: the same input, vocabulary and seed give the same bytes, in one go, over broken connections or after
+any number of kills (test_cache_*, test_a_stream_*), and row g of the training order is a function of the seed
+and g alone (test_order_*).
 """
 
 import argparse
@@ -27,6 +28,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -72,7 +74,7 @@ HELDOUT_SHARE = 100  # one document in so many is held out
 class DataConfig:
     """What text, and how it becomes rows."""
 
-    data: list = ("openwebtext",)  # files, folders, addresses; or openwebtext, or python-docs
+    data: list = ("openwebtext",)  # files, folders, addresses of text, openwebtext, or python-docs
     one_document_per_file: bool = False  # blank lines in .txt files do not separate documents
     vocab: str = "bert"  # a vocab.txt; train:SIZE, made of the text; or bert, downloaded once
     do_lower_case: bool = True  # lower-case the text
@@ -680,6 +682,7 @@ class Cache:
             _, complete = self.read_manifest()
             if complete:
                 return
+            self.announce()
             with open(self.manifest, "ab") as manifest:
                 manifest.truncate(self.read_bytes)
                 if not self.read_bytes:
@@ -706,6 +709,12 @@ class Cache:
         if not rows:
             sys.exit(f"{' '.join(self.config.data)} holds no text to train on: not one row came of it")
 
+    def announce(self):
+        """Say what will be made, and what disk it takes."""
+        free = shutil.disk_usage(self.config.cache).free / 1e9
+        print(f"preparing {self.folder}: a row takes {2 * self.config.max_length} bytes of disk (openwebtext "
+              f"gives 50 million of 128, about 13 GB), and {free:.0f} GB are free", flush=True)
+
     @contextmanager
     def producing(self):
         """For as long as this lasts, have a process of its own make what is missing: what `python data.py`
@@ -716,6 +725,8 @@ class Cache:
         if self.read_manifest()[1]:
             yield
             return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.announce()
         command = [sys.executable, __file__, "--until-stdin-closes", *as_flags(self.config)]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         # In a session of its own, so that a Ctrl-C is for training alone to answer.
@@ -790,7 +801,7 @@ class Cache:
 
 
 def read_units(config, start, seen):
-    """Group documents into units, an inner archive or some MB: yield (texts, position after them, last file)."""
+    """Group documents into units, an inner archive or some MB: yield (texts, position after, last file)."""
     texts, size, unit, file = [], 0, None, 0
     for position, group, text in read_documents(config, start, seen):
         if texts and (size >= UNIT_CHARACTERS or group != unit):
@@ -972,7 +983,7 @@ class Parser(argparse.ArgumentParser):
         for field in fields(config_class):
             if field.name not in comments:
                 continue
-            defaults = [f"{field.default}"]
+            defaults = [" ".join(field.default) if field.type is list else f"{field.default}"]
             defaults += [f"{size}: {row[field.name]}" for size, row in sizes.items() if field.name in row]
             kinds = {bool: dict(action=argparse.BooleanOptionalAction), list: dict(nargs="+")}
             help = f"{comments[field.name]} ({'; '.join(defaults)})".replace("%", "%%")

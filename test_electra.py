@@ -1370,13 +1370,13 @@ def test_no_producer_outlives_its_parent(streaming):
         "import sys, data, time\n"
         "config = data.DataConfig(data=sys.argv[1:], vocab='vocab.txt', max_length=32)\n"
         "cache = data.Cache(config, data.load_wordpiece(config))\n"
-        "with cache.producing(): print(cache.producer.pid, flush=True); time.sleep(60)"
+        "with cache.producing(): print("pid", cache.producer.pid, flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", script, *config.data]
     with subprocess.Popen(
         command, env=os.environ | {"PYTHONPATH": str(HERE)}, stdout=subprocess.PIPE
     ) as parent:
-        pid = int(parent.stdout.readline())
+        pid = next(int(line[4:]) for line in parent.stdout if line.startswith(b"pid "))
         assert Path(f"/proc/{pid}").exists()
         parent.kill()
     deadline = time.monotonic() + 10

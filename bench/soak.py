@@ -3,8 +3,8 @@
     python bench/soak.py --subsets DIR --vocab FILE [--files 2] [--faults 100] [--kills 20]
 
 DIR holds tars in OpenWebText's nesting (urlsf_subset00.tar, ...), which are served on the loopback interface
-under the paths of the hub. Prints how long after the first byte of the corpus the first batch reaches the step,
-and whether cache, weights and log are the same at the end.
+under the paths of the hub. Prints how long after the first byte of the corpus the first batch reaches the
+step, and whether cache, weights and log are the same at the end.
 """
 
 import argparse
