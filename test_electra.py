@@ -1370,7 +1370,7 @@ def test_no_producer_outlives_its_parent(streaming):
         "import sys, data, time\n"
         "config = data.DataConfig(data=sys.argv[1:], vocab='vocab.txt', max_length=32)\n"
         "cache = data.Cache(config, data.load_wordpiece(config))\n"
-        "with cache.producing(): print("pid", cache.producer.pid, flush=True); time.sleep(60)"
+        "with cache.producing(): print('pid', cache.producer.pid, flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", script, *config.data]
     with subprocess.Popen(
