@@ -636,8 +636,7 @@ class Interrupted(Exception):
 
 
 class Cache:
-    """A folder of shards made from one corpus with one vocabulary, and a manifest that says how far it has
-    come.
+    """A folder of shards made from one corpus with one vocabulary, and a manifest of how far it has come.
 
     manifest.jsonl: a line that says what the cache is made from; a line per shard, once that is safe on the
     disk; at the end {"complete": true}. The rows of shard n are train-n.npy and heldout-n.npy.
@@ -660,10 +659,11 @@ class Cache:
         self.manifest = self.folder / "manifest.jsonl"
         self.shards, self.complete, self.read_bytes, self.seen = [], False, 0, {}
         self.producer, self.interrupted = None, []  # the latter holds signals that came
+        self.reading = threading.Lock()  # rows and held-out rows are waited for in two threads
 
     def read_manifest(self):
         """-> the shards' entries, and whether they are all. Only lines that were added meanwhile are read."""
-        with open(self.manifest, "rb") if self.manifest.exists() else io.BytesIO() as manifest:
+        with self.reading, open(self.manifest, "rb") if self.manifest.exists() else io.BytesIO() as manifest:
             manifest.seek(self.read_bytes)
             for line in manifest:
                 if not line.endswith(b"\n"):

@@ -22,6 +22,7 @@ import tarfile
 import threading
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -1399,6 +1400,10 @@ def test_training_waits_for_shards_and_a_signal_ends_the_wait(corpus):
     for (epoch, one), (other_epoch, other) in zip(waited, at_once, strict=True):
         assert epoch == other_epoch and np.array_equal(one, other)
     assert said[:2] == [True, False]
+    together = Cache(config, cache.wordpiece)  # many threads may wait on one cache
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: together.read_manifest(), range(200)))
+    assert together.shards == cache.read_manifest()[0]
     cache.manifest.write_bytes(b"".join(lines[:3]))
     late = Cache(config, cache.wordpiece)
     late.interrupted.append(signal.SIGINT)
