@@ -62,7 +62,9 @@ class Hub(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         path, hub = self.server.folder / Path(self.path.split("?")[0]).name, self.server
-        fault = None if "?" in self.path else hub.fault()
+        fault = hub.fault()
+        if fault == "redirect" and "?" in self.path:
+            fault = "truncated"  # one redirection is enough
         if fault in ("429", "503", "redirect"):
             self.send_response({"redirect": 302}.get(fault) or int(fault))
             self.send_header("Location", self.path + "?again")
