@@ -43,7 +43,7 @@ from data import (
 from model import SIZES, Electra, ElectraConfig, check_ranges, save_pretrained, selectable
 
 HELDOUT_ROWS = 1024  # every evaluation is on these rows, with the same masks and samples
-SHOWN_ROWS = 3
+SHOWN_TOKENS = 512  # of held-out text, at the end
 SAVE_SECONDS = 600  # the most work that a kill can cost
 HEALTH_STEP, HEALTH_WINDOW = 20_000, 5_000  # from when on, and for how many steps, a figure must look bad
 
@@ -470,7 +470,8 @@ def resolve(config):
 
 COLOURS = {"=": 36, "✓": 32, "✗": 31, "!": 33}
 LEGEND = """
-Held-out text, read by both networks. Of the words that were masked,
+Held-out text, read by both networks. The discriminator names as many suspects as there are fakes, since at a
+threshold of one half a young one accuses nobody. Of the words that were masked,
   [word =]        the generator put back the word that was there
   [word→other ✓]  it put another, and the discriminator caught it
   [word→other ✗]  it put another, and the discriminator missed it
@@ -483,10 +484,13 @@ def show(run, heldout):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     tokens = run.cache.wordpiece.tokens
+    parts = run.forward_heldout(heldout)
+    suspicions = torch.cat([output.disc_logits[ids != 0] for output, ids, _ in parts]).sort(descending=True)
+    threshold = suspicions.values[sum(output.is_replaced.sum() for output, _, _ in parts)]
     rows = []
-    for output, ids, _ in run.forward_heldout(heldout):
+    for output, ids, _ in parts:
         masked = torch.zeros_like(output.is_replaced).scatter(1, output.positions, output.weights > 0)
-        rows += zip(ids, output.corrupted_ids, masked, output.disc_logits > 0, strict=True)
+        rows += zip(ids, output.corrupted_ids, masked, output.disc_logits > threshold, strict=True)
     print(LEGEND)
     for row in rows:
         text = ""
@@ -539,7 +543,7 @@ def main(argv=None):
             run.export()
             heldout = run.wait_for_heldout() if run.heldout is None else run.heldout
             if len(heldout):
-                show(run, heldout[:SHOWN_ROWS])
+                show(run, heldout[: SHOWN_TOKENS // data_config.max_length or 1])
         print(f"\n{folder}/discriminator and {folder}/generator can be fine-tuned, here or in transformers")
 
 
