@@ -55,8 +55,8 @@ PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]",
 # hub: stands for the hub's host. This revision still has the tars, which the main branch replaced by parquet.
 OPENWEBTEXT = [f"hub:/datasets/Skylion007/openwebtext/resolve/39d1a6d3f3a4c838b27bbc65bfb14a2f6f727740"
                f"/subsets/urlsf_subset{number:02d}.tar" for number in range(21)]
-OFFLINE = "without that address, --data PATH and --data python-docs go on"
-TIMEOUT, ATTEMPTS, BACKOFF = 30, 5, 0.5  # seconds; in a row; seconds, and twice as many each time
+OFFLINE = "once it can, the same command goes on; --data PATH or --data python-docs need no network"
+TIMEOUT, ATTEMPTS, BACKOFF = 30, 6, 0.5  # seconds; in a row; seconds, and twice as many each time
 BERT_VOCAB = dict(  # BERT's uncased vocabulary, which is ELECTRA's
     address="hub:/google/electra-small-discriminator/resolve/main/vocab.txt",
     size=231_508,
@@ -131,7 +131,7 @@ def path_of(file):
 
 
 def url_of(address):
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     return hub + address.removeprefix("hub:") if address.startswith("hub:") else address
 
 
@@ -159,6 +159,15 @@ def identify(file):
     return [file] if is_address(file) else [str(file), file.stat().st_size, file.stat().st_mtime_ns]
 
 
+def patient_session():
+    """A session that tries again, for half a minute, where a connection or the server fails."""
+    retry = urllib3.Retry(ATTEMPTS, status_forcelist=[429, 500, 502, 503, 504], backoff_factor=BACKOFF)
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(max_retries=retry))
+    return session
+
+
 class HttpStream(io.RawIOBase):
     """What is at an address, from byte `offset` on, as a binary file. A body that breaks off is continued.
 
@@ -169,11 +178,7 @@ class HttpStream(io.RawIOBase):
     def __init__(self, address, offset, seen):
         self.address, self.url, self.position, self.seen = address, url_of(address), offset, seen
         self.response, self.length, self.failures = None, None, 0
-        # Connections, "too many requests" and the server's errors are the library's part, broken bodies ours.
-        retry = urllib3.Retry(ATTEMPTS, status_forcelist=[429, 500, 502, 503, 504], backoff_factor=BACKOFF)
-        self.session = requests.Session()
-        for scheme in ("http://", "https://"):
-            self.session.mount(scheme, HTTPAdapter(max_retries=retry))
+        self.session = patient_session()
 
     def readable(self):
         return True
@@ -192,11 +197,14 @@ class HttpStream(io.RawIOBase):
         while self.length is None or self.position < self.length:
             try:
                 if self.response is None:
-                    self.connect()
+                    self.connect()  # whose own errors come after as many attempts, and end it
                 data = self.response.raw.read(min(len(buffer), self.length - self.position))
                 if not data:
                     raise urllib3.exceptions.ProtocolError("the body ended early")
-            except (urllib3.exceptions.HTTPError, requests.RequestException) as error:
+            except requests.RequestException as error:
+                sys.exit(f"{self.url} cannot be read: {ATTEMPTS + 1} attempts in a row failed, the last "
+                         f"with: {error}; {OFFLINE}")
+            except urllib3.exceptions.HTTPError as error:
                 self.wait_after(error)
                 continue
             buffer[: len(data)] = data
@@ -215,9 +223,12 @@ class HttpStream(io.RawIOBase):
         part = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
         whole = 0, int(response.headers.get("Content-Length", -1))
         begin, length = map(int, part.groups()) if part else whole
-        found = [response.headers.get("ETag"), length]
+        if length < 0 or begin not in (0, self.position) or (response.status_code == 206 and not part):
+            sys.exit(f"{self.url} cannot be read: the answer does not say which part this is; {OFFLINE}")
+        # What the hub has at a pinned revision is the same everywhere, whatever ETag a mirror gives it.
+        found = [None if self.address.startswith("hub:") else response.headers.get("ETag"), length]
         known = self.seen.setdefault(self.address, found)
-        if known != found or length < 0:
+        if known != found:
             sys.exit(f"{self.url} is no longer what it was: its ETag and length are {found}, not {known}; "
                      "take another --cache to begin anew")
         while begin < self.position:  # a server that does not know Range begins at the beginning
@@ -264,11 +275,12 @@ def read_documents(config, start=(0, 0, 0), seen=None):
                 for at, group, text in read_file(file, offset, index, config, seen):
                     # Without "\r", so that copies of a document are the same text.
                     if text := text.replace("\r\n", "\n").strip():
-                        yield (number, *at), group, text
+                        yield (number, *at), group and (number, group), text
                     offset, index = at[0], at[1] + 1
                 break
             except Damage as damage:
-                if damaged == (offset, index):
+                # Only in an uncompressed tar is what came before the damage known to be whole.
+                if damaged == (offset, index) or not path_of(file).endswith(".tar"):
                     sys.exit(f"{damage}; make or fetch it again")
                 damaged = offset, index  # perhaps it was damaged on its way here: once more from there
 
@@ -304,8 +316,13 @@ class Member(tarfile.TarInfo):
     def fromtarfile(cls, tar):
         try:
             return super().fromtarfile(tar)
-        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError) as error:
-            raise tarfile.ReadError("it has no end mark") from error
+        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:
+            raise tarfile.ReadError(f"no end mark, but {error}") from error
+
+    def _proc_member(self, tar):
+        if not self.isfile() and self.size > 1 << 20:  # an extended header, which tarfile reads whole
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+        return super()._proc_member(tar)
 
 
 def read_tar(stream, name, source, base):
@@ -327,8 +344,17 @@ def read_tar(stream, name, source, base):
                 for text in read_text(tar.extractfile(member), member.name, inside, whole=True):
                     yield offset, None, text
             elif ".tar" in suffixes[-2:] or suffixes[-1:] == [".xz"]:
+                # Held back until the end is reached, and with it the checksum, or the archive is a large one.
+                inner, size = [], 0
                 for _, _, text in read_tar(tar.extractfile(member), member.name, inside, 0):
-                    yield offset, member.offset, text
+                    inner.append((offset, 1 + base + member.offset, text))
+                    size += len(text)
+                    if size > 4 * UNIT_CHARACTERS:
+                        yield from inner
+                        inner.clear()
+                yield from inner
+        while file is not stream and file.read(1 << 20):
+            pass  # what follows the end mark, for the checksum of the whole
 
 
 def read_text(stream, name, source, whole):
@@ -340,16 +366,16 @@ def read_text(stream, name, source, whole):
                 if line.strip():
                     yield text_of_json(line, f"{source}, line {number}")
             return
-        document, start = [], 0
+        document, start = io.StringIO(), 0  # many short lines in a list would take many times their size
         for line, end in read_lines(file, source):
             if end - start > MAX_DOCUMENT:
                 sys.exit(f"{source} has a document of over {MAX_DOCUMENT:,} bytes; put blank lines between")
             if line.strip() or whole:
-                document.append(line)
+                document.write(line)
             else:
-                yield "".join(document)
-                document, start = [], end
-        yield "".join(document)
+                yield document.getvalue()
+                document, start = io.StringIO(), end
+        yield document.getvalue()
 
 
 def decompress(stream, name):
@@ -548,7 +574,8 @@ def download(path, address, size, sha256, instead):
     """Fetch a file of the hub whole to `path`; `instead` says what else can be done."""
     url = url_of(address)
     try:
-        with requests.get(url, stream=True, timeout=30) as response, atomic_write(path) as file:
+        with (patient_session() as session, session.get(url, stream=True, timeout=TIMEOUT) as response,
+              atomic_write(path) as file):
             response.raise_for_status()
             seen = hashlib.sha256()
             for chunk in response.iter_content(1 << 16):
@@ -1026,7 +1053,8 @@ def one_sentence():
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(f"{where}{error.strerror or error}; mend that and go on: what was saved is safe")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")
+        print("stopped; the same command goes on", file=sys.stderr, flush=True)
+        os._exit(130)  # without waiting for a thread that waits for a server: what is whole is on the disk
 
 
 @one_sentence()

@@ -1139,12 +1139,13 @@ def test_data_command_shows_rows_and_warns_of_long_lines(corpus, capsys):
 # data.py: archives and the network
 
 
-def make_tar(members, mode="w"):
-    """Bytes of a tar of {name: bytes}; mode "w:xz" is one in xz."""
+def make_tar(members, mode="w", comment=""):
+    """Bytes of a tar of {name: bytes}; mode "w:xz" is one in xz; a comment makes an extended header."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode=mode) as tar:
         for name, content in members.items():
             member = tarfile.TarInfo(name)
+            member.pax_headers = {"comment": comment} if comment else {}
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
@@ -1208,6 +1209,29 @@ def test_an_inner_archive_is_a_unit_and_its_position_an_offset_in_the_outer_tar(
         assert rest == texts[start:]
 
 
+def test_units_are_the_same_from_wherever_reading_resumes(corpus):
+    for name in ("a.tar", "b.tar"):  # the first member is an archive, as in the corpus
+        members = {f"{n}_data.xz": make_tar({f"{n}.txt": f"{name} {n}".encode()}, "w:xz") for n in range(3)}
+        Path(name).write_bytes(make_tar(members))
+    config = data_config("a.tar", "b.tar")
+    units = list(data.read_units(config, (0, 0, 0), {}))
+    assert [texts for texts, *_ in units] == [[f"{name}.tar {n}"] for name in "ab" for n in range(3)]
+    for number, (_, following, _) in enumerate(units, 1):
+        assert list(data.read_units(config, following, {})) == units[number:]
+
+
+def test_a_flipped_bit_in_a_compressed_tar_is_found_by_its_checksum(corpus):
+    content = bytearray(
+        make_tar({f"{n}.txt": text.encode() for n, text in enumerate(make_text(100))}, "w:gz")
+    )
+    for place in range(100, len(content) - 20, len(content) // 12):
+        content[place] ^= 1
+        Path("flipped.tar.gz").write_bytes(content)
+        content[place] ^= 1
+        with pytest.raises(SystemExit, match="flipped.tar.gz is damaged|is not UTF-8"):
+            documents("flipped.tar.gz")
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_stream_survives_what_goes_wrong_on_the_way(corpus, quick, ranges):
     texts, content = make_openwebtext(300)
@@ -1234,10 +1258,10 @@ def test_openwebtext_is_21_pinned_tars_of_the_hub(monkeypatch):
     assert data.identify(files[3]) == [files[3]]  # a mirror is the same corpus
 
 
-def flip(content, member):
-    """The tar with a byte in the middle of a member changed."""
+def flip(content, member, before=None):
+    """The tar with a byte in the middle of a member changed, or one so far from where its data begins."""
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        at = next(m.offset_data + m.size // 2 for m in tar if member in m.name)
+        at = next(m.offset_data + (before or m.size // 2) for m in tar if member in m.name)
     return content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
 
 
@@ -1249,11 +1273,19 @@ def damaged_archives():
             "subset00-40_data.xz in .*flipped.tar is damaged or cut short",
         ),
         "/cut.tar": (content[: len(content) // 2], "cut.tar is damaged or cut short"),
+        "/header.tar": (
+            flip(content, "00-40_data", -300),
+            "header.tar is damaged or cut short .no end mark, but",
+        ),
+        "/long.tar": (
+            make_tar({"x_data.xz": make_tar({"a.txt": b"a"}, "w:xz", "n" * (2 << 20))}),
+            "x_data.xz in .*long.tar is damaged or cut short .a header of",
+        ),
         "/no-end.tar": (content.rstrip(b"\0"), "no-end.tar is damaged or cut short"),
         "/page.tar": (b"<!DOCTYPE html><html>Please log in</html>" * 40, "page.tar is damaged or cut short"),
         "/missing.tar": (
             None,
-            "missing.tar cannot be read: it answers 404 Not Found; without that address, --data",
+            "missing.tar cannot be read: it answers 404 Not Found; once it can",
         ),
     }
 
@@ -1269,7 +1301,7 @@ def test_damaged_archives_are_named_after_one_more_request(corpus, quick, path):
 
 
 def test_no_network_and_a_resource_that_changed_are_told(corpus, quick):
-    with pytest.raises(SystemExit, match="attempts in a row broke off at byte 0, .*--data python-docs"):
+    with pytest.raises(SystemExit, match="7 attempts in a row failed, .*--data python-docs"):
         documents("http://127.0.0.1:9/owt.tar")
     _, content = make_openwebtext()
     files = {"/owt.tar": content}
@@ -1317,14 +1349,18 @@ def streaming(corpus, monkeypatch):
         yield server, [*ARGUMENTS, "--data", f"{server.url}/owt.tar"]
 
 
-def run_killed(command, seconds):
-    """Run until SIGKILL, so many seconds later; return whether it was still running."""
+def run_killed(command, file, lines):
+    """Run until a file has so many lines, and then kill; whether that was in the middle."""
     environment = os.environ | {"PYTHONPATH": str(HERE)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        found = list(Path(".").glob(file))
+        if found and found[0].read_bytes().count(b"\n") >= lines:
+            break
+        time.sleep(0.002)
     process.kill()
-    return process.wait() == -signal.SIGKILL
+    return process.wait() == -signal.SIGKILL and time.monotonic() < deadline
 
 
 def test_training_and_producer_killed_in_the_stream_end_in_the_same_bits(streaming):
@@ -1335,20 +1371,23 @@ def test_training_and_producer_killed_in_the_stream_end_in_the_same_bits(streami
     producer = [
         sys.executable,
         str(HERE / "data.py"),
-        *arguments[:2],
         "--data",
         f"{server.url}/owt.tar",
         "--vocab",
         "vocab.txt",
-        "--max-length",
-        "32",
-        "--cache",
-        "cache2",
     ]
-    run_killed([*producer[:2], *producer[4:]], 1.5)
-    assert run_killed(command, 4.0)
+    producer += ["--max-length", "32", "--cache", "cache2"]
+    assert run_killed(producer, "cache2/owt*/manifest.jsonl", 3)
+    assert run_killed(command, "killed/small/log.jsonl", 7)
     server.requests.clear()
+    [late] = Path("cache2").glob("owt*/manifest.jsonl")
+    shards = [entry for entry in map(json.loads, late.read_text().splitlines()) if "shard" in entry]
     train.main(command[2:])
+    # It asked for the first member that was not yet in a shard, if any.
+    assert [asked for _, asked in server.requests][:1] in (
+        [],
+        [f"bytes={shards[-1]['next'][1] if shards else 0}-"],
+    )
     assert final_bytes("killed/small") == final_bytes("whole/small")
     assert read_log("killed/small") == read_log("whole/small")
     [other] = Path("cache2").glob("owt*")
@@ -1784,18 +1823,18 @@ def test_restart_deletes_what_was_there_but_not_before_the_new_input_is_found_go
 
 
 @pytest.mark.parametrize(
-    "name, message",
+    "name, flags, message",
     [
-        ("out/small/checkpoint.pt", "checkpoint.pt is damaged; --restart begins anew"),
-        ("cache/*/train-000000.npy", "a shard of .* is damaged .*; delete the folder"),
+        ("out/small/checkpoint.pt", [], "checkpoint.pt is damaged; --restart begins anew"),
+        ("cache/*/train-000000.npy", ["--restart"], "a shard of .* is damaged .*; delete the folder"),
     ],
 )
-def test_damaged_files_of_ours_are_told(corpus, name, message):
+def test_damaged_files_of_ours_are_told(corpus, name, flags, message):
     train.main([*ARGUMENTS, "--num-train-steps", "2"])
     [path] = Path(".").glob(name)
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(SystemExit, match=message):
-        train.main([*ARGUMENTS, "--num-train-steps", "2"])
+        train.main([*ARGUMENTS, "--num-train-steps", "2", *flags])
 
 
 def test_what_changes_only_the_rounding_may_change_and_is_logged(corpus, monkeypatch):

@@ -262,6 +262,8 @@ class Run:
 
     def take_steps(self, rows):
         config, total, warned = self.config, self.config.num_train_steps, False
+        if self.step == total:
+            return
         saved = clock = time.perf_counter()
         clock_step = self.step
         with tqdm(total=total, initial=self.step, desc=config.size, unit="step", disable=None) as bar:
@@ -270,12 +272,14 @@ class Run:
                 bar.set_description(f"{config.size}, waiting for text" if is_so else config.size)
 
             for epoch, input_ids in rows.batches(self.step, config.batch_size, waiting):
-                if self.cache.interrupted or self.step == total:
+                if self.cache.interrupted:
                     return
                 evaluates = (self.step + 1) % config.eval_every == 0 or self.step + 1 == total
                 saves = (self.step + 1) % config.save_every == 0 or self.step + 1 == total
                 if evaluates and self.heldout is None:
+                    waiting(True)
                     self.heldout = self.wait_for_heldout()  # before the step, in case a signal comes
+                    waiting(False)
                 lr = learning_rate(self.step, config.learning_rate, total, config.num_warmup_steps)
                 parts, norm = self.train_step(input_ids, lr)
                 self.step += 1
@@ -296,6 +300,8 @@ class Run:
                 if saves or time.perf_counter() - saved > SAVE_SECONDS:
                     self.save()
                     saved = time.perf_counter()
+                if self.step == total:
+                    return
 
     def train_step(self, input_ids, lr):
         """One update from one batch -> its parts, for `figures`, and the gradient norm. Waits for no
