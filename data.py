@@ -198,9 +198,7 @@ class HttpStream(io.RawIOBase):
             try:
                 if self.response is None:
                     self.connect()  # whose own errors come after as many attempts, and end it
-                data = self.response.raw.read(min(len(buffer), self.length - self.position))
-                if not data:
-                    raise urllib3.exceptions.ProtocolError("the body ended early")
+                data = self.response.raw.read(min(len(buffer), self.length - self.position)) or self.broken()
             except requests.RequestException as error:
                 sys.exit(f"{self.url} cannot be read: {ATTEMPTS + 1} attempts in a row failed, the last "
                          f"with: {error}; {OFFLINE}")
@@ -727,9 +725,10 @@ class Cache:
             for number, (documents, following, file) in enumerate(encoded, len(self.shards)):
                 entry = self.write_shard(number, documents, following)
                 # Of the files up to this one only: how far ahead the reading is, is chance.
-                if new := [address for address in files[: file + 1] if address in self.seen.keys() - known]:
+                if late := self.seen.keys() - known:  # mostly nothing, however many files there are
+                    new = [address for address in files[: file + 1] if address in late]
                     known |= set(new)
-                    entry["seen"] = {address: self.seen[address] for address in new}
+                    entry |= {"seen": {address: self.seen[address] for address in new}} if new else {}
                 append(manifest, entry)
                 bar.update(entry["rows"])
                 rows += entry["rows"]
