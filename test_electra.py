@@ -16,6 +16,8 @@ import os
 import random
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tarfile
@@ -835,17 +837,27 @@ class Server(http.server.ThreadingHTTPServer):
                 else:
                     headers, status, whole = {"ETag": hashlib.md5(body).hexdigest()}, 200, body
                     if ranges and (asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))):
-                        body, status = body[int(asked[1]) :], 206
-                        headers["Content-Range"] = f"bytes {asked[1]}-{len(whole) - 1}/{len(whole)}"
-                    self.answer(status, body, headers, cut=trouble in ("cut", "reset"))
+                        body, status = body[int(asked[1]) :], 206 if int(asked[1]) < len(whole) else 416
+                        part = f"{asked[1]}-{len(whole) - 1}" if status == 206 else "*"
+                        headers["Content-Range"] = f"bytes {part}/{len(whole)}"
+                    self.answer(status, body, headers, trouble)
 
-            def answer(self, status, body, headers, cut=False):
+            def answer(self, status, body, headers, trouble=None):
                 self.send_response(status)
                 for name, value in ({"Content-Length": str(len(body))} | headers).items():
                     self.send_header(name, value)
                 self.end_headers()
                 with suppress(ConnectionError):
-                    self.wfile.write(body[: len(body) // 3] if cut else body)
+                    if trouble in ("cut", "reset", "stall"):
+                        body = body[: len(body) // 3]
+                    for start in range(0, len(body), len(body) // 4 + 1):
+                        self.wfile.write(body[start : start + len(body) // 4 + 1])
+                        time.sleep(0.02 if trouble == "slow" else 0)
+                if trouble == "stall":
+                    time.sleep(1)  # longer than the client's patience
+                if trouble == "reset":  # RST instead of FIN
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    os.close(self.connection.detach())
 
             def log_message(self, *args):
                 pass
@@ -1169,6 +1181,7 @@ def make_openwebtext(documents=120, per_archive=20, seed=1):
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(data, "BACKOFF", 0.001)
+    monkeypatch.setattr(data, "TIMEOUT", 0.5)
 
 
 @pytest.mark.parametrize("name, mode", [("a.tar", "w"), ("a.tar.gz", "w:gz"), ("a.tar.xz", "w:xz")])
@@ -1233,18 +1246,50 @@ def test_a_flipped_bit_in_a_compressed_tar_is_found_by_its_checksum(corpus):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_stream_survives_what_goes_wrong_on_the_way(corpus, quick, ranges):
+def test_a_stream_survives_what_goes_wrong_on_the_way(corpus, quick, ranges, capfd):
     texts, content = make_openwebtext(300)
     troubles = random.Random(0)
-    kinds = ["cut", "reset", 429, 503, "redirect", None]
-    with Server({"/owt.tar": content}, lambda: troubles.choice(kinds), ranges) as server:
-        if not ranges:  # then a stream can only get through whole
-            kinds[:2] = []
+    kinds = ["cut", "reset", "slow", "stall", 429, 503, "redirect", None]
+    if not ranges:  # each body then begins at the beginning, and what is known is skipped
+        kinds = ["cut", "reset", "redirect", None]
+    happened = []
+
+    def fault():
+        happened.append(503 if ranges and len(happened) < 2 else troubles.choice(kinds))
+        return happened[-1]
+
+    with Server({"/owt.tar": content}, fault, ranges) as server:
         for _ in range(5):
             assert documents(f"{server.url}/owt.tar") == texts
-        assert len(server.requests) > 7
         Path("list.txt").write_text(f"{server.url}/owt.tar\n{server.url}/owt.tar\n")
         assert documents("list.txt") == texts * 2
+    assert set(happened) == set(kinds)
+    said = capfd.readouterr().err
+    assert re.search(r"owt.tar: broke off at byte [\d,]+ \(.*\); trying again in 0 s", said)
+    assert "answers 503; trying again" in said or not ranges
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(corpus, quick):
+    _, content = make_openwebtext(300)
+    files = {"/owt.tar": content}
+    with Server(files, lambda: "cut") as server:
+        reading = data.read_documents(data_config(f"{server.url}/owt.tar"))
+        next(reading)
+        files["/owt.tar"] = flip(content, "00-200_data")  # as long as it was: only the ETag tells
+        with pytest.raises(SystemExit, match="owt.tar is no longer what it was: its ETag and length"):
+            list(reading)
+
+
+def test_a_file_that_shrank_is_refused_and_an_empty_one_is_empty(corpus, quick):
+    _, content = make_openwebtext()
+    files = {"/owt.tar": content, "/empty.txt": b""}
+    with Server(files) as server:
+        address, seen = f"{server.url}/owt.tar", {}
+        [*_, (position, _, _)] = data.read_documents(data_config(address), seen=seen)
+        files["/owt.tar"] = content[:1000]
+        with pytest.raises(SystemExit, match=rf"no longer what it was: .* 1000\], not .* {len(content)}\]"):
+            list(data.read_documents(data_config(address), position, seen))
+        assert documents(f"{server.url}/empty.txt") == []
 
 
 def test_openwebtext_is_21_pinned_tars_of_the_hub(monkeypatch):
@@ -1320,7 +1365,7 @@ def test_a_bomb_a_long_line_and_bad_bytes_in_an_archive(corpus, monkeypatch):
     Path("bomb.tar").write_bytes(make_tar({"x_data.xz": bomb}))
     tracemalloc.start()
     with pytest.raises(
-        SystemExit, match="zeros.txt in x_data.xz in bomb.tar has a line of over 1,000,000 bytes"
+        SystemExit, match="zeros.txt in x_data.xz in bomb.tar has a document of over 1,000,000 bytes"
     ):
         documents("bomb.tar")
     assert tracemalloc.get_traced_memory()[1] < 20_000_000

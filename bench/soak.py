@@ -2,9 +2,11 @@
 
     python bench/soak.py --subsets DIR --vocab FILE [--files 2] [--faults 100] [--kills 20]
 
-DIR holds tars in OpenWebText's nesting (urlsf_subset00.tar, ...), which are served on the loopback interface
-under the paths of the hub. Prints how long after the first byte of the corpus the first batch reaches the
-step, and whether cache, weights and log are the same at the end.
+DIR holds tars in OpenWebText's nesting (urlsf_subset00.tar, ...), and FILE is BERT's vocabulary. A server on
+the loopback interface hands them out under the paths of the hub, the first --files tars as they are and empty
+ones for the rest of the 21; HF_ENDPOINT points there, so that what runs is `--data openwebtext --vocab bert`.
+As on the hub, each request is redirected first. Prints how long after the first byte of the corpus the first
+batch reaches the step, and whether cache, weights and log are the same at the end.
 """
 
 import argparse
@@ -15,6 +17,8 @@ import random
 import re
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -22,8 +26,12 @@ import threading
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent.parent
-HUB_PATH = "/datasets/Skylion007/openwebtext/resolve/main/subsets/"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+
+HERE = Path(data.__file__).parent
+PATHS = [address.removeprefix("hub:") for address in [data.BERT_VOCAB["address"], *data.OPENWEBTEXT]]
+EMPTY_TAR = bytes(10_240)
 FIRST_BATCH = """
 import sys, time, train
 def first(self, input_ids, lr):
@@ -35,18 +43,13 @@ train.main(sys.argv[1:])
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Serves a folder, with `faults` more requests going wrong in one way or another."""
+    """Serves `bodies`, {file name: bytes}, with `faults` more requests going wrong in one way or another."""
 
     daemon_threads = True
 
-    def __init__(self, folder, seed=0):
-        self.folder, self.random, self.faults, self.happened, self.first_byte = (
-            folder,
-            random.Random(seed),
-            0,
-            [],
-            None,
-        )
+    def __init__(self, bodies, seed=0):
+        self.bodies, self.random = bodies, random.Random(seed)
+        self.faults, self.happened, self.first_byte = 0, [], None
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -54,49 +57,45 @@ class Hub(http.server.ThreadingHTTPServer):
         if self.faults <= 0:
             return None
         self.faults -= 1
-        kind = self.random.choice(["reset", "truncated", "429", "503", "redirect", "slow"])
+        kind = self.random.choice(["reset", "truncated", "429", "503", "slow", "loop"])
         self.happened.append(kind)
         return kind
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        path, hub = self.server.folder / Path(self.path.split("?")[0]).name, self.server
-        fault = hub.fault()
-        if fault == "redirect" and "?" in self.path:
-            fault = "truncated"  # one redirection is enough
-        if fault in ("429", "503", "redirect"):
-            self.send_response({"redirect": 302}.get(fault) or int(fault))
-            self.send_header("Location", self.path + "?again")
+        path, hub = self.path.split("?")[0], self.server
+        if path not in PATHS:
+            return self.send_error(404)
+        fault = hub.fault() if "?" in self.path else None
+        if fault in ("429", "503", "loop") or "?" not in self.path:
+            self.send_response(302 if "?" not in self.path or fault == "loop" else int(fault))
+            self.send_header("Location", self.path + "?at-the-cdn")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        size = path.stat().st_size
-        begin = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
-        self.send_response(206)
-        self.send_header("ETag", f"{path.name}-{size}")
-        self.send_header("Content-Length", str(size - begin))
-        self.send_header("Content-Range", f"bytes {begin}-{size - 1}/{size}")
+        body = hub.bodies[Path(path).name]
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        begin = int(asked[1]) if asked else 0
+        self.send_response(206 if asked else 200)
+        self.send_header("ETag", f"{Path(path).name}-{len(body)}")
+        self.send_header("Content-Length", str(len(body) - begin))
+        if asked:
+            self.send_header("Content-Range", f"bytes {begin}-{len(body) - 1}/{len(body)}")
+            hub.first_byte = hub.first_byte or time.time()
         self.end_headers()
-        hub.first_byte = hub.first_byte or time.time()
         # While faults are wanted, every body ends early, so that there is another request.
-        rest = hub.random.randrange(50_000, 400_000) if fault else size
+        end = min(len(body), begin + hub.random.randrange(50_000, 400_000)) if fault else len(body)
         try:
-            with open(path, "rb") as file:
-                file.seek(begin)
-                while rest > 0 and (data := file.read(min(rest, 1 << 16))):
-                    self.wfile.write(data)
-                    rest -= len(data)
-                    time.sleep(0.05 if fault == "slow" else 0)
-            if fault == "reset":
-                self.connection.setsockopt(
-                    1, 13, b"\1\0\0\0\0\0\0\0"
-                )  # SO_LINGER 0: a reset instead of an end
-                self.connection.close()
+            for start in range(begin, end, 1 << 16):
+                self.wfile.write(body[start : min(end, start + (1 << 16))])
+                time.sleep(0.05 if fault == "slow" else 0)
+            if fault == "reset":  # RST instead of FIN
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                os.close(self.connection.detach())
         except OSError:
-            self.close_connection = True  # the client was killed
-        if fault:
-            self.close_connection = True
+            pass  # the client was killed
+        self.close_connection = True
 
     def log_message(self, *args):
         pass
@@ -117,14 +116,15 @@ def main():
     parser.add_argument("--files", type=int, default=2)
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1500)
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="soak-"))
-    hub = Hub(options.subsets)
-    names = sorted(path.name for path in options.subsets.glob("*.tar"))[: options.files]
-    listed = work / "list.txt"
-    listed.write_text("".join(f"http://127.0.0.1:{hub.server_port}{HUB_PATH}{name}\n" for name in names))
-    common = ["--data", str(listed), "--vocab", str(options.vocab.resolve())]
+    bodies = {Path(path).name: EMPTY_TAR for path in PATHS} | {"vocab.txt": options.vocab.read_bytes()}
+    for path in sorted(options.subsets.glob("*.tar"))[: options.files]:
+        bodies[path.name] = path.read_bytes()
+    hub = Hub(bodies)
+    os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{hub.server_port}"
+    common = ["--data", "openwebtext", "--vocab", "bert"]
 
     for size in ("tiny", "small"):
         hub.first_byte = None
@@ -185,7 +185,7 @@ def main():
             process = subprocess.Popen(command("killed")[0], stdout=log, stderr=log)
         time.sleep(chance.uniform(2.0, 9.0))
         if process.poll() is not None:
-            continue
+            sys.exit(f"the run ended after {killed} kills: raise --steps")
         producers = children(process.pid)
         victim = chance.choice(["trainer", "producer"]) if producers else "trainer"
         os.kill(producers[0] if victim == "producer" else process.pid, signal.SIGKILL)
@@ -196,7 +196,7 @@ def main():
     print(f"kills: {killed}, with {len(hub.happened)} faults besides", flush=True)
 
     for name in ("faults", "killed"):
-        [one], [other] = (list((work / f"{run}-cache").iterdir()) for run in ("whole", name))
+        [one], [other] = (list((work / f"{run}-cache").glob("openwebtext-*")) for run in ("whole", name))
         same = {"cache": contents(one) == contents(other)}
         for network in ("discriminator", "generator"):
             one, other = (work / f"{run}-out/tiny/{network}/model.safetensors" for run in ("whole", name))
