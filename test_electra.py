@@ -782,6 +782,23 @@ def test_wordpiece(text, tokens):
     assert [SMALL_VOCAB[i] for i in ids] == tokens
 
 
+@pytest.mark.parametrize("do_lower_case", [True, False])
+def test_wordpiece_spares_printable_ascii_the_normalizer_and_gives_the_same_ids(monkeypatch, do_lower_case):
+    monkeypatch.setattr(data, "ENCODED_LINES", 7)
+    random_ = random.Random(0)
+    ascii_, others = [chr(code) for code in range(128)], "éÉ中İſ\u2028\ufffd\xa0\xad"
+    lines = [
+        "".join(random_.choices(ascii_[32:127] + (ascii_ + [*others] if number % 2 else []), k=60))
+        for number in range(400)
+    ]
+    tokens = [*data.SPECIAL_TOKENS, *{c for line in lines for c in line if c.isprintable() and c != " "}]
+    tokens += [f"##{token}" for token in tokens[5:]]
+    wordpiece = WordPiece(tokens, do_lower_case)
+    library = wordpiece.tokenizer.encode_batch(lines, add_special_tokens=False)
+    assert wordpiece.encode(lines) == [encoding.ids for encoding in library]
+    assert sum(map(str.isascii, lines)) > 200 and wordpiece.encode([]) == []
+
+
 def test_wordpiece_takes_words_of_200_characters_cased_and_accented_ones():
     long, accented = "x" * 200, "Ünï"
     wordpiece = WordPiece(
@@ -1446,6 +1463,14 @@ def test_the_producers_own_sentence_stops_the_training(streaming):
     with pytest.raises(SystemExit, match="nothing.tar cannot be read: it answers 404"):
         train.main([*arguments, "--data", f"{server.url}/nothing.tar"])
     assert not Path("out/small/checkpoint.pt").exists()
+
+
+def test_training_tells_what_the_producer_waits_for(streaming, capfd):
+    _, arguments = streaming
+    answers = iter([503, 503])  # the first is followed at once, the second after a second
+    with Server({"/late.tar": make_openwebtext()[1]}, lambda: next(answers, None)) as server:
+        train.main([*arguments, "--data", f"{server.url}/late.tar"])
+    assert "/late.tar: it answers 503; trying again in 1 s" in capfd.readouterr().err
 
 
 def test_no_producer_outlives_its_parent(streaming):
