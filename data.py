@@ -184,15 +184,20 @@ def patient_session():
     return session
 
 
+class Missing(SystemExit):
+    """There is nothing at an address."""
+
+
 class HttpStream(io.RawIOBase):
     """What is at an address, from byte `offset` on, as a binary file. A body that breaks off is continued.
 
     `seen` maps addresses to the (ETag, length) first found there. It is added to; what is there must agree
-    with it.
+    with it. `instead` says what the user can do where that fails.
     """
 
-    def __init__(self, address, offset, seen):
+    def __init__(self, address, offset, seen, instead=OFFLINE):
         self.address, self.url, self.position, self.seen = address, url_of(address), offset, seen
+        self.instead = instead
         self.response, self.length, self.failures = None, None, 0
         self.session = patient_session()
 
@@ -217,7 +222,7 @@ class HttpStream(io.RawIOBase):
                 data = self.response.raw.read(min(len(buffer), self.length - self.position)) or self.broken()
             except requests.RequestException as error:
                 sys.exit(f"{self.url} cannot be read: {ATTEMPTS + 1} attempts in a row failed, the last "
-                         f"with: {error}; {OFFLINE}")
+                         f"with: {error}; {self.instead}")
             except urllib3.exceptions.HTTPError as error:
                 self.wait_after(error)
                 continue
@@ -234,12 +239,13 @@ class HttpStream(io.RawIOBase):
         part = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", response.headers.get("Content-Range", ""))
         if response.status_code not in (200, 206) and not (response.status_code == 416 and part):
             answer = f"{response.status_code} {response.reason}"
-            sys.exit(f"{self.url} cannot be read: it answers {answer}; {OFFLINE}")
+            message = f"{self.url} cannot be read: it answers {answer}; {self.instead}"
+            raise (Missing if response.status_code == 404 else SystemExit)(message)
         # 416 says that there is nothing from here on: the file is empty, or shorter than it was.
         whole = 0, response.headers.get("Content-Length", -1)
         begin, length = map(int, (part[1] or self.position, part[2]) if part else whole)
         if length < 0 or begin not in (0, self.position) or (response.status_code == 206 and not part):
-            sys.exit(f"{self.url} cannot be read: the answer does not say which part this is; {OFFLINE}")
+            sys.exit(f"{self.url} cannot be read: the answer does not say which part this is; {self.instead}")
         # What the hub has at a pinned revision is the same everywhere, whatever ETag a mirror gives it.
         found = [None if self.address.startswith("hub:") else response.headers.get("ETag"), length]
         known = self.seen.setdefault(self.address, found)
@@ -258,7 +264,7 @@ class HttpStream(io.RawIOBase):
         self.failures += 1
         if self.failures > ATTEMPTS:
             sys.exit(f"{self.url} cannot be read: {self.failures} attempts in a row broke off at byte "
-                     f"{self.position:,}, the last with: {error}; {OFFLINE}")
+                     f"{self.position:,}, the last with: {error}; {self.instead}")
         seconds = min(60, BACKOFF * 2**self.failures)
         say_waiting(self.url, f"broke off at byte {self.position:,} ({error})", seconds)
         time.sleep(seconds)
@@ -620,22 +626,21 @@ def check_vocab_size(size, name):
         sys.exit(f"the vocabulary {name} has {size:,} tokens; 6 to 65,535 are possible, as rows are uint16")
 
 
-def download(path, address, size, sha256, instead):
-    """Fetch a file of the hub whole to `path`; `instead` says what else can be done."""
-    url = url_of(address)
-    try:
-        with (patient_session() as session, session.get(url, stream=True, timeout=TIMEOUT) as response,
-              atomic_write(path) as file):
-            response.raise_for_status()
-            seen = hashlib.sha256()
-            for chunk in response.iter_content(1 << 16):
-                file.write(chunk)
-                seen.update(chunk)
-            if (file.tell(), seen.hexdigest()) != (size, sha256):
-                sys.exit(f"{url} has {file.tell()} bytes with SHA-256 {seen.hexdigest()} instead of {size} "
-                         f"bytes with {sha256}; try again, {instead}")
-    except requests.RequestException as error:
-        sys.exit(f"{url} cannot be downloaded ({error}); try again with a network, {instead}")
+def download(path, address, instead, size=None, sha256=None):
+    """Fetch what is at an address whole to `path`, and check its size in bytes and SHA-256, where given.
+
+    `instead` says what else the user can do.
+    """
+    seen = hashlib.sha256()
+    with (HttpStream(address, 0, {}, f"try again, {instead}") as stream, atomic_write(path) as file,
+          tqdm(desc=path.name, total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar):
+        while chunk := stream.read(1 << 16):
+            file.write(chunk)
+            seen.update(chunk)
+            bar.update(len(chunk))
+        if size is not None and (file.tell(), seen.hexdigest()) != (size, sha256):
+            sys.exit(f"{stream.url} has {file.tell()} bytes with SHA-256 {seen.hexdigest()} instead of "
+                     f"{size} bytes with {sha256}; try again, {instead}")
 
 
 # ------------------------------------------------------------------------------------------------------------

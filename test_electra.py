@@ -891,13 +891,19 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_close()
 
 
-def test_the_vocabulary_is_downloaded_once_and_checked(corpus, monkeypatch):
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(data, "BACKOFF", 0.001)
+    monkeypatch.setattr(data, "TIMEOUT", 0.5)
+
+
+def test_the_vocabulary_is_downloaded_once_and_checked(corpus, monkeypatch, quick):
     body = "\n".join(SMALL_VOCAB).encode()
     known = data.BERT_VOCAB | dict(size=len(body), sha256=hashlib.sha256(body).hexdigest())
     monkeypatch.setattr(data, "BERT_VOCAB", known)
     path = known["address"].removeprefix("hub:")
-    files = {path: body}
-    with Server(files) as server:
+    files, troubles = {path: body}, iter([])
+    with Server(files, lambda: next(troubles, None)) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         files[path] = body[:-1] + b"x"
         with pytest.raises(SystemExit, match="SHA-256 .* instead of .*--vocab FILE"):
@@ -906,7 +912,7 @@ def test_the_vocabulary_is_downloaded_once_and_checked(corpus, monkeypatch):
         with pytest.raises(SystemExit, match="404.*--vocab train:8192"):
             data.load_wordpiece(data_config(vocab="bert"))
         assert [path.suffix for path in Path("cache").iterdir()] == [".lock"]  # nothing half-written
-        files[path] = body
+        files[path], troubles = body, iter(["cut", "reset", None])
         assert data.load_wordpiece(data_config(vocab="bert")).tokens == SMALL_VOCAB
     assert data.load_wordpiece(data_config(vocab="bert")).tokens == SMALL_VOCAB  # the server is gone
 
@@ -1193,12 +1199,6 @@ def make_openwebtext(documents=120, per_archive=20, seed=1):
         }
         members[f"openwebtext/urlsf_subset00-{start}_data.xz"] = make_tar({"notes": b"none", **inner}, "w:xz")
     return texts, make_tar(members)
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(data, "BACKOFF", 0.001)
-    monkeypatch.setattr(data, "TIMEOUT", 0.5)
 
 
 @pytest.mark.parametrize("name, mode", [("a.tar", "w"), ("a.tar.gz", "w:gz"), ("a.tar.xz", "w:xz")])

@@ -167,7 +167,7 @@ def main():
     def run_to_the_end(name):
         train, prepare = command(name)
         for part in (train, prepare):
-            subprocess.run(part, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            subprocess.run(part, check=True, stdout=subprocess.DEVNULL)
 
     began = time.time()
     run_to_the_end("whole")
