@@ -1003,18 +1003,21 @@ def append(file, entry):
 
 
 @contextmanager
-def lock(path, busy, wait=False):
-    """Hold a lock, which the kernel releases when the process ends; while another has it, say so and wait or
-    exit."""
+def lock(path, busy=None, wait=False):
+    """Hold a lock, which the kernel releases when the process ends. While another process has it, say
+    `busy` and wait or exit; with nothing to say, go on without. Yields whether it is held."""
     with open(path, "ab") as file:
+        held = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if not wait:
+            held = wait
+            if busy and not wait:
                 sys.exit(busy)
-            print(busy, file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            if wait:
+                print(busy, file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield held
 
 
 def prefetch(items, depth=1, waiting=None):
@@ -1069,7 +1072,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_fields(self, config_class, **sizes):
         """Add a flag for every field that has a comment; `sizes` says which defaults a size changes."""
-        source = "".join(inspect.getsource(parent) for parent in config_class.__mro__[:-1])
+        source = "".join(inspect.getsource(parent) for parent in config_class.__mro__[-2::-1])
         comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.M))
         for field in fields(config_class):
             if field.name not in comments:

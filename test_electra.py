@@ -1549,7 +1549,7 @@ def transcription(parameters, gradients, recipe, steps):
 
 def optimise(parameters, gradients, recipe, steps, optimizer=None):
     tensors = [nn.Parameter(torch.from_numpy(p.copy())) for p in parameters]
-    optimizer = train.build_optimizer(tensors, recipe) if optimizer is None else optimizer(tensors)
+    optimizer = train.build_optimizer(enumerate(tensors), recipe) if optimizer is None else optimizer(tensors)
     norms = []
     for step in range(steps):
         for tensor, grad in zip(tensors, gradients[step], strict=True):
@@ -1590,7 +1590,7 @@ def test_D25_decay_is_decoupled_and_spares_vectors():
     factor = math.prod(1 - 0.1 * train.learning_rate(step, 0.01, 40, 8) for step in range(20))
     assert np.allclose(ours[0], parameters[0] * factor, atol=1e-12) and np.array_equal(ours[1], parameters[1])
     electra = make_electra()
-    [decayed, spared] = train.build_optimizer(electra.parameters(), RECIPE).param_groups
+    [decayed, spared] = train.build_optimizer(electra.named_parameters(), RECIPE).param_groups
     names = {id(parameter): name for name, parameter in electra.named_parameters()}
     assert all(
         name.endswith("bias") or "norm" in name.lower() for name in (names[id(p)] for p in spared["params"])
@@ -1986,8 +1986,8 @@ def test_cuda_resolves_to_bf16_where_it_is_fast(monkeypatch):
     monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
     for capability, dtype in ((8, 0), "bf16"), ((7, 5), "fp32"):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
-        assert train.resolve(train.TrainConfig()) == (torch.device("cuda"), dtype, True)
-    assert train.resolve(train.TrainConfig(device="cpu", compile=True)) == (torch.device("cpu"), "fp32", True)
+        assert train.resolve(train.TrainConfig()) == (torch.device("cuda"), dtype)
+    assert train.resolve(train.TrainConfig(device="cpu")) == (torch.device("cpu"), "fp32")
     assert precisions == ["high", "high"]
 
 

@@ -49,7 +49,27 @@ HEALTH_STEP, HEALTH_WINDOW = 20_000, 5_000  # from when on, and for how many ste
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class StepConfig:
+    """What a step of pre-training and one of fine-tuning have in common."""
+
+    weight_decay: float = 0.01  # decoupled, and not on LayerNorms and biases
+    adam_beta1: float = 0.9  # decay of Adam's first moment
+    adam_beta2: float = 0.999  # decay of Adam's second moment
+    adam_epsilon: float = 1e-6  # what Adam adds to the root of the second moment
+    max_grad_norm: float = 1.0  # global norm to which gradients are clipped
+    dtype: str = "auto"  # fp32 or bf16; auto is bf16 on CUDA from compute capability 8.0 on, else fp32
+    device: str = "auto"  # cpu or cuda; auto is cuda where there is one
+
+    def check(self, **ranges):
+        # Betas nearer to 1 would have 1 - beta^step below 1 at any number of steps that fp32 can count.
+        check_ranges(self, weight_decay=(0, 1), adam_beta1=(0, 0.9999), adam_beta2=(0, 0.9999),
+                     adam_epsilon=(1e-20, 1), max_grad_norm=(1e-9, math.inf), **ranges)
+        if self.dtype not in ("auto", "fp32", "bf16"):
+            sys.exit(f"there is no dtype {self.dtype}; there are fp32, bf16 and auto")
+
+
+@dataclass(frozen=True)
+class TrainConfig(StepConfig):
     """The recipe, and where and how it runs."""
 
     size: str = "small"  # tiny, small, base or large: the model and its recipe
@@ -57,14 +77,7 @@ class TrainConfig:
     num_train_steps: int = 1_000_000  # steps, after which the learning rate is 0
     learning_rate: float = 5e-4  # peak learning rate
     num_warmup_steps: int = 10_000  # steps over which the learning rate rises from 0
-    weight_decay: float = 0.01  # decoupled, and not on LayerNorms and biases
-    adam_beta1: float = 0.9  # decay of Adam's first moment
-    adam_beta2: float = 0.999  # decay of Adam's second moment
-    adam_epsilon: float = 1e-6  # what Adam adds to the root of the second moment
-    max_grad_norm: float = 1.0  # global norm to which gradients are clipped
     micro_batch_size: int = 0  # rows in one forward pass, to save memory; 0 is the whole batch
-    dtype: str = "auto"  # fp32 or bf16; auto is bf16 on CUDA from compute capability 8.0 on, else fp32
-    device: str = "auto"  # cpu or cuda; auto is cuda where there is one
     compile: bool = None  # use torch.compile; None is on CUDA only
     out: str = "out"  # folder for runs; this one goes to its subfolder with the name of the size
     log_every: int = 100  # steps between lines of log.jsonl
@@ -75,15 +88,11 @@ class TrainConfig:
     def __post_init__(self):
         if self.size not in SIZES:
             sys.exit(f"there is no size {self.size}; there are {', '.join(SIZES)}")
-        # Betas nearer to 1 would have 1 - beta^step below 1 at any number of steps that fp32 can count.
-        check_ranges(self, num_warmup_steps=(0, math.inf), micro_batch_size=(0, self.batch_size),
-                     learning_rate=(0, 1e3), weight_decay=(0, 1), adam_beta1=(0, 0.9999),
-                     adam_beta2=(0, 0.9999), adam_epsilon=(1e-20, 1), max_grad_norm=(1e-9, math.inf))
+        self.check(num_warmup_steps=(0, math.inf), micro_batch_size=(0, self.batch_size),
+                   learning_rate=(0, 1e3))
         if self.batch_size % (self.micro_batch_size or self.batch_size):
             sys.exit(f"a batch of {self.batch_size} rows cannot be cut into micro-batches of "
                      f"{self.micro_batch_size}; take a divisor")
-        if self.dtype not in ("auto", "fp32", "bf16"):
-            sys.exit(f"there is no dtype {self.dtype}; there are fp32, bf16 and auto")
 
 
 # What differs from the defaults, here and in DataConfig, which are small's.
@@ -106,18 +115,22 @@ NEITHER = {"workers", "cache", "out", "log_every", "eval_every", "save_every", "
 # Optimiser and schedule
 
 
-def build_optimizer(parameters, config):
+def build_optimizer(parameters, config, lr_scale=None):
     """torch's AdamW as the official Adam, which corrects no bias. [D24]
+
+    `parameters` are (name, parameter) pairs; `lr_scale(name)`, where given, is a parameter's share of the
+    learning rate, and so of the weight decay that the rate multiplies.
 
     With the count of steps preset far ahead, 1 - beta^step is 1 to the last bit and the update is the
     official one exactly, while the fused kernel stays at hand.
     """
-    groups = {config.weight_decay: [], 0.0: []}
-    for parameter in parameters:
+    groups = {}
+    for name, parameter in parameters:
         decay = config.weight_decay if parameter.ndim > 1 else 0.0  # [D25] LayerNorms and biases are exempt
-        groups[decay].append(parameter)
+        kind = dict(weight_decay=decay, lr_scale=lr_scale(name) if lr_scale else 1.0)
+        groups.setdefault(tuple(kind.items()), []).append(parameter)
     optimizer = torch.optim.AdamW(
-        [dict(params=members, weight_decay=decay) for decay, members in groups.items() if members],
+        [dict(kind, params=members) for kind, members in groups.items()],
         lr=0.0, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon, fused=True,
     )
     for group in optimizer.param_groups:
@@ -144,7 +157,7 @@ def update(optimizer, lr, max_grad_norm):
     # not.
     torch._foreach_mul_(gradients, max_grad_norm / norm.clamp(min=max_grad_norm))
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -236,7 +249,8 @@ class Run:
         self.seed, self.length = data_config.seed, data_config.max_length
         self.folder = Path(config.out) / config.size
         self.checkpoint, self.log_path = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
-        self.device, self.dtype, compiled = resolve(config)
+        self.device, self.dtype = resolve(config)
+        compiled = self.device.type == "cuda" if config.compile is None else config.compile
         # What a checkpoint must agree with to be gone on from, and what may differ but is logged.
         self.settings = {name: value for name, value in (asdict(config) | asdict(model_config)).items()
                          if name not in ROUNDING | NEITHER}
@@ -247,7 +261,7 @@ class Run:
         torch.manual_seed(self.seed)
         self.model = Electra(model_config).to(self.device).train()
         self.compiled_model = torch.compile(self.model, fullgraph=True) if compiled else self.model
-        self.optimizer = build_optimizer(self.model.parameters(), config)
+        self.optimizer = build_optimizer(self.model.named_parameters(), config)
         self.step, self.lines, self.heldout = 0, [], None
 
     def train(self, rows):
@@ -459,7 +473,7 @@ def stop_signals():
 
 
 def resolve(config):
-    """-> device, "fp32" or "bf16", whether to compile: what "auto" and None stand for on this machine."""
+    """-> device, "fp32" or "bf16": what "auto" stands for on this machine."""
     cuda = torch.cuda.is_available() and config.device != "cpu"
     if config.device not in ("auto", "cpu", "cuda") or (config.device == "cuda" and not cuda):
         sys.exit(f"there is no device {config.device} here; --device takes cpu, cuda or auto")
@@ -468,7 +482,7 @@ def resolve(config):
         dtype = "bf16" if cuda and torch.cuda.get_device_capability() >= (8, 0) else "fp32"
     if cuda:
         torch.set_float32_matmul_precision("high")  # TF32 for what is fp32
-    return torch.device("cuda" if cuda else "cpu"), dtype, cuda if config.compile is None else config.compile
+    return torch.device("cuda" if cuda else "cpu"), dtype
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,494 @@
+"""Fine-tune on GLUE, score, repeat with n seeds, and submit. `python finetune.py --task mrpc --seeds 10`.
+
+What enters: a pre-trained ELECTRA folder, ours or Google's, and the tasks of glue.py. What leaves, in
+out/glue: results.jsonl, a line for every task and seed; the table that papers print; with --submit the zip
+that gluebenchmark.com takes. Read from `finetune` downwards: classifier, rows, optimiser, steps, predictions.
+
+Claim: a seed of a task gives the same figures alone or among others (test_a_seed_*), and an epoch with
+batches padded to their own longest row gives the figures of one padded to 128 (test_padding_*) in a fraction
+of the time: LOG.md has the rates.
+"""
+
+import hashlib
+import json
+import math
+import platform
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from data import (
+    DataConfig,
+    Missing,
+    Parser,
+    WordPiece,
+    append,
+    atomic_write,
+    configure,
+    digest,
+    download,
+    generator,
+    lock,
+    one_sentence,
+    parse,
+    read_vocab,
+)
+from glue import (
+    AVERAGED_BY_ELECTRA,
+    DIAGNOSTIC,
+    TASKS,
+    average_of_8,
+    average_of_9,
+    find_task,
+    read_examples,
+    score,
+    write_submission,
+)
+from model import (
+    Encoder,
+    attention_mask_and_token_types,
+    glorot_uniform_,
+    load_config,
+    load_weights,
+    read_weights,
+    widen,
+)
+from train import StepConfig, build_optimizer, learning_rate, resolve, update
+
+GET_ONE = ("pre-train one with `python train.py --size small`, or take --model "
+           "google/electra-small-discriminator, which is downloaded")
+# Peak learning rate and layer-wise decay of small, base and large, by hidden size; what is in between takes
+# the next larger one's. 3e-4 is the paper's for small; the official code's default for it is 1e-4.
+EVAL_BATCH = 128  # examples in a forward pass that predicts
+RECIPES = {256: (3e-4, 0.8), 768: (1e-4, 0.8), 1024: (5e-5, 0.9)}
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(StepConfig):
+    """The recipe, and where and how it runs."""
+
+    task: list = ("all",)  # cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, or all
+    seeds: int = 1  # how many seeds to fine-tune with: 0, 1, ...
+    model: str = "out/small"  # a run of train.py, a folder that transformers can load, or a name on the hub
+    random_weights: bool = False  # begin from random weights of the model's shape, to compare with
+    glue_dir: str = ""  # folder laid out as the official zips are; without it the tasks are downloaded
+    learning_rate: float = 0.0  # peak learning rate; 0 is that of the model's size: see RECIPES
+    layerwise_lr_decay: float = 0.0  # of the rate from a layer to the one below; 0 is that of the size
+    num_train_epochs: int = 0  # passes over the task; 0 is 10 for RTE and STS-B, and 3 for the others
+    batch_size: int = 32  # examples in a step
+    max_length: int = 128  # tokens to which an example is cut
+    warmup_proportion: float = 0.1  # share of the steps over which the learning rate rises from 0
+    weight_decay: float = 0.0  # decoupled, and not on LayerNorms and biases [D33]
+    predict: bool = False  # keep predictions of the test sets in the folder `predictions`
+    submit: bool = False  # write submission.zip from each task's seed of the best dev score
+    cache: str = DataConfig.cache  # folder for what is downloaded
+    out: str = "out/glue"  # folder for results
+
+    def __post_init__(self):
+        self.check(learning_rate=(0, 1e3), layerwise_lr_decay=(0, 1), num_train_epochs=(0, 1000),
+                   warmup_proportion=(0, 1), max_length=(8, math.inf))
+        if self.submit and set(self.tasks) != set(TASKS):
+            sys.exit("a submission has all nine tasks: --submit goes with --task all")
+
+    @property
+    def tasks(self):
+        names = [name for typed in self.task for name in (TASKS if typed == "all" else [find_task(typed)])]
+        return list(dict.fromkeys(names))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# From examples to batches
+
+
+def truncate(first, second, length):
+    """Pop the last id of the longer of two lists until they fit; of equals, the second's. [D05]"""
+    first, second = list(first), list(second)
+    while len(first) + len(second) > length:
+        (first if len(first) > len(second) else second).pop()
+    return first, second
+
+
+def build_row(first, second, wordpiece, max_length):
+    """[CLS] first [SEP], or [CLS] first [SEP] second [SEP] where there is a second, as a list of ids."""
+    first, second = truncate(first, second, max_length - (3 if second else 2))
+    row = [wordpiece.cls_token_id, *first, wordpiece.sep_token_id]
+    return row + [*second, wordpiece.sep_token_id] if second else row
+
+
+def build_rows(examples, wordpiece, max_length, both_orders=False):
+    """-> rows, a list of lists of ids, and labels, a NumPy array. With both orders first all as they are."""
+    firsts, seconds = (wordpiece.encode([example[side] for example in examples]) for side in (0, 1))
+    pairs = list(zip(firsts, seconds, strict=True))
+    labels = [example.label for example in examples]
+    if both_orders:
+        pairs += [(second, first) for first, second in pairs]  # [D30] swapped before they are cut
+        labels += labels
+    rows = [build_row(first, second, wordpiece, max_length) for first, second in pairs]
+    return rows, np.array(labels)
+
+
+def pad(rows):
+    """(B, L) int64, L the length of the longest of these rows."""
+    batch = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    for place, row in zip(batch, rows, strict=True):
+        place[: len(row)] = row
+    return torch.from_numpy(batch)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One fine-tuning
+
+
+class Classifier(nn.Module):
+    """The pre-trained encoder with one new layer on [CLS]; its pre-training head is left behind. [D29]"""
+
+    def __init__(self, config, num_outputs):
+        super().__init__()
+        self.encoder = Encoder(config)
+        self.dropout = nn.Dropout(0.1)
+        self.classifier = nn.Linear(config.hidden_size, num_outputs)
+        glorot_uniform_(self.classifier)
+
+    def forward(self, input_ids, sep_token_id):
+        """(B, L) ids -> logits (B, num_outputs)."""
+        hidden = self.encoder(input_ids, *attention_mask_and_token_types(input_ids, sep_token_id))
+        return widen(self.classifier(self.dropout(hidden[:, 0])))
+
+
+class Model:
+    """What is fine-tuned, a folder's shape, weights and tokeniser, and the device and dtype to do it with."""
+
+    def __init__(self, config):
+        self.folder, self.random_weights = find_model(config), config.random_weights
+        self.shape, self.wordpiece = load_config(self.folder), read_tokenizer(self.folder)
+        self.device, self.dtype = resolve(config)
+        size, expected = len(self.wordpiece.tokens), self.shape.vocab_size
+        if size != expected:
+            sys.exit(f"{self.folder} contradicts itself: its vocab.txt has {size:,} tokens, and its "
+                     f"config.json says {expected:,}")
+        positions = self.shape.max_position_embeddings
+        if config.max_length > positions:
+            sys.exit(f"{self.folder} has {positions} positions; take --max-length {positions} or less")
+        _, path = read_weights(self.folder)
+        self.weights = "random" if self.random_weights else hashlib.sha256(path.read_bytes()).hexdigest()
+        self.classifier(1)  # what is wrong with the weights is said now
+
+    def classifier(self, num_outputs):
+        network = Classifier(self.shape, num_outputs)
+        if not self.random_weights:
+            load_weights(network, self.folder, encoder_only=True)
+        return network.to(self.device)
+
+    def forward(self, network, rows):
+        """Logits (B, num_outputs) of rows, padded to the longest of them."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
+            return network(pad(rows).to(self.device), self.wordpiece.sep_token_id)
+
+
+def lr_scale(name, num_hidden_layers, decay):
+    """A parameter's share of the learning rate: the deeper under the classifier, the smaller. [D28]
+
+    Embeddings have depth 0, layer i has i + 1, and the classifier n + 2: there is none with n + 1, which the
+    official code's author calls a mistake, and the published scores were made with.
+    """
+    match = re.match(r"encoder\.layers\.(\d+)\.", name)
+    depth = int(match[1]) + 1 if match else 0 if name.startswith("encoder.") else num_hidden_layers + 2
+    return decay ** (num_hidden_layers + 2 - depth)
+
+
+def finetune(name, seed, data, model, settings, config, progress):
+    """Train a classifier on a task and predict: -> predictions by split, a dict of NumPy arrays.
+
+    `data` has (rows, labels) by split; `progress(epoch, examples)` is told of every step.
+    """
+    task, (rows, labels) = TASKS[name], data["train"]
+    torch.manual_seed(int(generator(seed, f"{name} classifier").integers(2**63)))  # and dropout
+    network = model.classifier(len(task.labels) or 1).train()
+    layers, decay = model.shape.num_hidden_layers, settings["layerwise_lr_decay"]
+    optimizer = build_optimizer(network.named_parameters(), config, lambda n: lr_scale(n, layers, decay))
+
+    epochs, size = settings["num_train_epochs"], config.batch_size
+    total = math.ceil(len(rows) / size) * epochs  # [D32]
+    warmup = config.warmup_proportion * total
+    labels = torch.tensor(labels, dtype=torch.long if task.labels else torch.float32, device=model.device)
+    step = 0
+    for epoch in range(epochs):
+        order = generator(seed, f"{name} order", epoch).permutation(len(rows))
+        for chosen in np.split(order, range(size, len(rows), size)):
+            logits = model.forward(network, [rows[i] for i in chosen])
+            losses(logits, labels[torch.from_numpy(chosen)], task).sum().backward()  # [D34] not the mean
+            lr = learning_rate(step, settings["learning_rate"], total, warmup)
+            update(optimizer, lr, config.max_grad_norm)
+            step += 1
+            progress(epoch, len(chosen))
+    # The last step is what is scored: no best epoch is picked.
+    others = data.keys() - {"train"}
+    return {split: predict(network, data[split][0], model, task) for split in others}
+
+
+def losses(logits, labels, task):
+    """(B,): cross-entropy, or for STS-B the squared error of the number itself. [D31]"""
+    if task.labels:
+        return F.cross_entropy(logits, labels, reduction="none")
+    return (logits.squeeze(1) - labels) ** 2
+
+
+@torch.no_grad()
+def predict(network, rows, model, task):
+    """The places of the likeliest labels, or STS-B's numbers, (N,)."""
+    network.eval()
+    order = np.argsort([len(row) for row in rows], kind="stable")  # so that little is padded
+    parts = np.split(order, range(EVAL_BATCH, len(rows), EVAL_BATCH))
+    logits = torch.cat([model.forward(network, [rows[i] for i in part]) for part in parts]).cpu().numpy()
+    if not np.isfinite(logits).all():
+        sys.exit(f"{task.title}: the predictions are not finite; try a lower --learning-rate")
+    predictions = np.empty(len(rows), dtype=np.int64 if task.labels else np.float32)
+    predictions[order] = logits.argmax(1) if task.labels else logits[:, 0]
+    return predictions
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The model folder
+
+
+def find_model(config):
+    """The folder of `--model`: itself, the discriminator of a run, or what is downloaded from the hub."""
+    path = Path(config.model)
+    for folder in path, path / "discriminator":
+        if (folder / "config.json").is_file():
+            return folder
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", config.model) and not path.parent.exists()
+    if not is_name or config.model == FinetuneConfig.model:
+        sys.exit(f"there is no model in {path}: {GET_ONE}")
+    folder = Path(config.cache) / "models" / config.model.replace("/", "--")
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / "lock", f"waiting for another process to download {config.model}", wait=True):
+        if not (folder / "config.json").exists():
+            for names in ["vocab.txt"], ["model.safetensors", "pytorch_model.bin"]:
+                download_first(names, config.model, folder)
+            download_first(["tokenizer_config.json"], config.model, folder, optional=True)
+            download_first(["config.json"], config.model, folder)  # the last: now the folder is whole
+    return folder
+
+
+def download_first(names, repository, folder, optional=False):
+    """Download the first of these files that the hub has."""
+    for name in names:
+        try:
+            return download(folder / name, f"hub:/{repository}/resolve/main/{name}", f"or {GET_ONE}")
+        except Missing:
+            if name == names[-1] and not optional:
+                raise
+
+
+def read_tokenizer(folder):
+    """The WordPiece of a folder, with case and accents as its tokenizer_config.json says."""
+    path = folder / "tokenizer_config.json"
+    try:
+        settings = dict(json.loads(path.read_bytes())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        sys.exit(f"{path} is not a JSON object ({error})")
+    strip_accents = settings.get("strip_accents")
+    return WordPiece(read_vocab(folder / "vocab.txt"), settings.get("do_lower_case", True),
+                     True if strip_accents is None else strip_accents)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The sweep: tasks and seeds, each once
+
+
+class Sweep:
+    """All (task, seed) of a config. What is finished is a line of results.jsonl, and is not done again."""
+
+    def __init__(self, config):
+        self.config, self.model = config, Model(config)
+        self.folder = Path(config.out)
+        self.path = self.folder / "results.jsonl"
+        (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+
+    def settings(self, name):
+        """All that decides the figures of a task, but the seed."""
+        config, model = self.config, self.model
+        width = min((width for width in RECIPES if width >= model.shape.hidden_size), default=max(RECIPES))
+        peak, decay = RECIPES[width]
+        keep = {field.name for field in fields(StepConfig)} - {"dtype", "device"}
+        keep |= {"batch_size", "max_length", "warmup_proportion"}
+        return {name_: value for name_, value in asdict(config).items() if name_ in keep} | dict(
+            learning_rate=config.learning_rate or peak,
+            layerwise_lr_decay=config.layerwise_lr_decay or decay,
+            num_train_epochs=config.num_train_epochs or TASKS[name].num_train_epochs,
+            shape=asdict(model.shape), weights=model.weights, vocab=model.wordpiece.sha256,
+            do_lower_case=model.wordpiece.do_lower_case, strip_accents=model.wordpiece.strip_accents,
+        )
+
+    def results(self):
+        """The finished lines of these settings, by (task, seed)."""
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        entries = [parse(line, self.path) for line in lines if line.endswith(b"\n")]  # or torn by a kill
+        wanted = {name: self.settings(name) for name in self.config.tasks}
+        done = {}
+        for entry in entries:
+            name, seed = entry["task"], entry["seed"]
+            kept = not self.keeps_predictions or self.predictions_path(name, seed).exists()
+            if entry["settings"] == wanted.get(name) and seed < self.config.seeds and kept:
+                done[name, seed] = entry
+        return done
+
+    def add(self, entry):
+        """Append a line to results.jsonl."""
+        with (lock(self.folder / "locks" / "results", "waiting to write the results", wait=True),
+              open(self.path, "a+b") as file):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # what a kill tore
+            append(file, entry)
+
+    @property
+    def keeps_predictions(self):
+        return self.config.predict or self.config.submit
+
+    def predictions_path(self, name, seed):
+        return self.folder / "predictions" / f"{name}-{seed}-{digest(self.settings(name))}.npz"
+
+    def run(self):
+        """Do what is not done; -> the number of (task, seed) that other processes have in hand."""
+        jobs = [(name, seed) for name in self.config.tasks for seed in range(self.config.seeds)]
+        done, elsewhere = self.results(), 0
+        total = sum(self.examples(name) for name, seed in jobs if (name, seed) not in done)
+        with tqdm(total=total, unit=" examples", unit_scale=True, disable=None) as bar:
+            read = None
+            for name, seed in jobs:
+                if (name, seed) in done:
+                    continue
+                claim = f"{name}-{seed}-{digest(self.settings(name))}"
+                with lock(self.folder / "locks" / claim) as is_ours:
+                    done = self.results()  # another process may have been here
+                    elsewhere += not is_ours
+                    if not is_ours or (name, seed) in done:
+                        bar.total -= self.examples(name)
+                        continue
+                    if read != name:
+                        read, data = name, self.read(name)
+                    self.run_one(name, seed, data, bar)
+        return elsewhere
+
+    def examples(self, name):
+        task = TASKS[name]
+        return task.rows["train"] * (2 if task.both_orders else 1) * self.settings(name)["num_train_epochs"]
+
+    def read(self, name):
+        """(rows, labels) by split, tokenised once for all seeds."""
+        task, data = TASKS[name], {}
+        splits = [(task, split) for split in ["train", *task.dev_splits]]
+        if self.keeps_predictions:
+            splits += [(task, split) for split in task.submissions]
+            splits += [(DIAGNOSTIC, split) for split in DIAGNOSTIC.submissions if name == "mnli"]
+        for owner, split in splits:
+            examples = read_examples(owner, split, self.config.cache, self.config.glue_dir)
+            both_orders = task.both_orders and split == "train"
+            data[split] = build_rows(examples, self.model.wordpiece, self.config.max_length, both_orders)
+        return data
+
+    def run_one(self, name, seed, data, bar):
+        """Fine-tune a task with a seed, and add the line that says how it went."""
+        task, settings, began = TASKS[name], self.settings(name), time.perf_counter()
+        metric, epochs = task.metrics[0], settings["num_train_epochs"]
+        before = [entry["metrics"][metric] for (other, _), entry in self.results().items() if other == name]
+        mean = {f"mean {metric} of {len(before)}": f"{100 * np.mean(before):.1f}"} if before else {}
+        bar.set_postfix(mean, refresh=False)
+
+        def progress(epoch, examples):
+            bar.set_description(f"{task.title}, seed {seed}, epoch {epoch + 1} of {epochs}", refresh=False)
+            bar.update(examples)
+
+        predictions = finetune(name, seed, data, self.model, settings, self.config, progress)
+        seconds = time.perf_counter() - began
+        metrics = score(task, predictions, {split: data[split][1] for split in task.dev_splits})
+        if self.keeps_predictions:
+            files = task.submissions | (DIAGNOSTIC.submissions if name == "mnli" else {})
+            with atomic_write(self.predictions_path(name, seed)) as file:
+                np.savez(file, **{submitted: predictions[split] for split, submitted in files.items()})
+        first = predictions[task.dev_splits[0]]
+        self.add(dict(
+            task=name, seed=seed, metrics=metrics, is_constant=bool((first == first[0]).all()),
+            seconds=round(seconds, 1), examples_per_second=round(self.examples(name) / seconds),
+            device=self.model.device.type, dtype=self.model.dtype, threads=torch.get_num_threads(),
+            python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__,
+            settings=settings,
+        ))
+
+    def submit(self, results):
+        """Write the zip from each task's best seed, and say which."""
+        chosen, files = [], {}
+        for name in TASKS:
+            metric = TASKS[name].metrics[0]
+            best = max(range(self.config.seeds), key=lambda seed: results[name, seed]["metrics"][metric])
+            dev = 100 * results[name, best]["metrics"][metric]
+            chosen.append(f"{TASKS[name].title} seed {best} ({dev:.1f})")
+            with np.load(self.predictions_path(name, best)) as kept:
+                files |= {file: kept[file] for file in kept.files}
+        write_submission(self.folder / "submission.zip", files)
+        return (f"{self.folder / 'submission.zip'} has the test predictions of, by the best dev score of "
+                f"{self.config.seeds}: {', '.join(chosen)}")
+
+
+def table(results, config):
+    """What papers print: per task and metric the number of seeds, mean, deviation, median, best; averages."""
+    lines = [f"{'':10}{'':22}{'seeds':>6}{'mean':>8}{'sd':>7}{'median':>8}{'best':>7}"]
+    means, medians, constant = {}, {}, []
+    for name in config.tasks:
+        task, entries = TASKS[name], [entry for (other, _), entry in results.items() if other == name]
+        if not entries:
+            continue
+        figures = {metric: 100 * np.array([entry["metrics"][metric] for entry in entries])
+                   for metric in entries[0]["metrics"]}
+        means[name] = {metric: np.mean(values) for metric, values in figures.items()}
+        medians[name] = {metric: np.median(values) for metric, values in figures.items()}
+        for metric, values in figures.items():
+            deviation = f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "-"
+            mark = "*" if metric == task.metrics[0] and name in AVERAGED_BY_ELECTRA else ""
+            lines.append(f"{task.title:10}{metric + mark:22}{len(values):6}{np.mean(values):8.2f}"
+                         f"{deviation:>7}{np.median(values):8.2f}{np.max(values):7.2f}")
+        if stuck := sum(entry["is_constant"] for entry in entries):
+            constant.append(f"{task.title}: {stuck} of {len(entries)} seeds ended at one answer for every "
+                            "example; they are counted")
+    lines += constant
+    for average, tasks, what in (
+        (average_of_8, AVERAGED_BY_ELECTRA, "ELECTRA's average of 8 (* each; no WNLI)"),
+        (average_of_9, tuple(TASKS), "GLUE's average of 9 (a task's metrics averaged first)"),
+    ):
+        lacking = [TASKS[name].title for name in tasks if name not in means]
+        lines.append(f"{what}: not without {', '.join(lacking)}" if lacking else
+                     f"{what}: {average(means):.2f} from means, {average(medians):.2f} from medians")
+    if "wnli" in means:
+        lines.append("WNLI's dev set is adversarial: answering with the majority class scores 56.3, which "
+                     "trained models do not reach")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+
+@one_sentence()
+def main(argv=None):
+    parser = Parser("Fine-tune on GLUE and score. What is finished is kept: the same command goes on.")
+    parser.add_fields(FinetuneConfig)
+    sweep = Sweep(configure(FinetuneConfig, parser.parse_args(argv)))
+    elsewhere = sweep.run()
+    results = sweep.results()
+    print(table(results, sweep.config))
+    if elsewhere:
+        print(f"{elsewhere} more are being done by other processes")
+    elif sweep.config.submit:
+        print(sweep.submit(results))
+
+
+if __name__ == "__main__":
+    main()
