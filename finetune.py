@@ -216,7 +216,7 @@ def finetune(name, seed, data, model, settings, config, progress):
     optimizer = build_optimizer(network.named_parameters(), config, lambda n: lr_scale(n, layers, decay))
 
     epochs, size = settings["num_train_epochs"], config.batch_size
-    total = math.ceil(len(rows) / size) * epochs  # [D32]
+    total = num_steps(len(rows), size, epochs)
     warmup = config.warmup_proportion * total
     labels = torch.tensor(labels, dtype=torch.long if task.labels else torch.float32, device=model.device)
     step = 0
@@ -232,6 +232,10 @@ def finetune(name, seed, data, model, settings, config, progress):
     # The last step is what is scored: no best epoch is picked.
     others = data.keys() - {"train"}
     return {split: predict(network, data[split][0], model, task) for split in others}
+
+
+def num_steps(num_examples, batch_size, epochs):
+    return math.ceil(num_examples / batch_size) * epochs  # [D32]
 
 
 def losses(logits, labels, task):

@@ -24,6 +24,7 @@ import tarfile
 import threading
 import time
 import tracemalloc
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
@@ -31,12 +32,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.metrics
 import torch
 import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 
 import data
+import finetune
+import glue
 import model
 import train
 from data import Cache, DataConfig, TrainingRows, WordPiece, segment
@@ -2155,13 +2159,741 @@ def test_a_folder_in_use_is_refused(corpus):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# glue.py: reading
+
+# A few rows of each file as the official ones are written, with what is odd about them, and what they say.
+BOM = "\ufeff"
+NLI = "index\tpromptID\tpairID\tgenre\ts1_binary\ts2_binary\ts1_parse\ts2_parse\tsentence1\tsentence2"
+GLUE_FILES = {
+    ("cola", "train"): (  # no header; quotes are characters
+        'gj04\t1\t\tHe said "no.\ngj04\t0\t*\t"Said he" no.\n',
+        [('He said "no.', "", 1), ('"Said he" no.', "", 0)],
+    ),
+    ("cola", "dev"): (
+        "bc01\t0\t*\tA b.\nbc01\t1\t\tB a.",
+        [("A b.", "", 0), ("B a.", "", 1)],
+    ),  # no last "\n"
+    ("cola", "test"): ("index\tsentence\n0\tWho?\n", [("Who?", "", None)]),
+    ("sst2", "train"): (  # what str.splitlines takes for the end of a line, and a space at the end
+        "sentence\tlabel\nso\u2028good \t1\nbad\x85 film\t0\n",
+        [("so\u2028good ", "", 1), ("bad\x85 film", "", 0)],
+    ),
+    ("sst2", "test"): ("index\tsentence\n0\tfine .\n", [("fine .", "", None)]),
+    ("mrpc", "train"): (
+        BOM + 'Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t10\t11\tHe " won .\tHe did .\n',
+        [('He " won .', "He did .", 1)],
+    ),
+    ("mrpc", "test"): (
+        BOM + "index\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t10\t11\tOne .\tTwo .\n",
+        [("One .", "Two .", None)],
+    ),
+    ("stsb", "train"): (
+        "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
+        "0\tnews\tf\t2012\t1\tnone\tnone\tA plane.\tA jet.\t3.800\n1\tnews\tf\t2012\t2\tx\ty\tA\tB\t5\n",
+        [("A plane.", "A jet.", 0.76), ("A", "B", 1.0)],
+    ),
+    ("stsb", "test"): (  # one column less
+        "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\n"
+        "0\tnews\tf\t2012\t1\tnone\tnone\tA\tB\n",
+        [("A", "B", None)],
+    ),
+    ("qqp", "train"): (  # rows that lack fields, and an empty question
+        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+        "1\t2\t3\tWhy?\tWhy so?\t1\n4\t5\t6\tbroken\n7\t8\t9\tHow?\t\t0\n",
+        [("Why?", "Why so?", 1), ("How?", "", 0)],
+    ),
+    ("qqp", "test"): ("id\tquestion1\tquestion2\n0\tWhy?\tHow?\n", [("Why?", "How?", None)]),
+    ("mnli", "train"): (  # the label is the last column, wherever that is
+        f"{NLI}\tlabel1\tgold_label\n0\t1\t1n\tgov\t(\t(\t(\t(\tIt is.\tIt may be.\tneutral\tneutral\n",
+        [("It is.", "It may be.", 1)],
+    ),
+    ("mnli", "dev_mismatched"): (
+        f"{NLI}\tlabel1\tlabel2\tlabel3\tlabel4\tlabel5\tgold_label\n"
+        "0\t1\t1n\tgov\t(\t(\t(\t(\tA\tB\tneutral\tneutral\tentailment\tneutral\tneutral\tcontradiction\n",
+        [("A", "B", 2)],
+    ),
+    ("mnli", "test_matched"): (f"{NLI}\n0\t1\t1n\tgov\t(\t(\t(\t(\tA\tB\n", [("A", "B", None)]),
+    ("qnli", "dev"): (
+        "index\tquestion\tsentence\tlabel\n0\tWho?\tHe.\tnot_entailment\n1\tWhat?\tIt.\tentailment\n",
+        [("Who?", "He.", 1), ("What?", "It.", 0)],
+    ),
+    ("qnli", "test"): ("index\tquestion\tsentence\n0\tWho?\tHe.\n", [("Who?", "He.", None)]),
+    ("rte", "train"): (
+        "index\tsentence1\tsentence2\tlabel\n0\tA\tB\tentailment\n",
+        [("A", "B", 0)],
+    ),
+    ("rte", "test"): ("index\tsentence1\tsentence2\n0\tA\tB\n", [("A", "B", None)]),
+    ("wnli", "dev"): ("index\tsentence1\tsentence2\tlabel\n0\tA\tB\t1\n", [("A", "B", 1)]),
+    ("wnli", "test"): ("index\tsentence1\tsentence2\n0\tA\tB\n", [("A", "B", None)]),
+    ("diagnostic", "diagnostic"): (
+        "index\tsentence1\tsentence2\n0\tThe cat.\tA cat.\n",
+        [("The cat.", "A cat.", None)],
+    ),
+}
+
+
+def find(name):
+    return glue.DIAGNOSTIC if name == "diagnostic" else glue.TASKS[name]
+
+
+def write_split(name, split, content, folder="glue"):
+    path = Path(folder) / find(name).title / f"{split}.tsv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def expect_rows(monkeypatch, name, split, count):
+    monkeypatch.setitem(find(name).rows, split, count)
+
+
+@pytest.mark.parametrize("name, split", GLUE_FILES)
+def test_glue_files_are_read_as_they_are_written(name, split, corpus, monkeypatch, capsys):
+    content, expected = GLUE_FILES[name, split]
+    write_split(name, split, content)
+    expect_rows(monkeypatch, name, split, len(expected))
+    examples = glue.read_examples(find(name), split, "cache", "glue")
+    assert [tuple(example) for example in examples] == [
+        (first, second, pytest.approx(label) if label is not None else None)
+        for first, second, label in expected
+    ]
+    assert ("1 rows that lack fields were skipped" in capsys.readouterr().out) == (
+        (name, split) == ("qqp", "train")
+    )
+
+
+STSB_ROW = "0\tnews\tf\t2012\t1\tnone\tnone\tA\tB\t"
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("cola", "gj04\t1\t\tA.\n", "CoLA/train.tsv has 1 rows and not 2: it was cut short or edited"),
+        ("cola", "gj04\t1\t\tA.\ngj04\t2\t\tB.\n", "train.tsv, line 2: the label is '2' and not one of 0, 1"),
+        ("cola", "gj04\t1\t\tA.\ngj04\t1\t\tA\tB.\n", "train.tsv, line 2, has 5 fields where line 1 has 4"),
+        ("cola", "gj04\t1\t\tA.\ngj04\t1\n", "train.tsv, line 2, has 2 fields where line 1 has 4"),
+        ("cola", "<html>", "train.tsv has 1 columns, too few"),
+        ("cola", b"gj04\t1\t\tA\xff\n", "train.tsv is not UTF-8 at byte 9"),
+        ("sst2", "sentence\tlabel\nA\t1\r\nB\t0\n", r"train.tsv, line 2: the label is '1\\r'"),
+        (
+            "stsb",
+            "x\t" * 9 + f"x\n{STSB_ROW}5.1\n",
+            "line 2: the score is '5.1' and not a number from 0 to 5",
+        ),
+        ("stsb", "x\t" * 9 + f"x\n{STSB_ROW}high\n", "line 2: the score is 'high'"),
+        ("stsb", "x\t" * 9 + f"x\n{STSB_ROW}nan\n", "line 2: the score is 'nan'"),
+        (
+            "qqp",
+            "\t".join("abcdef") + "\n1\t2\t3\tA\tB\t1\tmore\n",
+            "line 2, has 7 fields where line 1 has 6",
+        ),
+        (
+            "wnli",
+            None,
+            "there is no glue/WNLI/train.tsv; --glue-dir takes a folder that holds WNLI/train.tsv",
+        ),
+    ],
+)
+def test_glue_files_that_are_not_whole_are_refused(name, content, message, corpus, monkeypatch):
+    expect_rows(monkeypatch, name, "train", 2)
+    if content is not None:
+        write_split(name, "train", content)
+    with pytest.raises(SystemExit, match=message):
+        glue.read_examples(find(name), "train", "cache", "glue")
+
+
+def make_zip(members):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def source(server, path, content):
+    return f"{server.url}{path}", len(content), hashlib.sha256(content).hexdigest()
+
+
+def test_glue_is_downloaded_once_and_read_in_place(corpus, monkeypatch, quick):
+    content, _ = GLUE_FILES["wnli", "dev"]
+    archive = make_zip({"WNLI/dev.tsv": content})
+    expect_rows(monkeypatch, "wnli", "dev", 1)
+    with Server({"/WNLI.zip": archive}) as server:
+        good = replace(glue.TASKS["wnli"], archive=source(server, "/WNLI.zip", archive))
+        wrong = replace(good, archive=source(server, "/WNLI.zip", archive[:-1] + b"x"))
+        with pytest.raises(SystemExit, match=r"SHA-256 [0-9a-f]{64} instead of \d+ bytes with [0-9a-f]{64};"):
+            glue.read_examples(wrong, "dev", "cache")
+        assert not list(Path("cache").rglob("*.*"))  # nothing half-written
+        assert len(glue.read_examples(good, "dev", "cache")) == 1
+        missing = replace(good, archive=(f"{server.url}/none.zip", 1, ""))
+        with pytest.raises(SystemExit, match="none.zip cannot be read: it answers 404"):
+            glue.read_examples(missing, "dev", "cache")
+    assert len(glue.read_examples(good, "dev", "cache")) == 1  # the server is gone
+    assert [path.name for path in Path("cache/glue").iterdir()] == ["WNLI.zip"]
+    kept = Path("cache/glue/WNLI.zip")
+    for damaged in archive[: len(archive) // 2], archive.replace(b"WNLI", b"RTE_"), b"":
+        kept.write_bytes(damaged)
+        with pytest.raises(SystemExit, match="WNLI.zip is damaged .*; delete it"):
+            glue.read_examples(good, "dev", "cache")
+    kept.unlink()
+    with pytest.raises(
+        SystemExit, match="or put train.tsv, dev.tsv, test.tsv into DIR/WNLI and take --glue-dir DIR"
+    ):
+        glue.read_examples(good, "dev", "cache")
+
+
+def test_glue_splits_mrpc_by_its_dev_ids(corpus, monkeypatch):
+    header = BOM + "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+    train_ = header + "".join(f"{n % 2}\t{n}\t{n + 1}\tA{n}\tB{n}\n" for n in range(6))
+    files = {
+        "/train.txt": train_.encode(),
+        "/test.txt": (header + "1\t7\t8\tX\tY\n").encode(),
+        "/ids.tsv": b"4\t5\n1\t2\n0\t9\n",  # the last pair is of no row
+    }
+    with Server(files) as server:
+        sources = {path: source(server, path, content) for path, content in files.items()}
+        monkeypatch.setitem(glue.TASKS, "mrpc", replace(glue.TASKS["mrpc"], archive=sources["/train.txt"]))
+        monkeypatch.setattr(glue, "MRPC_TEST", sources["/test.txt"])
+        monkeypatch.setattr(glue, "MRPC_DEV_IDS", sources["/ids.tsv"])
+        for split, expected in {"train": [0, 2, 3, 5], "dev": [1, 4]}.items():
+            expect_rows(monkeypatch, "mrpc", split, len(expected))
+            examples = glue.read_examples(glue.TASKS["mrpc"], split, "cache")
+            assert examples == [(f"A{n}", f"B{n}", n % 2) for n in expected]
+        expect_rows(monkeypatch, "mrpc", "test", 1)
+        assert glue.read_examples(glue.TASKS["mrpc"], "test", "cache") == [("X", "Y", None)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# glue.py: metrics and submission
+
+
+def metric_inputs():
+    random_ = np.random.default_rng(0)
+    for size in 2, 3, 10, 500:
+        for _ in range(5):
+            yield random_.integers(0, 2, size), random_.integers(0, 2, size)
+    yield np.zeros(5, int), np.array([0, 1, 0, 1, 1])
+    yield np.array([0, 1, 0, 1, 1]), np.ones(5, int)
+    yield np.ones(4, int), np.ones(4, int)
+    yield np.zeros(4, int), np.zeros(4, int)
+    yield np.zeros(4, int), np.ones(4, int)
+
+
+@pytest.mark.filterwarnings("ignore")  # scikit-learn's own, where a metric is 0 / 0
+def test_metric_of_classes_agree_with_scikit_learn():
+    for predictions, labels in metric_inputs():
+        assert glue.accuracy(predictions, labels) == pytest.approx(
+            sklearn.metrics.accuracy_score(labels, predictions)
+        )
+        assert glue.f1(predictions, labels) == pytest.approx(
+            sklearn.metrics.f1_score(labels, predictions, zero_division=0)
+        )
+        assert glue.matthews(predictions, labels) == pytest.approx(
+            sklearn.metrics.matthews_corrcoef(labels, predictions), abs=1e-12
+        )
+
+
+def test_metric_of_numbers_agree_with_scipy():
+    random_ = np.random.default_rng(0)
+    for size in 3, 10, 1000:
+        for places in None, 1, 0:  # with more and more ties
+            one, other = random_.normal(size=size).astype(np.float32), random_.random(size)
+            one, other = (one, other) if places is None else (one.round(places), other.round(places))
+            if np.ptp(one) and np.ptp(other):
+                assert glue.pearson(one, other) == pytest.approx(stats.pearsonr(one, other)[0], abs=1e-6)
+                assert glue.spearman(one, other) == pytest.approx(stats.spearmanr(one, other)[0], abs=1e-12)
+    assert glue.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
+    constant = np.full(7, 0.1, np.float32)
+    assert glue.pearson(constant, np.arange(7)) == glue.spearman(np.arange(7), constant) == 0.0
+
+
+def test_averages_are_those_of_electra_and_of_glue():
+    # ELECTRA-Small-OWT's published figures, whose average is 80.36.
+    figures = {
+        "cola": {"matthews": 56.8},
+        "sst2": {"accuracy": 88.3},
+        "mrpc": {"accuracy": 87.4, "f1": 90.4},
+        "stsb": {"spearman": 86.8, "pearson": 87.0},
+        "qqp": {"accuracy": 88.3, "f1": 85.3},
+        "mnli": {"accuracy": 78.9, "mismatched accuracy": 79.9},
+        "qnli": {"accuracy": 87.9},
+        "rte": {"accuracy": 68.5},
+        "wnli": {"accuracy": 56.3},
+    }
+    assert glue.average_of_8(figures) == pytest.approx(80.36, abs=0.01)
+    by_task = [56.8, 88.3, 88.9, 86.9, 86.8, 79.4, 87.9, 68.5, 56.3]
+    assert glue.average_of_9(figures) == pytest.approx(sum(by_task) / 9)
+
+
+def test_scores_of_a_task_are_named():
+    right, wrong = np.array([0, 2, 1, 1]), np.array([0, 0, 1, 0])
+    mnli = glue.score(
+        glue.TASKS["mnli"],
+        {"dev_matched": right, "dev_mismatched": wrong},
+        {"dev_matched": right, "dev_mismatched": right},
+    )
+    assert mnli == {"accuracy": 1.0, "mismatched accuracy": 0.5}
+    assert list(glue.score(glue.TASKS["mrpc"], {"dev": wrong}, {"dev": wrong})) == ["accuracy", "f1"]
+    # CoLA's baseline is another than accuracy's
+    assert glue.score(glue.TASKS["cola"], {"dev": np.zeros(4)}, {"dev": wrong}) == {"matthews": 0.0}
+
+
+def test_D31_submitted_scores_are_times_five_clipped_and_have_three_decimals():
+    text = glue.submission_file(glue.TASKS["stsb"], np.array([0.25, -0.1, 1.2, 0.7654321], np.float32))
+    assert text == "index\tprediction\n0\t1.250\n1\t0.000\n2\t5.000\n3\t3.827\n"
+
+
+def test_submission_is_eleven_files_byte_by_byte(tmp_path):
+    labels = np.array([0, 1, 0])
+    expected = {"STS-B.tsv": ["0.000", "5.000", "0.000"]}
+    for name in "CoLA", "SST-2", "MRPC", "QQP", "WNLI":
+        expected[f"{name}.tsv"] = ["0", "1", "0"]
+    for name in "MNLI-m", "MNLI-mm", "AX":
+        expected[f"{name}.tsv"] = ["entailment", "neutral", "entailment"]
+    for name in "QNLI", "RTE":
+        expected[f"{name}.tsv"] = ["entailment", "not_entailment", "entailment"]
+    for path in tmp_path / "1.zip", tmp_path / "2.zip":
+        glue.write_submission(path, dict.fromkeys(expected, labels))
+    assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "2.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "1.zip") as archive:
+        assert set(archive.namelist()) == set(expected) and len(expected) == 11
+        for name, words in expected.items():
+            lines = "".join(f"{index}\t{word}\n" for index, word in enumerate(words))
+            assert archive.read(name) == b"index\tprediction\n" + lines.encode()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# finetune.py: rows, network, recipe
+
+FINETUNED = ElectraConfig(**SHAPE | dict(vocab_size=len(SMALL_VOCAB)))
+
+
+@pytest.mark.parametrize(
+    "first, second, length, expected",
+    [
+        ([1, 2, 3], [4], 4, ([1, 2, 3], [4])),
+        ([1, 2, 3, 4, 5], [6, 7], 4, ([1, 2], [6, 7])),
+        ([1, 2], [3, 4, 5, 6], 4, ([1, 2], [3, 4])),
+        ([1, 2, 3], [4, 5, 6], 5, ([1, 2, 3], [4, 5])),  # a tie: the second loses
+        ([1, 2, 3], [4, 5, 6], 4, ([1, 2], [4, 5])),
+        ([1, 2, 3], [], 2, ([1, 2], [])),
+    ],
+)
+def test_D05_the_longer_sentence_is_cut_first_and_of_equals_the_second(first, second, length, expected):
+    assert finetune.truncate(first, second, length) == expected
+
+
+def test_D05_rows_of_one_sentence_and_of_two():
+    wordpiece = WordPiece(SMALL_VOCAB)  # [CLS] is 2, [SEP] is 3
+    ids = [wordpiece.encode([word])[0][0] for word in ("ba", "do", "ku")]
+    a, b, c = ids
+    examples = [
+        glue.Example("ba do", "ku", 0),
+        glue.Example("ba do ku", "", 1),  # an empty second sentence makes it an example of one
+        glue.Example("ba do ku ba do ku", "do do do", 1),
+        glue.Example("ba do ku ba do ku", "", 1),
+    ]
+    rows, labels = finetune.build_rows(examples, wordpiece, 8)
+    assert rows == [
+        [2, a, b, 3, c, 3],
+        [2, a, b, c, 3],
+        [2, a, b, c, 3, b, b, 3],
+        [2, a, b, c, a, b, c, 3],
+    ]
+    assert labels.tolist() == [0, 1, 1, 1]
+    assert finetune.pad(rows[:2]).tolist() == [[2, a, b, 3, c, 3], [2, a, b, c, 3, 0]]
+
+
+def test_D30_both_orders_are_swapped_before_they_are_cut():
+    wordpiece = WordPiece(SMALL_VOCAB)
+    [[a, b, c]] = wordpiece.encode(["ba do ku"])
+    rows, labels = finetune.build_rows(
+        [glue.Example("ba ba ba", "do do ku", 0.2)], wordpiece, 8, both_orders=True
+    )
+    assert rows == [[2, a, a, a, 3, b, b, 3], [2, b, b, c, 3, a, a, 3]]
+    assert labels.tolist() == [0.2, 0.2]
+    assert [name for name, task in glue.TASKS.items() if task.both_orders] == ["mrpc", "stsb"]
+
+
+@pytest.mark.parametrize(
+    "layers, decay, expected",
+    [
+        (12, 0.8, {"classifier.weight": 1, "classifier.bias": 1, "encoder.layers.11.output.weight": 0.8**2,
+                   "encoder.layers.10.output_norm.bias": 0.8**3,
+                   "encoder.layers.0.query_key_value.weight": 0.8**13,
+                   "encoder.embeddings_project.weight": 0.8**14,
+                   "encoder.embeddings.word_embeddings.weight": 0.8**14}),
+        (24, 0.9, {"encoder.layers.23.output.weight": 0.9**2, "encoder.embeddings.LayerNorm.bias": 0.9**26}),
+    ],
+)  # fmt: skip
+def test_D28_layerwise_learning_rates(layers, decay, expected):
+    for name, share in expected.items():
+        assert finetune.lr_scale(name, layers, decay) == pytest.approx(share)
+
+
+def test_D28_every_parameter_moves_by_its_share_of_the_rate():
+    torch.manual_seed(0)
+    network = finetune.Classifier(NO_DROPOUT, 2)
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    config = finetune.FinetuneConfig(weight_decay=0.5)
+    optimizer = train.build_optimizer(
+        network.named_parameters(), config, lambda name: finetune.lr_scale(name, 2, 0.8)
+    )
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    train.update(optimizer, 1e-3, 1e9)
+    for name, parameter in network.named_parameters():
+        depth = 4 if "classifier" in name else 0 if "embeddings" in name else int(name.split(".")[2]) + 1
+        lr = 1e-3 * 0.8 ** (4 - depth)
+        decayed = before[name] * (1 - lr * 0.5 * (parameter.ndim > 1))
+        step = lr * 0.1 / (math.sqrt(0.001) + 1e-6)  # Adam's first, without correction of the bias
+        assert torch.allclose(parameter, decayed - step, rtol=1e-5, atol=1e-8), name
+
+
+def test_D29_the_classifier_is_dropout_and_one_layer_on_cls(tmp_path):
+    torch.manual_seed(0)
+    discriminator = model.Discriminator(FINETUNED.discriminator())
+    model.save_pretrained(discriminator, FINETUNED.discriminator(), tmp_path, SMALL_VOCAB, True, True)
+    network = finetune.Classifier(FINETUNED, 3)
+    bound = math.sqrt(6 / (48 + 3))  # Glorot
+    assert 0.8 * bound < network.classifier.weight.abs().max() <= bound and not network.classifier.bias.any()
+    model.load_weights(network, tmp_path, encoder_only=True)
+    assert {name for name, _ in network.named_parameters() if not name.startswith("encoder.")} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+    ids = torch.tensor([[2, 7, 8, 3, 9, 3, 0, 0]])
+    network.eval(), discriminator.eval()
+    hidden = discriminator.encoder(ids, *model.attention_mask_and_token_types(ids, 3))
+    expected = F.linear(hidden[:, 0], network.classifier.weight, network.classifier.bias)
+    assert torch.equal(network(ids, 3), expected)
+    assert network.dropout.p == 0.1
+    network.train()
+    network.encoder.eval()
+    seen = {tuple((network(ids, 3) - expected).tolist()[0]) for _ in range(5)}
+    assert len(seen) > 1  # it is dropout that differs
+
+
+def test_D31_the_loss_of_a_score_is_the_squared_error_of_the_number_itself():
+    logits, labels = torch.tensor([[0.5], [-2.0]]), torch.tensor([0.2, 1.0])
+    assert torch.allclose(finetune.losses(logits, labels, glue.TASKS["stsb"]), torch.tensor([0.09, 9.0]))
+    logits, labels = torch.tensor([[0.5, 1.5]]), torch.tensor([1])
+    assert finetune.losses(logits, labels, glue.TASKS["cola"]).item() == pytest.approx(
+        math.log(1 + math.exp(-1))
+    )
+
+
+def test_D32_steps_of_every_task():
+    steps = {
+        name: finetune.num_steps(task.rows["train"] * (1 + task.both_orders), 32, task.num_train_epochs)
+        for name, task in glue.TASKS.items()
+    }
+    assert steps == {
+        "cola": 804, "sst2": 6315, "mrpc": 690, "stsb": 3600, "qqp": 34113, "mnli": 36816, "qnli": 9822,
+        "rte": 780, "wnli": 60,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def toy_glue(corpus, monkeypatch):
+    """`corpus` with a small model in out/small and toy tasks in glue/: what matters is one word."""
+    torch.manual_seed(0)
+    discriminator = model.Discriminator(FINETUNED.discriminator())
+    model.save_pretrained(
+        discriminator, FINETUNED.discriminator(), "out/small/discriminator", SMALL_VOCAB, True, True
+    )
+    random_ = random.Random(0)
+    for name in [*glue.TASKS, "diagnostic"]:
+        task = find(name)
+        for split in task.rows:
+            count = 48 if split == "train" else 12
+            expect_rows(monkeypatch, name, split, count)
+            is_test = split in task.submissions
+            lines = [] if not (task.header or is_test) else ["\t".join("h" * 12)]
+            for _ in range(count):
+                fields, label = ["x"] * 12, random_.randrange(max(2, len(task.labels)))
+                for column in task.test_sentences if is_test else task.sentences:
+                    words = random_.choices(WORDS[8:], k=random_.randint(2, 9))
+                    fields[column] = " ".join([*words, WORDS[label]])
+                if not is_test:
+                    fields[task.label] = task.labels[label] if task.labels else str(5 * label)
+                lines.append("\t".join(fields))
+            write_split(name, split, "\n".join(lines) + "\n")
+    return ["--glue-dir", "glue", "--max-length", "32", "--batch-size", "8"]
+
+
+def read_results(folder="out/glue"):
+    return {
+        (entry["task"], entry["seed"]): entry
+        for entry in map(json.loads, (Path(folder) / "results.jsonl").read_text().splitlines())
+    }
+
+
+TIMES = {"seconds", "examples_per_second"}
+
+
+def without_times(entry):
+    return {key: value for key, value in entry.items() if key not in TIMES}
+
+
+def test_D32_the_rate_of_every_step(toy_glue, monkeypatch):
+    rates, sizes, update, losses = [], [], finetune.update, finetune.losses
+    monkeypatch.setattr(finetune, "update", lambda o, lr, norm: rates.append(lr) or update(o, lr, norm))
+    monkeypatch.setattr(finetune, "losses", lambda *batch: sizes.append(len(batch[1])) or losses(*batch))
+    finetune.main([*toy_glue, "--task", "cola", "--batch-size", "20"])
+    total, warmup = 9, 0.9  # which is not rounded
+    expected = [3e-4 * (1 - step / total) * min(1, step / warmup) for step in range(total)]
+    assert rates == pytest.approx(expected) and sizes == [20, 20, 8] * 3
+
+
+def test_D33_weight_decay_is_off_by_default():
+    assert finetune.FinetuneConfig().weight_decay == 0.0 and train.TrainConfig().weight_decay == 0.01
+    torch.manual_seed(0)
+    network = finetune.Classifier(NO_DROPOUT, 2)
+    optimizer = train.build_optimizer(network.named_parameters(), finetune.FinetuneConfig())
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0]
+
+
+def test_D34_the_loss_is_summed_over_the_batch(toy_glue, monkeypatch):
+    batches, gradients, update, losses = [], [], finetune.update, finetune.losses
+
+    def watch(optimizer, lr, max_grad_norm):
+        [bias] = [p for group in optimizer.param_groups for p in group["params"] if p.shape == (3,)]
+        gradients.append(bias.grad.clone())
+        return update(optimizer, lr, max_grad_norm)
+
+    monkeypatch.setattr(finetune, "update", watch)
+    monkeypatch.setattr(finetune, "losses", lambda *batch: batches.append(batch[:2]) or losses(*batch))
+    finetune.main([*toy_glue, "--task", "mnli", "--num-train-epochs", "1", "--batch-size", "20"])
+    assert len(gradients) == 3
+    for (logits, labels), gradient in zip(batches, gradients, strict=True):
+        # Of a sum of cross-entropies by the bias of the last layer.
+        expected = (logits.detach().softmax(1) - F.one_hot(labels, 3)).sum(0)
+        assert torch.allclose(gradient, expected, atol=1e-5)
+
+
+def test_padding_to_the_longest_row_changes_no_logit():
+    torch.manual_seed(0)
+    network = finetune.Classifier(NO_DROPOUT, 2).eval()
+    rows = [[CLS, 5, 6, SEP], [CLS, *range(5, 12), SEP, 7, SEP]]
+    own = network(finetune.pad(rows), SEP)
+    wide = network(finetune.pad([*rows, [CLS] * 40])[:2], SEP)
+    alone = torch.cat([network(finetune.pad([row]), SEP) for row in rows])
+    assert torch.allclose(own, wide, atol=1e-6) and torch.allclose(own, alone, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# finetune.py: the sweep
+
+
+def test_a_separable_task_is_learnt_to_100_percent(toy_glue, capsys):
+    finetune.main([*toy_glue, "--task", "sst2", "rte", "--num-train-epochs", "30", "--learning-rate", "2e-3"])
+    metrics = {name: entry["metrics"] for (name, _), entry in read_results().items()}
+    assert metrics == {"sst2": {"accuracy": 1.0}, "rte": {"accuracy": 1.0}}
+    assert re.search(r"SST-2 +accuracy\* +1 +100.00 +- +100.00 +100.00", capsys.readouterr().out)
+
+
+def test_a_seed_gives_the_same_figures_alone_or_among_others(toy_glue):
+    common = [*toy_glue, "--num-train-epochs", "2", "--predict"]
+    finetune.main([*common, "--task", "all", "--seeds", "2"])
+    finetune.main([*common, "--task", "stsb", "--seeds", "2", "--out", "alone"])
+    together, alone = read_results(), read_results("alone")
+    assert len(together) == 18 and set(alone) == {("stsb", 0), ("stsb", 1)}
+    assert alone["stsb", 0]["metrics"] != alone["stsb", 1]["metrics"]
+    for key, entry in alone.items():
+        assert without_times(entry) == without_times(together[key])
+        [one], [other] = (
+            list(Path(folder, "predictions").glob(f"{key[0]}-{key[1]}-*")) for folder in ("alone", "out/glue")
+        )
+        assert one.name == other.name and one.read_bytes() == other.read_bytes()
+
+
+def test_what_is_finished_is_kept_and_shared(toy_glue, capsys, monkeypatch):
+    common = [*toy_glue, "--task", "cola", "WNLI", "--num-train-epochs", "1"]
+    finetune.main(common)
+    path = Path("out/glue/results.jsonl")
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 2
+    path.write_bytes(lines[0] + lines[1][:50])  # a kill tore the second
+    finetune.main(common)
+    again = path.read_bytes().splitlines(keepends=True)
+    assert again[0] == lines[0] and without_times(json.loads(again[1])) == without_times(json.loads(lines[1]))
+    capsys.readouterr()
+    monkeypatch.setattr(finetune, "finetune", None)  # nothing is done again
+    finetune.main(common)
+    assert "CoLA" in capsys.readouterr().out and path.read_bytes() == b"".join(again)
+
+
+def test_other_settings_are_other_results(toy_glue):
+    common = [*toy_glue, "--task", "wnli", "--num-train-epochs", "1"]
+    for flags in [], ["--learning-rate", "1e-3"], ["--random-weights"], ["--layerwise-lr-decay", "1"]:
+        finetune.main([*common, *flags])
+    lines = Path("out/glue/results.jsonl").read_text().splitlines()
+    settings = [json.loads(line)["settings"] for line in lines]
+    assert len(lines) == 4 and len({json.dumps(one) for one in settings}) == 4
+    assert [one["weights"] == "random" for one in settings] == [False, False, True, False]
+
+
+def test_processes_share_a_sweep(toy_glue, capsys):
+    config = finetune.FinetuneConfig(
+        task=["wnli"], seeds=3, glue_dir="glue", max_length=32, batch_size=8, num_train_epochs=1
+    )
+    sweep = finetune.Sweep(config)
+    claim = f"wnli-1-{data.digest(sweep.settings('wnli'))}"
+    with data.lock(sweep.folder / "locks" / claim):  # another process has seed 1 in hand
+        finetune.main([*toy_glue, "--task", "wnli", "--seeds", "3", "--num-train-epochs", "1"])
+    assert set(read_results()) == {("wnli", 0), ("wnli", 2)}
+    assert "1 more are being done by other processes" in capsys.readouterr().out
+
+
+def test_the_table_says_what_papers_print(capsys):
+    def entry(is_constant=False, **metrics):
+        return dict(metrics=metrics, is_constant=is_constant)
+
+    config = finetune.FinetuneConfig(task=["mrpc", "wnli", "cola"])
+    results = {("mrpc", seed): entry(accuracy=a, f1=0.9) for seed, a in enumerate([0.8, 0.9, 0.82])}
+    results["wnli", 0] = entry(accuracy=0.5)
+    results["cola", 0] = entry(True, matthews=0.0)
+    text = finetune.table(results, config)
+    assert re.search(r"^MRPC +accuracy\* +3 +84.00 +5.29 +82.00 +90.00$", text, re.M)
+    assert re.search(r"^MRPC +f1 +3 +90.00 +0.00 +90.00 +90.00$", text, re.M)
+    assert re.search(r"^WNLI +accuracy +1 +50.00 +- +50.00 +50.00$", text, re.M)
+    assert "CoLA: 1 of 1 seeds ended at one answer for every example; they are counted" in text
+    assert "average of 8 (* each; no WNLI): not without SST-2, STS-B, QQP, MNLI, QNLI, RTE" in text
+    assert "WNLI's dev set is adversarial" in text
+    full = {(name, seed): entry(**dict.fromkeys(task.metrics, 0.7 + 0.1 * (seed > 1)))
+            for name, task in glue.TASKS.items() for seed in range(3)}  # fmt: skip
+    text = finetune.table(full, finetune.FinetuneConfig())
+    assert "no WNLI): 73.33 from means, 70.00 from medians" in text
+    assert "averaged first): 73.33 from means, 70.00 from medians" in text
+
+
+def test_submission_from_the_best_seeds(toy_glue, capsys):
+    common = [*toy_glue, "--num-train-epochs", "1", "--seeds", "2"]
+    finetune.main([*common, "--task", "all"])
+    capsys.readouterr()
+    finetune.main([*common, "--submit"])  # needs predictions, so what lacks them is done again
+    said = capsys.readouterr().out
+    results = read_results()
+    with zipfile.ZipFile("out/glue/submission.zip") as archive:
+        assert len(archive.namelist()) == 11
+        for name, task in glue.TASKS.items():
+            metric = task.metrics[0]
+            best = max((0, 1), key=lambda seed: results[name, seed]["metrics"][metric])
+            assert f"{task.title} seed {best} (" in said
+            [kept] = Path("out/glue/predictions").glob(f"{name}-{best}-*.npz")
+            files = np.load(kept)
+            assert set(files) == set(task.submissions.values()) | ({"AX.tsv"} if name == "mnli" else set())
+            for file in files:
+                assert archive.read(file).decode() == glue.submission_file(task, files[file])
+
+
+def test_a_model_of_the_hub_is_downloaded_once(toy_glue, monkeypatch, quick):
+    folder = Path("out/small/discriminator")
+    tensors = model.read_safetensors(folder / "model.safetensors")
+    torch.save(tensors, "weights.bin")
+    base = "/google/electra-toy/resolve/main/"
+    files = {f"{base}{name}": (folder / name).read_bytes() for name in ("config.json", "vocab.txt")}
+    files[f"{base}pytorch_model.bin"] = Path("weights.bin").read_bytes()
+    command = [*toy_glue, "--task", "wnli", "--num-train-epochs", "1", "--model", "google/electra-toy"]
+    with Server({}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        with pytest.raises(SystemExit, match="404 .*; try again, or pre-train one with `python train.py"):
+            finetune.main(command)
+    with Server(files) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        finetune.main(command)
+    finetune.main([*command, "--out", "again"])  # the server is gone
+    finetune.main([*toy_glue, "--task", "wnli", "--num-train-epochs", "1", "--out", "local"])
+    assert (
+        read_results()["wnli", 0]["metrics"]
+        == read_results("again")["wnli", 0]["metrics"]
+        == read_results("local")["wnli", 0]["metrics"]
+    )
+
+
+def test_case_and_accents_come_from_the_folder(toy_glue):
+    path = Path("out/small/discriminator/tokenizer_config.json")
+    for settings, expected in (
+        ({"do_lower_case": False}, (False, False)),
+        ({"do_lower_case": True, "strip_accents": False}, (True, False)),
+        ({"strip_accents": None}, (True, True)),
+        (None, (True, True)),
+    ):
+        path.unlink(missing_ok=True)
+        if settings is not None:
+            path.write_text(json.dumps(settings))
+        wordpiece = finetune.read_tokenizer(path.parent)
+        assert (wordpiece.do_lower_case, wordpiece.strip_accents) == expected
+
+
+def spoil(name, change):
+    def apply():
+        path = Path("out/small/discriminator") / name
+        change(path)
+        return []
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--task", "squad"], "there is no task squad; there are cola, sst2, mrpc, .* wnli and all"),
+        (["--model", "nowhere"], "there is no model in nowhere: pre-train one with .*google/electra-small"),
+        (["--model", "glue/none"], "there is no model in glue/none"),
+        (["--model", "glue"], "there is no model in glue"),
+        (spoil("config.json", Path.unlink), "there is no model in out/small: pre-train one"),
+        (spoil("config.json", lambda p: p.write_text("{")), "config.json is not a JSON object"),
+        (spoil("model.safetensors", Path.unlink), "neither model.safetensors nor pytorch_model.bin"),
+        (spoil("model.safetensors", lambda p: p.write_bytes(b"x" * 99)), "is not a safetensors file"),
+        (spoil("tokenizer_config.json", lambda p: p.write_text("7")), "tokenizer_config.json is not a JSON"),
+        (spoil("vocab.txt", lambda p: p.write_text("\n".join(SMALL_VOCAB[:-1]))),
+         "contradicts itself: its vocab.txt has 47 tokens, and its config.json says 48"),
+        (["--max-length", "65"], "out/small/discriminator has 64 positions; take --max-length 64 or less"),
+        (["--seeds", "0"], "seeds is 0"),
+        (["--submit"], "a submission has all nine tasks"),
+        (["--glue-dir", "elsewhere"], "there is no elsewhere/CoLA/train.tsv"),
+        (["--learning-rate", "1e3"], "CoLA: the predictions are not finite; try a lower --learning-rate"),
+    ],
+)  # fmt: skip
+def test_bad_input_to_fine_tuning(toy_glue, arguments, message):
+    arguments = arguments() if callable(arguments) else arguments
+    with pytest.raises(SystemExit, match=message) as stop:
+        finetune.main([*toy_glue, "--task", "cola", *arguments])
+    assert stop.value.code and "\n" not in str(stop.value)
+    assert not Path("out/glue/results.jsonl").exists()
+
+
+def test_a_full_disk_loses_no_finished_seed(toy_glue, monkeypatch):
+    common = [*toy_glue, "--task", "wnli", "--num-train-epochs", "1", "--seeds", "2"]
+    finetune.main([*common, "--out", "whole"])
+    fsync, calls = os.fsync, itertools.count()
+
+    def full(number):
+        if next(calls):
+            raise OSError(28, "No space left on device", "results.jsonl")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit, match="results.jsonl: No space left on device; mend that and go on"):
+        finetune.main(common)
+    monkeypatch.setattr(os, "fsync", fsync)
+    finetune.main(common)
+    whole, results = read_results("whole"), read_results()
+    assert results.keys() == whole.keys()
+    assert all(without_times(results[key]) == without_times(whole[key]) for key in whole)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The house
 
-FILES = ["model.py", "data.py", "train.py"]
+FILES = ["model.py", "data.py", "train.py", "glue.py", "finetune.py"]
 
 
 def test_imports_only_go_up_the_list_and_five_packages_are_enough():
-    may_import = {"model": set(), "data": set(), "train": {"model", "data"}}
+    may_import = {"model": set(), "data": set(), "train": {"model", "data"}, "glue": {"data"}}
+    may_import["finetune"] = {"model", "data", "train", "glue"}
     for name in FILES:
         tree = ast.parse((HERE / name).read_text(encoding="utf-8"))
         imported = {
@@ -2193,12 +2925,13 @@ def test_details_in_code_in_the_readme_and_in_tests_are_the_same():
     }
 
 
-def test_the_flags_that_the_readme_names_exist(capsys):
+@pytest.mark.parametrize("module", [data, train, finetune])
+def test_the_flags_that_the_readme_names_exist(module, capsys):
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     with pytest.raises(SystemExit):
-        train.main(["--help"])
-    flags = set(re.findall(r"--[a-z0-9][a-z0-9-]*", capsys.readouterr().out)) | {"--show"}
-    commands = re.findall(r"^ {4}.*python (?:train|data)\.py.*", readme, re.M)
+        module.main(["--help"])
+    flags = set(re.findall(r"--[a-z0-9][a-z0-9-]*", capsys.readouterr().out))
+    commands = re.findall(rf"^ {{4}}.*python {module.__name__}\.py.*", readme, re.M)
     named = {flag for command in commands for flag in re.findall(r"--[a-z0-9-]+", command)}
     assert commands and named <= flags
 
@@ -2212,3 +2945,8 @@ def test_help_says_every_field_with_its_comment_and_defaults(capsys):
     for config in (train.TrainConfig, DataConfig, ElectraConfig):
         for field in fields(config):
             assert (f"--{field.name.replace('_', '-')} " in text) == (field.name not in derived)
+    with pytest.raises(SystemExit):
+        finetune.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(f"--{field.name.replace('_', '-')} " in text for field in fields(finetune.FinetuneConfig))
+    assert "not on LayerNorms and biases [D33] (0.0)" in text
