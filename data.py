@@ -236,18 +236,23 @@ class HttpStream(io.RawIOBase):
         thing."""
         headers = {"Range": f"bytes={self.position}-", "Accept-Encoding": "identity"}
         self.response = response = self.session.get(self.url, headers=headers, stream=True, timeout=TIMEOUT)
-        part = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", response.headers.get("Content-Range", ""))
-        if response.status_code not in (200, 206) and not (response.status_code == 416 and part):
-            answer = f"{response.status_code} {response.reason}"
-            message = f"{self.url} cannot be read: it answers {answer}; {self.instead}"
-            raise (Missing if response.status_code == 404 else SystemExit)(message)
-        # 416 says that there is nothing from here on: the file is empty, or shorter than it was.
-        whole = 0, response.headers.get("Content-Length", -1)
-        begin, length = map(int, (part[1] or self.position, part[2]) if part else whole)
-        if length < 0 or begin not in (0, self.position) or (response.status_code == 206 and not part):
-            sys.exit(f"{self.url} cannot be read: the answer does not say which part this is; {self.instead}")
+        status, told = response.status_code, response.headers
+        part = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", told.get("Content-Range", ""))
+        if status in (206, 416) and part:  # 416: nothing from here on, as it is empty or shorter than it was
+            begin, length = int(part[1] or self.position), int(part[2])
+        elif status == 200 and told.get("Content-Length", "").isdecimal():
+            begin, length = 0, int(told["Content-Length"])
+        elif status in (200, 206):
+            begin, length = -1, -1
+        else:
+            message = f"{self.url} cannot be read: it answers {status} {response.reason}; {self.instead}"
+            raise (Missing if status == 404 else SystemExit)(message)
+        is_encoded = told.get("Content-Encoding", "identity") != "identity" and not self.url.endswith(".gz")
+        if begin not in (0, self.position) or is_encoded:
+            sys.exit(f"{self.url} cannot be read: the server does not say which part it sends of how long a "
+                     f"whole, or compresses it on the way; {self.instead}")
         # What the hub has at a pinned revision is the same everywhere, whatever ETag a mirror gives it.
-        found = [None if self.address.startswith("hub:") else response.headers.get("ETag"), length]
+        found = [None if self.address in OPENWEBTEXT else response.headers.get("ETag"), length]
         known = self.seen.setdefault(self.address, found)
         if known != found:
             sys.exit(f"{self.url} is no longer what it was: its ETag and length are {found}, not {known}; "
@@ -997,9 +1002,13 @@ def atomic_write(path):
 
 def append(file, entry):
     """Add a line of JSON to an open binary file and see it to the disk."""
-    file.write(json.dumps(entry).encode() + b"\n")
-    file.flush()
-    os.fsync(file.fileno())
+    try:
+        file.write(json.dumps(entry).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = file.name
+        raise
 
 
 @contextmanager
@@ -1042,11 +1051,11 @@ def prefetch(items, depth=1, waiting=None):
             yield item
 
 
-def parse(line, where):
+def parse(line, where, remedy="delete the folder it is in, to begin anew"):
     try:
         return json.loads(line)
-    except ValueError:
-        sys.exit(f"{where} is damaged; delete the folder it is in, to begin anew")
+    except (ValueError, RecursionError):
+        sys.exit(f"{where} is damaged; {remedy}")
 
 
 def digest(value):

@@ -7,16 +7,16 @@ Claim: every file is read to the official number of rows, or refused (test_glue_
 those of scipy and scikit-learn (test_metric_*).
 """
 
+import hashlib
 import sys
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data import atomic_write, decode, download
+from data import atomic_write, decode, download, lock
 
 GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
 MSR = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
@@ -45,16 +45,13 @@ class Task:
     num_train_epochs: int = 3  # [D32]
     both_orders: bool = False  # [D30] trained on both orders of the sentences, since neither comes first
     header: bool = True  # of training and dev; test always has one
+    ended: tuple = ()  # splits whose file is known to end with "\n": without it, it was cut short
     skips_short_rows: bool = False
     raw_rows: int = None  # of training, in an older edition
 
     @property
     def dev_splits(self):
         return [split for split in self.rows if split.startswith("dev")]
-
-    @property
-    def has_pairs(self):
-        return len(self.sentences) == 2
 
 
 ENTAILED = ("entailment", "not_entailment")
@@ -63,25 +60,27 @@ TASKS = {
         "CoLA",
         (GLUE + "CoLA.zip", 376_971, "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
         dict(train=8_551, dev=1_043, test=1_063), (3,), (1,), ("matthews",), {"test": "CoLA.tsv"},
-        label=1, header=False,
+        label=1, header=False, ended=("train", "test"),
     ),
     "sst2": Task(
         "SST-2",
         (GLUE + "SST-2.zip", 7_439_277, "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
         dict(train=67_349, dev=872, test=1_821), (0,), (1,), ("accuracy",), {"test": "SST-2.tsv"}, label=1,
+        ended=("train", "dev", "test"),
     ),
     "mrpc": Task(
         "MRPC",
         (MSR + "msr_paraphrase_train.txt", 1_047_044,
          "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
         dict(train=3_668, dev=408, test=1_725), (3, 4), (3, 4), ("accuracy", "f1"), {"test": "MRPC.tsv"},
-        label=0, both_orders=True,
+        label=0, both_orders=True, ended=("train", "dev", "test"),
     ),
     "stsb": Task(
         "STS-B",
         (GLUE + "STS-B.zip", 802_872, "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),
         dict(train=5_749, dev=1_500, test=1_379), (7, 8), (7, 8), ("spearman", "pearson"),
         {"test": "STS-B.tsv"}, label=9, labels=(), num_train_epochs=10, both_orders=True,
+        ended=("train", "dev", "test"),
     ),
     "qqp": Task(
         "QQP",
@@ -114,6 +113,7 @@ TASKS = {
         "WNLI",
         (GLUE + "WNLI.zip", 28_999, "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),
         dict(train=635, dev=71, test=146), (1, 2), (1, 2), ("accuracy",), {"test": "WNLI.tsv"}, label=3,
+        ended=("train", "dev", "test"),
     ),
 }
 # The diagnostic set has no labels and no training text: the model of MNLI predicts it.
@@ -148,6 +148,10 @@ def read_examples(task, split, cache, glue_dir=None):
     UTF-8, "\\n" alone ends a line and "\\t" a field, and quotes are characters like any other.
     """
     content, where = (read_folder if glue_dir else read_download)(task, split, glue_dir or cache)
+    if b"\r\n" in content[:1000]:
+        sys.exit(f"{where} has \\r\\n at its line ends, and the official file has \\n; take that one")
+    if split in task.ended and not content.endswith(b"\n"):
+        sys.exit(f"{where} does not end with a line break: it was cut short")
     lines = decode(content, where).removesuffix("\n").split("\n")
     is_test, width = split in task.submissions, lines[0].count("\t") + 1
     sentences = task.test_sentences if is_test else task.sentences
@@ -204,11 +208,8 @@ def read_download(task, split, cache):
     if path.suffix != ".zip":
         return path.read_bytes(), path
     name = f"{task.title}/{split}.tsv"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.read(name), f"{name} in {path}"
-    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
-        sys.exit(f"{path} is damaged ({error}); delete it, and it will be downloaded again")
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(name), f"{name} in {path}"
 
 
 def split_mrpc(split, cache):
@@ -219,16 +220,23 @@ def split_mrpc(split, cache):
     pairs = {tuple(line.split(b"\t")) for line in fetch(MRPC_DEV_IDS, task, cache).read_bytes().splitlines()}
     header, *rows = fetch(task.archive, task, cache).read_bytes().removesuffix(b"\n").split(b"\n")
     chosen = [row for row in rows if (tuple(row.split(b"\t")[1:3]) in pairs) == (split == "dev")]
-    return b"\n".join([header, *chosen])
+    return b"\n".join([header, *chosen, b""])
 
 
 def fetch(source, task, cache):
-    """The path of a downloaded file, which is there from the first time on."""
+    """The path of an official file in the cache: it is downloaded if it is not there, and checked."""
     address, size, sha256 = source
     path = Path(cache) / "glue" / address.rsplit("/", 1)[1]
-    if not path.exists():
-        files = ", ".join(f"{split}.tsv" for split in task.rows)
-        download(path, address, f"or put {files} into DIR/{task.title} and take --glue-dir DIR", size, sha256)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock(path.with_suffix(".lock"), f"waiting for another process to download {path}", wait=True):
+        if not path.exists():
+            files = ", ".join(f"{split}.tsv" for split in task.rows)
+            instead = (f"or put that file into {path.parent}, or put {files} into DIR/{task.title} and take "
+                       "--glue-dir DIR")
+            download(path, address, instead, size, sha256)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != sha256:
+        sys.exit(f"{path} has SHA-256 {found} instead of {sha256}; delete it, to download it again")
     return path
 
 
@@ -244,11 +252,6 @@ def f1(predictions, labels):
     """Of class 1. (The official F1Scorer counts predictions where it means labels.)"""
     hits = np.sum((predictions == 1) & (labels == 1))
     return ratio(2 * hits, np.sum(predictions == 1) + np.sum(labels == 1))
-
-
-def matthews(predictions, labels):
-    """The correlation coefficient of two classes: Pearson's, of zeros and ones."""
-    return pearson(predictions, labels)
 
 
 def pearson(predictions, labels):
@@ -273,7 +276,8 @@ def ratio(numerator, denominator):
     return float(numerator / denominator) if denominator else 0.0
 
 
-METRICS = dict(accuracy=accuracy, f1=f1, matthews=matthews, pearson=pearson, spearman=spearman)
+# Matthews' coefficient is Pearson's, of zeros and ones.
+METRICS = dict(accuracy=accuracy, f1=f1, matthews=pearson, pearson=pearson, spearman=spearman)
 AVERAGED_BY_ELECTRA = tuple(name for name in TASKS if name != "wnli")
 
 
@@ -304,7 +308,7 @@ def average_of_9(figures):
 def submission_file(task, predictions):
     """The text of a file to submit."""
     if not task.labels:
-        said = [f"{score:.3f}" for score in np.clip(5 * predictions, 0, 5)]  # [D31]
+        said = [f"{score:.3f}" for score in np.clip(5 * predictions, 0, 5) + 0.0]  # [D31] and no -0
     else:
         said = [task.labels[int(label)] if task.in_words else str(int(label)) for label in predictions]
     return "index\tprediction\n" + "".join(f"{index}\t{value}\n" for index, value in enumerate(said))

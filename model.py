@@ -453,7 +453,7 @@ def load_config(folder):
         sys.exit(f"{folder} is not a model folder: it has no config.json")
     try:
         shape = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         sys.exit(f"{path} is not a JSON object ({error})")
     only = {"model_type": "electra", "hidden_act": "gelu", "position_embedding_type": "absolute"}
     for key, ours in only.items():
@@ -509,7 +509,8 @@ def read_weights(folder):
         sys.exit(f"{folder} is not a model folder: it has neither model.safetensors nor pytorch_model.bin")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, AttributeError, ValueError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, AttributeError, ValueError,
+            TypeError, AssertionError, struct.error) as error:
         sys.exit(f"{path} is not a file of weights, or it is damaged ({type(error).__name__} in reading it)")
     tables = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
     if not tables or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):

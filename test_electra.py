@@ -15,6 +15,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -866,7 +867,8 @@ class Server(http.server.ThreadingHTTPServer):
             def answer(self, status, body, headers, trouble=None):
                 self.send_response(status)
                 for name, value in ({"Content-Length": str(len(body))} | headers).items():
-                    self.send_header(name, value)
+                    if value is not None:
+                        self.send_header(name, value)
                 self.end_headers()
                 with suppress(ConnectionError):
                     if trouble in ("cut", "reset", "stall"):
@@ -1288,6 +1290,25 @@ def test_a_stream_survives_what_goes_wrong_on_the_way(corpus, quick, ranges, cap
     said = capfd.readouterr().err
     assert re.search(r"owt.tar: broke off at byte [\d,]+ \(.*\); trying again in 0 s", said)
     assert "answers 503; trying again" in said or not ranges
+
+
+@pytest.mark.parametrize(
+    "header", [{"Content-Length": None}, {"Content-Length": "many"}, {"Content-Encoding": "gzip"}]
+)
+def test_an_answer_that_could_not_be_continued_is_refused(corpus, quick, monkeypatch, header):
+    with Server({"/a.txt": b"ba"}, ranges=False) as server:
+        answer = server.RequestHandlerClass.answer
+        monkeypatch.setattr(
+            server.RequestHandlerClass,
+            "answer",
+            lambda self, status, body, headers, trouble: answer(
+                self, status, body, headers | header, trouble
+            ),
+        )
+        with pytest.raises(
+            SystemExit, match="the server does not say which part it sends of how long a whole"
+        ):
+            documents(f"{server.url}/a.txt")
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(corpus, quick):
@@ -2272,9 +2293,11 @@ STSB_ROW = "0\tnews\tf\t2012\t1\tnone\tnone\tA\tB\t"
         ("cola", "gj04\t1\t\tA.\ngj04\t2\t\tB.\n", "train.tsv, line 2: the label is '2' and not one of 0, 1"),
         ("cola", "gj04\t1\t\tA.\ngj04\t1\t\tA\tB.\n", "train.tsv, line 2, has 5 fields where line 1 has 4"),
         ("cola", "gj04\t1\t\tA.\ngj04\t1\n", "train.tsv, line 2, has 2 fields where line 1 has 4"),
-        ("cola", "<html>", "train.tsv has 1 columns, too few"),
+        ("cola", "gj04\t1\t\tA.\ngj04\t1\t\tB", "train.tsv does not end with a line break: it was cut short"),
+        ("cola", "<html>\n", "train.tsv has 1 columns, too few"),
+        ("wnli", "index\tsentence1\tsentence2\tlabel\r\n", r"train.tsv has \\r\\n at its line ends"),
         ("cola", b"gj04\t1\t\tA\xff\n", "train.tsv is not UTF-8 at byte 9"),
-        ("sst2", "sentence\tlabel\nA\t1\r\nB\t0\n", r"train.tsv, line 2: the label is '1\\r'"),
+        ("sst2", "sentence\tlabel\n" + "A\t1\n" * 400 + "A\t1\r\n", r"line 402: the label is '1\\r'"),
         (
             "stsb",
             "x\t" * 9 + f"x\n{STSB_ROW}5.1\n",
@@ -2323,21 +2346,22 @@ def test_glue_is_downloaded_once_and_read_in_place(corpus, monkeypatch, quick):
         wrong = replace(good, archive=source(server, "/WNLI.zip", archive[:-1] + b"x"))
         with pytest.raises(SystemExit, match=r"SHA-256 [0-9a-f]{64} instead of \d+ bytes with [0-9a-f]{64};"):
             glue.read_examples(wrong, "dev", "cache")
-        assert not list(Path("cache").rglob("*.*"))  # nothing half-written
+        assert [path.name for path in Path("cache/glue").iterdir()] == ["WNLI.lock"]  # nothing half-written
         assert len(glue.read_examples(good, "dev", "cache")) == 1
         missing = replace(good, archive=(f"{server.url}/none.zip", 1, ""))
         with pytest.raises(SystemExit, match="none.zip cannot be read: it answers 404"):
             glue.read_examples(missing, "dev", "cache")
     assert len(glue.read_examples(good, "dev", "cache")) == 1  # the server is gone
-    assert [path.name for path in Path("cache/glue").iterdir()] == ["WNLI.zip"]
+    assert {path.name for path in Path("cache/glue").iterdir()} == {"WNLI.zip", "WNLI.lock", "none.lock"}
     kept = Path("cache/glue/WNLI.zip")
     for damaged in archive[: len(archive) // 2], archive.replace(b"WNLI", b"RTE_"), b"":
-        kept.write_bytes(damaged)
-        with pytest.raises(SystemExit, match="WNLI.zip is damaged .*; delete it"):
+        kept.write_bytes(damaged)  # or put there by hand
+        with pytest.raises(SystemExit, match=r"WNLI.zip has SHA-256 \w{64} instead of \w{64}; delete it"):
             glue.read_examples(good, "dev", "cache")
     kept.unlink()
     with pytest.raises(
-        SystemExit, match="or put train.tsv, dev.tsv, test.tsv into DIR/WNLI and take --glue-dir DIR"
+        SystemExit,
+        match="or put that file into cache/glue, or put train.tsv, dev.tsv, test.tsv into DIR/WNLI and take",
     ):
         glue.read_examples(good, "dev", "cache")
 
@@ -2388,7 +2412,7 @@ def test_metric_of_classes_agree_with_scikit_learn():
         assert glue.f1(predictions, labels) == pytest.approx(
             sklearn.metrics.f1_score(labels, predictions, zero_division=0)
         )
-        assert glue.matthews(predictions, labels) == pytest.approx(
+        assert glue.METRICS["matthews"](predictions, labels) == pytest.approx(
             sklearn.metrics.matthews_corrcoef(labels, predictions), abs=1e-12
         )
 
@@ -2494,7 +2518,7 @@ def test_D05_rows_of_one_sentence_and_of_two():
         glue.Example("ba do ku ba do ku", "", 1),
     ]
     rows, labels = finetune.build_rows(examples, wordpiece, 8)
-    assert rows == [
+    assert [row.tolist() for row in rows] == [
         [2, a, b, 3, c, 3],
         [2, a, b, c, 3],
         [2, a, b, c, 3, b, b, 3],
@@ -2510,7 +2534,7 @@ def test_D30_both_orders_are_swapped_before_they_are_cut():
     rows, labels = finetune.build_rows(
         [glue.Example("ba ba ba", "do do ku", 0.2)], wordpiece, 8, both_orders=True
     )
-    assert rows == [[2, a, a, a, 3, b, b, 3], [2, b, b, c, 3, a, a, 3]]
+    assert [row.tolist() for row in rows] == [[2, a, a, a, 3, b, b, 3], [2, b, b, c, 3, a, a, 3]]
     assert labels.tolist() == [0.2, 0.2]
     assert [name for name, task in glue.TASKS.items() if task.both_orders] == ["mrpc", "stsb"]
 
@@ -2606,7 +2630,8 @@ def toy_glue(corpus, monkeypatch):
     for name in [*glue.TASKS, "diagnostic"]:
         task = find(name)
         for split in task.rows:
-            count = 48 if split == "train" else 12
+            # Test sets of different sizes, so that none can be taken for another.
+            count = {"train": 48, "test_mismatched": 13, "diagnostic": 14}.get(split, 12)
             expect_rows(monkeypatch, name, split, count)
             is_test = split in task.submissions
             lines = [] if not (task.header or is_test) else ["\t".join("h" * 12)]
@@ -2687,7 +2712,7 @@ def test_padding_to_the_longest_row_changes_no_logit():
 
 
 def test_a_separable_task_is_learnt_to_100_percent(toy_glue, capsys):
-    finetune.main([*toy_glue, "--task", "sst2", "rte", "--num-train-epochs", "30", "--learning-rate", "2e-3"])
+    finetune.main([*toy_glue, "--task", "sst2", "rte", "--num-train-epochs", "40", "--learning-rate", "1e-3"])
     metrics = {name: entry["metrics"] for (name, _), entry in read_results().items()}
     assert metrics == {"sst2": {"accuracy": 1.0}, "rte": {"accuracy": 1.0}}
     assert re.search(r"SST-2 +accuracy\* +1 +100.00 +- +100.00 +100.00", capsys.readouterr().out)
@@ -2714,6 +2739,8 @@ def test_what_is_finished_is_kept_and_shared(toy_glue, capsys, monkeypatch):
     path = Path("out/glue/results.jsonl")
     lines = path.read_bytes().splitlines(keepends=True)
     assert len(lines) == 2
+    said = capsys.readouterr().out
+    assert re.search(r"^CoLA, seed 0, \d+ s: matthews -?[\d.]+, mean of 1 -?[\d.]+$", said, re.M)
     path.write_bytes(lines[0] + lines[1][:50])  # a kill tore the second
     finetune.main(common)
     again = path.read_bytes().splitlines(keepends=True)
@@ -2722,6 +2749,12 @@ def test_what_is_finished_is_kept_and_shared(toy_glue, capsys, monkeypatch):
     monkeypatch.setattr(finetune, "finetune", None)  # nothing is done again
     finetune.main(common)
     assert "CoLA" in capsys.readouterr().out and path.read_bytes() == b"".join(again)
+    for damage, message in (b"{}", "is not a result"), (b"[", "is damaged"), (b"7", "is not a result"):
+        path.write_bytes(again[0] + damage + b"\n" + again[1])
+        with pytest.raises(
+            SystemExit, match=f"results.jsonl, line 2, {message}; delete that line, and its seed"
+        ):
+            finetune.main(common)
 
 
 def test_other_settings_are_other_results(toy_glue):
@@ -2734,21 +2767,91 @@ def test_other_settings_are_other_results(toy_glue):
     assert [one["weights"] == "random" for one in settings] == [False, False, True, False]
 
 
-def test_processes_share_a_sweep(toy_glue, capsys):
-    config = finetune.FinetuneConfig(
-        task=["wnli"], seeds=3, glue_dir="glue", max_length=32, batch_size=8, num_train_epochs=1
+SHARED_SWEEP = """
+import json, sys
+import finetune, glue
+for name, rows in json.loads(sys.argv[1]).items():
+    glue.TASKS[name].rows.update(rows)
+finetune.main(sys.argv[2:])
+"""
+
+
+def test_processes_share_a_sweep_and_one_takes_over_what_a_killed_one_left(toy_glue):
+    rows = json.dumps({name: task.rows for name, task in glue.TASKS.items()})
+    flags = ["--task", "wnli", "rte", "--seeds", "3", "--num-train-epochs", "8"]
+    command = [sys.executable, "-c", SHARED_SWEEP, rows, *toy_glue, *flags]
+    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    first, second = (subprocess.Popen(command, **pipes) for _ in range(2))
+    path = Path("out/glue/results.jsonl")
+    while not path.exists() and first.poll() is None:
+        time.sleep(0.01)
+    first.kill()
+    first.communicate()
+    said, _ = second.communicate(timeout=120)
+    assert second.returncode == 0
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted((line["task"], line["seed"]) for line in lines) == [
+        (name, seed) for name in ("rte", "wnli") for seed in range(3)
+    ]
+    assert re.search(r"^RTE +accuracy\* +3 ", said, re.M) and re.search(r"^WNLI +accuracy +3 ", said, re.M)
+
+
+def test_a_seed_in_hand_elsewhere_is_waited_for(toy_glue, capsys):
+    flags = [*toy_glue, "--task", "wnli", "--seeds", "2", "--num-train-epochs", "1"]
+    sweep = finetune.Sweep(
+        finetune.FinetuneConfig(
+            task=["wnli"], glue_dir="glue", max_length=32, batch_size=8, num_train_epochs=1
+        )
     )
-    sweep = finetune.Sweep(config)
-    claim = f"wnli-1-{data.digest(sweep.settings('wnli'))}"
-    with data.lock(sweep.folder / "locks" / claim):  # another process has seed 1 in hand
-        finetune.main([*toy_glue, "--task", "wnli", "--seeds", "3", "--num-train-epochs", "1"])
-    assert set(read_results()) == {("wnli", 0), ("wnli", 2)}
-    assert "1 more are being done by other processes" in capsys.readouterr().out
+    claim = data.lock(sweep.folder / "locks" / f"wnli-0-{data.digest(sweep.settings('wnli'))}")
+    claim.__enter__()
+    done_first = []
+
+    def let_go():
+        while not sweep.path.exists():
+            time.sleep(0.01)
+        done_first.extend(read_results())
+        time.sleep(0.3)
+        claim.__exit__(None, None, None)
+
+    other = threading.Thread(target=let_go)
+    other.start()
+    finetune.main(flags)
+    other.join()
+    assert done_first == [("wnli", 1)] and set(read_results()) == {("wnli", 0), ("wnli", 1)}
+    assert "waiting for another process to finish seed 0 of WNLI" in capsys.readouterr().err
+
+
+def test_a_seed_that_diverges_is_kept_and_marked(toy_glue, capsys):
+    finetune.main([*toy_glue, "--task", "cola", "--learning-rate", "1e3", "--num-train-epochs", "2"])
+    said = capsys.readouterr().out
+    assert "CoLA: the predictions are not finite; try a lower --learning-rate" in said
+    assert "CoLA: seed 0 gave one answer to every example" in said
+    finetune.main([*toy_glue, "--task", "wnli", "--num-train-epochs", "20", "--learning-rate", "1e-3"])
+    assert {task: entry["is_constant"] for (task, _), entry in read_results().items()} == {
+        "cola": True,
+        "wnli": False,
+    }
+    finetuned = finetune.Model(finetune.FinetuneConfig(max_length=32))
+    network = finetuned.classifier(1)
+    nn.init.constant_(network.classifier.bias, math.nan)
+    assert finetune.predict(network, [[2, 7, 3]] * 3, finetuned, glue.TASKS["stsb"]).tolist() == [0.0] * 3
+
+
+def test_predictions_are_made_without_dropout(toy_glue):
+    finetuned = finetune.Model(finetune.FinetuneConfig(max_length=32))
+    assert finetuned.shape.hidden_dropout_prob == 0.1
+    network = finetuned.classifier(1).train()
+    rows = [np.array(row, np.uint16) for row in ([2, 7, 3], [2, 9, 8, 7, 3], [2, 8, 3])]
+    first, second = (finetune.predict(network.train(), rows, finetuned, glue.TASKS["stsb"]) for _ in range(2))
+    alone = [finetune.predict(network, [row], finetuned, glue.TASKS["stsb"])[0] for row in rows]
+    assert np.array_equal(first, second) and np.allclose(first, alone, atol=1e-6)
 
 
 def test_the_table_says_what_papers_print(capsys):
     def entry(is_constant=False, **metrics):
-        return dict(metrics=metrics, is_constant=is_constant)
+        return dict(metrics=metrics, is_constant=is_constant, seed=0)
 
     config = finetune.FinetuneConfig(task=["mrpc", "wnli", "cola"])
     results = {("mrpc", seed): entry(accuracy=a, f1=0.9) for seed, a in enumerate([0.8, 0.9, 0.82])}
@@ -2758,7 +2861,7 @@ def test_the_table_says_what_papers_print(capsys):
     assert re.search(r"^MRPC +accuracy\* +3 +84.00 +5.29 +82.00 +90.00$", text, re.M)
     assert re.search(r"^MRPC +f1 +3 +90.00 +0.00 +90.00 +90.00$", text, re.M)
     assert re.search(r"^WNLI +accuracy +1 +50.00 +- +50.00 +50.00$", text, re.M)
-    assert "CoLA: 1 of 1 seeds ended at one answer for every example; they are counted" in text
+    assert "CoLA: seed 0 gave one answer to every example, which is counted as it is" in text
     assert "average of 8 (* each; no WNLI): not without SST-2, STS-B, QQP, MNLI, QNLI, RTE" in text
     assert "WNLI's dev set is adversarial" in text
     full = {(name, seed): entry(**dict.fromkeys(task.metrics, 0.7 + 0.1 * (seed > 1)))
@@ -2786,23 +2889,35 @@ def test_submission_from_the_best_seeds(toy_glue, capsys):
             assert set(files) == set(task.submissions.values()) | ({"AX.tsv"} if name == "mnli" else set())
             for file in files:
                 assert archive.read(file).decode() == glue.submission_file(task, files[file])
+        lengths = {file: archive.read(file).count(b"\n") - 1 for file in archive.namelist()}
+        assert lengths == dict.fromkeys(lengths, 12) | {"MNLI-mm.tsv": 13, "AX.tsv": 14}
 
 
-def test_a_model_of_the_hub_is_downloaded_once(toy_glue, monkeypatch, quick):
+@pytest.mark.parametrize("names", [["model.safetensors", "tokenizer_config.json"], ["pytorch_model.bin"]])
+def test_a_model_of_the_hub_is_downloaded_once(toy_glue, monkeypatch, quick, names):
     folder = Path("out/small/discriminator")
     tensors = model.read_safetensors(folder / "model.safetensors")
-    torch.save(tensors, "weights.bin")
+    torch.save(tensors, folder / "pytorch_model.bin")
     base = "/google/electra-toy/resolve/main/"
-    files = {f"{base}{name}": (folder / name).read_bytes() for name in ("config.json", "vocab.txt")}
-    files[f"{base}pytorch_model.bin"] = Path("weights.bin").read_bytes()
+    files = {f"{base}{name}": (folder / name).read_bytes() for name in ["config.json", "vocab.txt", *names]}
     command = [*toy_glue, "--task", "wnli", "--num-train-epochs", "1", "--model", "google/electra-toy"]
     with Server({}) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
-        with pytest.raises(SystemExit, match="404 .*; try again, or pre-train one with `python train.py"):
+        with pytest.raises(
+            SystemExit,
+            match="404 .*; try again, or check the name, as there is no folder google/electra-toy here",
+        ):
             finetune.main(command)
+    with Server(files | {f"{base}config.json": b"<html>Please log in</html>"}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        with pytest.raises(SystemExit, match="config.json is not a JSON object"):
+            finetune.main(command)
+    assert [path.suffix for path in Path("cache/models").iterdir()] == [".lock"]  # nothing bad is kept
     with Server(files) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         finetune.main(command)
+    kept = {path.name for path in Path("cache/models/google--electra-toy").iterdir()}
+    assert kept == {"config.json", "vocab.txt", *names}
     finetune.main([*command, "--out", "again"])  # the server is gone
     finetune.main([*toy_glue, "--task", "wnli", "--num-train-epochs", "1", "--out", "local"])
     assert (
@@ -2825,6 +2940,12 @@ def test_case_and_accents_come_from_the_folder(toy_glue):
             path.write_text(json.dumps(settings))
         wordpiece = finetune.read_tokenizer(path.parent)
         assert (wordpiece.do_lower_case, wordpiece.strip_accents) == expected
+    path.write_text(json.dumps({"do_lower_case": False, "strip_accents": True}))
+    with pytest.raises(SystemExit, match="asks for what this tokenizer does not do: do_lower_case False"):
+        finetune.read_tokenizer(path.parent)
+
+
+TOKENIZER = "tokenizer_config.json"
 
 
 def spoil(name, change):
@@ -2841,20 +2962,27 @@ def spoil(name, change):
     [
         (["--task", "squad"], "there is no task squad; there are cola, sst2, mrpc, .* wnli and all"),
         (["--model", "nowhere"], "there is no model in nowhere: pre-train one with .*google/electra-small"),
-        (["--model", "glue/none"], "there is no model in glue/none"),
+        (["--model", "out/none"], "there is no model in out/none"),
         (["--model", "glue"], "there is no model in glue"),
         (spoil("config.json", Path.unlink), "there is no model in out/small: pre-train one"),
         (spoil("config.json", lambda p: p.write_text("{")), "config.json is not a JSON object"),
         (spoil("model.safetensors", Path.unlink), "neither model.safetensors nor pytorch_model.bin"),
         (spoil("model.safetensors", lambda p: p.write_bytes(b"x" * 99)), "is not a safetensors file"),
-        (spoil("tokenizer_config.json", lambda p: p.write_text("7")), "tokenizer_config.json is not a JSON"),
+        (spoil(TOKENIZER, lambda p: p.write_text("7")), "tokenizer_config.json is not a JSON object"),
         (spoil("vocab.txt", lambda p: p.write_text("\n".join(SMALL_VOCAB[:-1]))),
          "contradicts itself: its vocab.txt has 47 tokens, and its config.json says 48"),
         (["--max-length", "65"], "out/small/discriminator has 64 positions; take --max-length 64 or less"),
         (["--seeds", "0"], "seeds is 0"),
         (["--submit"], "a submission has all nine tasks"),
         (["--glue-dir", "elsewhere"], "there is no elsewhere/CoLA/train.tsv"),
-        (["--learning-rate", "1e3"], "CoLA: the predictions are not finite; try a lower --learning-rate"),
+        (["--seeds", "99999999999"], "seeds is 99999999999; it must be from 1 to 10000"),
+        (["--max-grad-norm", "inf"], "max_grad_norm is inf"),
+        (spoil("vocab.txt", Path.unlink), "is not a model folder: it has no vocab.txt"),
+        (spoil(TOKENIZER, lambda p: p.write_text('{"do_lower_case": "no"}')), "does not do"),
+        (spoil(TOKENIZER, lambda p: p.write_text('{"tokenize_chinese_chars": false}')), "does not do"),
+        (spoil(TOKENIZER, lambda p: p.write_text("[" * 100_000)), "is damaged; take the model's"),
+        (spoil("config.json", lambda p: p.write_text("[" * 100_000)), "config.json is not a JSON object"),
+        (lambda: (shutil.rmtree("glue/RTE"), ["--task", "cola", "rte"])[1], "there is no glue/RTE/train.tsv"),
     ],
 )  # fmt: skip
 def test_bad_input_to_fine_tuning(toy_glue, arguments, message):
@@ -2865,19 +2993,24 @@ def test_bad_input_to_fine_tuning(toy_glue, arguments, message):
     assert not Path("out/glue/results.jsonl").exists()
 
 
-def test_a_full_disk_loses_no_finished_seed(toy_glue, monkeypatch):
-    common = [*toy_glue, "--task", "wnli", "--num-train-epochs", "1", "--seeds", "2"]
+@pytest.mark.parametrize("victim", ["results.jsonl", ".npz.tmp"])
+def test_a_full_disk_loses_no_finished_seed(toy_glue, monkeypatch, victim):
+    common = [*toy_glue, "--task", "wnli", "--num-train-epochs", "1", "--seeds", "2", "--predict"]
     finetune.main([*common, "--out", "whole"])
     fsync, calls = os.fsync, itertools.count()
 
     def full(number):
-        if next(calls):
-            raise OSError(28, "No space left on device", "results.jsonl")
+        path = Path(os.readlink(f"/proc/self/fd/{number}"))
+        if path.name.endswith(victim) and next(calls):
+            os.truncate(path, path.stat().st_size - 9)  # the end did not fit
+            raise OSError(28, "No space left on device")
         fsync(number)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SystemExit, match="results.jsonl: No space left on device; mend that and go on"):
+    name = victim.removesuffix(".tmp")
+    with pytest.raises(SystemExit, match=f"{name}: No space left on device; mend that and go on"):
         finetune.main(common)
+    assert not list(Path("out").rglob("*.tmp"))
     monkeypatch.setattr(os, "fsync", fsync)
     finetune.main(common)
     whole, results = read_results("whole"), read_results()
@@ -2949,4 +3082,4 @@ def test_help_says_every_field_with_its_comment_and_defaults(capsys):
         finetune.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert all(f"--{field.name.replace('_', '-')} " in text for field in fields(finetune.FinetuneConfig))
-    assert "not on LayerNorms and biases [D33] (0.0)" in text
+    assert "not on LayerNorms and biases (0.0)" in text

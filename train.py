@@ -63,7 +63,7 @@ class StepConfig:
     def check(self, **ranges):
         # Betas nearer to 1 would have 1 - beta^step below 1 at any number of steps that fp32 can count.
         check_ranges(self, weight_decay=(0, 1), adam_beta1=(0, 0.9999), adam_beta2=(0, 0.9999),
-                     adam_epsilon=(1e-20, 1), max_grad_norm=(1e-9, math.inf), **ranges)
+                     adam_epsilon=(1e-20, 1), max_grad_norm=(1e-9, 1e30), **ranges)
         if self.dtype not in ("auto", "fp32", "bf16"):
             sys.exit(f"there is no dtype {self.dtype}; there are fp32, bf16 and auto")
 
@@ -564,7 +564,9 @@ def main(argv=None):
             heldout = run.wait_for_heldout() if run.heldout is None else run.heldout
             if len(heldout):
                 show(run, heldout[: SHOWN_TOKENS // data_config.max_length or 1])
-        print(f"\n{folder}/discriminator and {folder}/generator can be fine-tuned, here or in transformers")
+        length = min(128, model_config.max_position_embeddings)
+        print(f"\n{folder}/discriminator and {folder}/generator are folders that transformers loads, too; to "
+              f"fine-tune: python finetune.py --model {folder} --max-length {length} --task mrpc")
 
 
 if __name__ == "__main__":
