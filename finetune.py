@@ -369,8 +369,9 @@ class Sweep:
             if not isinstance(entry, dict) or not keys <= entry.keys():
                 sys.exit(f"{where} is not a result; {remedy}")
             name, seed = entry["task"], entry["seed"]
-            kept = not self.keeps_predictions or self.predictions_path(name, seed).exists()
-            if entry["settings"] == wanted.get(name) and seed < self.config.seeds and kept:
+            if entry["settings"] != wanted.get(name) or seed >= self.config.seeds:
+                continue
+            if not self.keeps_predictions or self.predictions_path(name, seed).exists():
                 done[name, seed] = entry
         return done
 
