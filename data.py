@@ -1083,8 +1083,8 @@ class Parser(argparse.ArgumentParser):
         """Add a flag for every field that has a comment; `sizes` says which defaults a size changes."""
         source = "".join(inspect.getsource(parent) for parent in config_class.__mro__[-2::-1])
         comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.M))
-        for field in fields(config_class):
-            if field.name not in comments:
+        for field in sorted(fields(config_class), key=lambda field: field.name not in vars(config_class)):
+            if field.name not in comments:  # its own first, then those that it inherits
                 continue
             defaults = [" ".join(field.default) if field.type is list else f"{field.default}"]
             defaults += [f"{size}: {row[field.name]}" for size, row in sizes.items() if field.name in row]

@@ -82,8 +82,8 @@ class FinetuneConfig(StepConfig):
     model: str = "out/small"  # a run of train.py, a folder that transformers can load, or a name on the hub
     random_weights: bool = False  # begin from random weights of the model's shape, to compare with
     glue_dir: str = ""  # folder laid out as the official zips are; without it the tasks are downloaded
-    learning_rate: float = 0.0  # peak learning rate; 0 is that of the model's size: see RECIPES
-    layerwise_lr_decay: float = 0.0  # of the rate from a layer to the one below; 0 is that of the size
+    learning_rate: float = 0.0  # peak learning rate; 0 is that of the model's size (see README)
+    layerwise_lr_decay: float = 0.0  # of the rate, from a layer to the one below; 0 is the model size's
     num_train_epochs: int = 0  # passes over the task; 0 is 10 for RTE and STS-B, and 3 for the others
     batch_size: int = 32  # examples in a step
     max_length: int = 128  # tokens to which an example is cut
