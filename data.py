@@ -67,7 +67,7 @@ UNIT_CHARACTERS = 4_000_000  # of text become one shard, some 6,000 rows of 128
 MAX_GROUP = 64  # shards that are shuffled together, at most: some 50 MB
 MAX_DOCUMENT = 100_000_000  # bytes; what is longer is surely not one document
 MAX_LINE = 65_536  # characters of a line that are tokenised
-ENCODED_LINES = 500  # lines that are tokenised in one call: of the longest, some 30 MB
+ENCODED_CHARACTERS = 1_000_000  # characters that are tokenised in one call
 VOCAB_CHARACTERS = 200_000_000  # from the beginning of the corpus, to train a vocabulary on
 HELDOUT_SHARE = 100  # one document in so many is held out
 
@@ -533,23 +533,22 @@ class WordPiece:
         # Printable ASCII has nothing to clean, strip or space out. What would be left to the normalizer, a
         # third of all the time, is to lower the case, which Python does at next to no cost.
         plain = [line.isascii() and line.isprintable() for line in lines]
-        easy = (line.lower() if self.do_lower_case else line for line in itertools.compress(lines, plain))
-        others = (line for line, is_plain in zip(lines, plain, strict=True) if not is_plain)
-        easy_ids = self.encode_in_parts(self.unnormalized, easy)
-        other_ids = self.encode_in_parts(self.tokenizer, others)
+        easy = [line.lower() if self.do_lower_case else line for line in itertools.compress(lines, plain)]
+        others = [line for line, is_plain in zip(lines, plain, strict=True) if not is_plain]
+        easy_ids, other_ids = encode_in_parts(self.unnormalized, easy), encode_in_parts(self.tokenizer, others)
         return [next(easy_ids if is_plain else other_ids) for is_plain in plain]
-
-    @staticmethod
-    def encode_in_parts(tokenizer, lines):
-        """Yield the ids of each line, tokenised in parallel, but not too many at once: that takes memory."""
-        lines = iter(lines)
-        while part := list(itertools.islice(lines, ENCODED_LINES)):
-            for encoding in tokenizer.encode_batch_fast(part, add_special_tokens=False):
-                yield encoding.ids
 
     def decode(self, ids):
         """Readable text, with special tokens and without padding."""
         return " ".join(self.tokens[i] for i in ids if i).replace(" ##", "")
+
+
+def encode_in_parts(tokenizer, lines):
+    """Yield the ids of each line, tokenised in parallel, but not too many at once, since that takes memory."""
+    pairs = zip(lines, itertools.accumulate(map(len, lines)), strict=True)
+    for _, part in itertools.groupby(pairs, lambda pair: pair[1] // ENCODED_CHARACTERS):
+        for encoding in tokenizer.encode_batch_fast([line for line, _ in part], add_special_tokens=False):
+            yield encoding.ids
 
 
 def blank_tokenizer(do_lower_case, strip_accents):

@@ -789,7 +789,7 @@ def test_wordpiece(text, tokens):
 
 @pytest.mark.parametrize("do_lower_case", [True, False])
 def test_wordpiece_spares_printable_ascii_the_normalizer_and_gives_the_same_ids(monkeypatch, do_lower_case):
-    monkeypatch.setattr(data, "ENCODED_LINES", 7)
+    monkeypatch.setattr(data, "ENCODED_CHARACTERS", 500)
     random_ = random.Random(0)
     ascii_, others = [chr(code) for code in range(128)], "éÉ中İſ\u2028\ufffd\xa0\xad"
     lines = [
