@@ -535,7 +535,8 @@ class WordPiece:
         plain = [line.isascii() and line.isprintable() for line in lines]
         easy = [line.lower() if self.do_lower_case else line for line in itertools.compress(lines, plain)]
         others = [line for line, is_plain in zip(lines, plain, strict=True) if not is_plain]
-        easy_ids, other_ids = encode_in_parts(self.unnormalized, easy), encode_in_parts(self.tokenizer, others)
+        easy_ids = encode_in_parts(self.unnormalized, easy)
+        other_ids = encode_in_parts(self.tokenizer, others)
         return [next(easy_ids if is_plain else other_ids) for is_plain in plain]
 
     def decode(self, ids):
@@ -544,7 +545,7 @@ class WordPiece:
 
 
 def encode_in_parts(tokenizer, lines):
-    """Yield the ids of each line, tokenised in parallel, but not too many at once, since that takes memory."""
+    """Yield the ids of each line, tokenised in parallel, but not all at once, since that takes memory."""
     pairs = zip(lines, itertools.accumulate(map(len, lines)), strict=True)
     for _, part in itertools.groupby(pairs, lambda pair: pair[1] // ENCODED_CHARACTERS):
         for encoding in tokenizer.encode_batch_fast([line for line, _ in part], add_special_tokens=False):

@@ -47,7 +47,7 @@ def main():
             for batch in batches:
                 batch = sorted(batch, key=lambda i: len(rows[i])) if parts > 1 else batch
                 for part in np.array_split(batch, parts):
-                    chosen = [rows[i] + [0] * (full - len(rows[i])) for i in part]
+                    chosen = [np.pad(rows[i], (0, max(0, full - len(rows[i])))) for i in part]
                     logits = model.forward(network, chosen)
                     finetune.losses(logits, labels[torch.tensor(part)], task).sum().backward()
                 update(optimizer, 1e-4, config.max_grad_norm)
