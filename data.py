@@ -191,6 +191,8 @@ class Missing(SystemExit):
 class HttpStream(io.RawIOBase):
     """What is at an address, from byte `offset` on, as a binary file. A body that breaks off is continued.
 
+    The session tries again where no answer comes, `wait_after` where an answer breaks off, ATTEMPTS times
+    each.
     `seen` maps addresses to the (ETag, length) first found there. It is added to; what is there must agree
     with it. `instead` says what the user can do where that fails.
     """
@@ -219,10 +221,13 @@ class HttpStream(io.RawIOBase):
             try:
                 if self.response is None:
                     self.connect()  # whose own errors come after as many attempts, and end it
-                data = self.response.raw.read(min(len(buffer), self.length - self.position)) or self.broken()
+                data = self.response.raw.read(min(len(buffer), self.length - self.position))
+                if not data:
+                    self.raise_broken()
             except requests.RequestException as error:
+                reason = getattr(error.args[0], "reason", error) if error.args else error
                 sys.exit(f"{self.url} cannot be read: {ATTEMPTS + 1} attempts in a row failed, the last "
-                         f"with: {error}; {self.instead}")
+                         f"with: {reason}; {self.instead}")
             except urllib3.exceptions.HTTPError as error:
                 self.wait_after(error)
                 continue
@@ -243,10 +248,11 @@ class HttpStream(io.RawIOBase):
         elif status == 200 and told.get("Content-Length", "").isdecimal():
             begin, length = 0, int(told["Content-Length"])
         elif status in (200, 206):
-            begin, length = -1, -1
+            begin, length = -1, -1  # it does not say
         else:
             message = f"{self.url} cannot be read: it answers {status} {response.reason}; {self.instead}"
             raise (Missing if status == 404 else SystemExit)(message)
+        # Servers may call a .gz file encoded that is sent as it is; what else is encoded cannot be continued.
         is_encoded = told.get("Content-Encoding", "identity") != "identity" and not self.url.endswith(".gz")
         if begin not in (0, self.position) or is_encoded:
             sys.exit(f"{self.url} cannot be read: the server does not say which part it sends of how long a "
@@ -258,10 +264,10 @@ class HttpStream(io.RawIOBase):
             sys.exit(f"{self.url} is no longer what it was: its ETag and length are {found}, not {known}; "
                      "take another --cache to begin anew")
         while begin < self.position:  # a server that does not know Range begins at the beginning
-            begin += len(response.raw.read(min(1 << 20, self.position - begin)) or self.broken())
+            begin += len(response.raw.read(min(1 << 20, self.position - begin)) or self.raise_broken())
         self.length = length
 
-    def broken(self):
+    def raise_broken(self):
         raise urllib3.exceptions.ProtocolError("the body ended early")
 
     def wait_after(self, error):
@@ -525,6 +531,7 @@ class WordPiece:
         self.tokenizer = blank_tokenizer(self.do_lower_case, self.strip_accents)
         # As in the official code, only a word of over 200 characters is [UNK] by its length.
         self.tokenizer.model = models.WordPiece(ids, unk_token=UNK, max_input_chars_per_word=200)
+        # The same without a normalizer, for lines that need none.
         self.unnormalized = Tokenizer(self.tokenizer.model)
         self.unnormalized.pre_tokenizer = self.tokenizer.pre_tokenizer
 
@@ -545,7 +552,10 @@ class WordPiece:
 
 
 def encode_in_parts(tokenizer, lines):
-    """Yield the ids of each line, tokenised in parallel, but not all at once, since that takes memory."""
+    """Yield the ids of each line, tokenised in parallel, but not all at once, since that takes memory.
+
+    A part ends where the running total of characters passes a multiple of ENCODED_CHARACTERS.
+    """
     pairs = zip(lines, itertools.accumulate(map(len, lines)), strict=True)
     for _, part in itertools.groupby(pairs, lambda pair: pair[1] // ENCODED_CHARACTERS):
         for encoding in tokenizer.encode_batch_fast([line for line, _ in part], add_special_tokens=False):
@@ -561,6 +571,7 @@ def blank_tokenizer(do_lower_case, strip_accents):
 
 def load_wordpiece(config):
     """The WordPiece that config.vocab names: a file, BERT's, or one trained on the text."""
+    find_files(config)  # what is not there is said before anything is downloaded
     # What tokenizers reads when it first runs in parallel.
     os.environ.update(RAYON_NUM_THREADS=str(config.workers), TOKENIZERS_PARALLELISM="true")
     path, make = Path(config.vocab), None
@@ -800,8 +811,9 @@ class Cache:
     def announce(self):
         """Say what will be made, and what disk it takes."""
         free = shutil.disk_usage(self.config.cache).free / 1e9
-        print(f"preparing {self.folder}: a row takes {2 * self.config.max_length} bytes of disk (openwebtext "
-              f"gives 50 million of 128, about 13 GB), and {free:.0f} GB are free", flush=True)
+        known = " (openwebtext gives 50 million of 128, about 13 GB)" * ("openwebtext" in self.config.data)
+        print(f"preparing {self.folder}: a row takes {2 * self.config.max_length} bytes of disk{known}, and "
+              f"{free:.0f} GB are free", flush=True)
 
     @contextmanager
     def producing(self):
@@ -1086,8 +1098,10 @@ class Parser(argparse.ArgumentParser):
         for field in sorted(fields(config_class), key=lambda field: field.name not in vars(config_class)):
             if field.name not in comments:  # its own first, then those that it inherits
                 continue
-            defaults = [" ".join(field.default) if field.type is list else f"{field.default}"]
-            defaults += [f"{size}: {row[field.name]}" for size, row in sizes.items() if field.name in row]
+            values = {"": field.default} | {f"{size}: ": row[field.name] for size, row in sizes.items()
+                                            if field.name in row}
+            defaults = [key + (" ".join(value) if field.type is list else f"{value}")
+                        for key, value in values.items()]
             kinds = {bool: dict(action=argparse.BooleanOptionalAction), list: dict(nargs="+")}
             help = f"{comments[field.name]} ({'; '.join(defaults)})".replace("%", "%%")
             kind = kinds.get(field.type, dict(type=field.type))

@@ -2,10 +2,11 @@
 
 What enters: a pre-trained ELECTRA folder, ours or Google's, and the tasks of glue.py. What leaves, in
 out/glue: results.jsonl, a line for every task and seed; the table that papers print; with --submit the zip
-that gluebenchmark.com takes. Read from `finetune` downwards: classifier, rows, optimiser, steps, predictions.
+that gluebenchmark.com takes. Read `finetune` first; above it stand rows and classifier, below it the sweep.
 
 Claim: a seed of a task gives the same figures alone or among others (test_a_seed_*). Batches are padded to
-their own longest row, which changes no logit (test_padding_*) and takes a fraction of the time: see LOG.md.
+their own longest row, which changes no logit beyond rounding (test_padding_*) and takes a fraction of the
+time: see LOG.md.
 """
 
 import hashlib
@@ -201,8 +202,9 @@ class Model:
 def lr_scale(name, num_hidden_layers, decay):
     """A parameter's share of the learning rate: the deeper under the classifier, the smaller. [D28]
 
-    Embeddings have depth 0, layer i has i + 1, and the classifier n + 2: there is none with n + 1, which the
-    official code's author calls a mistake, and the published scores were made with.
+    Embeddings have depth 0, layer i has i + 1, and the classifier n + 2. No parameter has n + 1, so that the
+    top layer's rate is the classifier's times decay squared, not decay. The official code's author calls that
+    a mistake; the published scores have it, and so it is kept.
     """
     match = re.match(r"encoder\.layers\.(\d+)\.", name)
     depth = int(match[1]) + 1 if match else 0 if name.startswith("encoder.") else num_hidden_layers + 2
@@ -275,6 +277,8 @@ def find_model(config):
     for folder in path, path / "discriminator":
         if (folder / "config.json").is_file():
             return folder
+    if runs := [str(found.parents[1]) for found in path.glob("*/discriminator/config.json")]:
+        sys.exit(f"there is no model in {path}, but in {' and '.join(runs)}")
     is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", config.model) and not path.exists()
     if not is_name or path.parts[0] == TrainConfig.out:
         sys.exit(f"there is no model in {path}: {GET_ONE}")
@@ -399,6 +403,7 @@ class Sweep:
                 pass  # what is missing or damaged of any task is said now, and not in the middle of the night
         total = sum(self.examples(name) for name, seed in jobs if (name, seed) not in done)
         with tqdm(total=total, unit=" examples", unit_scale=True, disable=None) as bar:
+            # First whatever no other process has in hand, then the rest, one after the other.
             for waits, (name, seed) in itertools.product((False, True), jobs):
                 if (name, seed) in done:
                     continue
@@ -455,6 +460,7 @@ class Sweep:
             task=name, seed=seed, metrics=metrics, is_constant=bool(np.ptp(first) < 1e-5),
             examples={split: len(rows) for split, (rows, _) in data.items()},
             seconds=round(seconds, 1), examples_per_second=round(self.examples(name) / seconds),
+            model=str(self.model.folder), finished=time.strftime("%Y-%m-%d %H:%M:%S"),
             device=self.model.device.type, threads=torch.get_num_threads(), python=platform.python_version(),
             torch=str(torch.__version__), numpy=np.__version__, tokenizers=tokenizers.__version__,
             settings=settings,
@@ -501,7 +507,7 @@ def table(results, config):
             constant.append(f"{task.title}: seed {', '.join(stuck)} gave one answer to every example, which "
                             "is counted as it is")
     lines += constant
-    for average, tasks, what in (
+    for average, tasks, what in () if len(config.tasks) == 1 else (
         (average_of_8, AVERAGED_BY_ELECTRA, "ELECTRA's average of 8 (* each; no WNLI)"),
         (average_of_9, tuple(TASKS), "GLUE's average of 9 (a task's metrics averaged first)"),
     ):
@@ -525,6 +531,7 @@ def main(argv=None):
     sweep.run()
     results = sweep.results()
     print(table(results, sweep.config))
+    print(f"all figures of every seed: {sweep.path}")
     if sweep.config.submit:
         print(sweep.submit(results))
 

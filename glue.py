@@ -33,7 +33,7 @@ class Task:
     """A task. Columns are counted from 0, and from the end if negative."""
 
     title: str  # also the folder inside the zip
-    archive: tuple  # address, bytes, SHA-256
+    source: tuple  # address, bytes, SHA-256 of what is downloaded
     rows: dict  # official numbers of rows, by split, which is also the name of the file
     sentences: tuple  # columns of the one or two sentences in training and dev
     test_sentences: tuple  # and in test
@@ -46,8 +46,8 @@ class Task:
     both_orders: bool = False  # [D30] trained on both orders of the sentences, since neither comes first
     header: bool = True  # of training and dev; test always has one
     ended: tuple = ()  # splits whose file is known to end with "\n": without it, it was cut short
-    skips_short_rows: bool = False
-    raw_rows: int = None  # of training, in an older edition
+    skips_short_rows: bool = False  # pass over rows that lack fields, and count them
+    raw_rows: int = None  # of QQP's training file as it first came out, which is taken, too
 
     @property
     def dev_splits(self):
@@ -59,8 +59,8 @@ NLI = ("entailment", "neutral", "contradiction")
 TASKS = {
     "cola": Task(
         title="CoLA",
-        archive=(GLUE + "CoLA.zip", 376_971,
-                 "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
+        source=(GLUE + "CoLA.zip", 376_971,
+                "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
         rows=dict(train=8_551, dev=1_043, test=1_063),
         sentences=(3,), test_sentences=(1,), label=1,
         metrics=("matthews",), submissions={"test": "CoLA.tsv"},
@@ -68,8 +68,8 @@ TASKS = {
     ),
     "sst2": Task(
         title="SST-2",
-        archive=(GLUE + "SST-2.zip", 7_439_277,
-                 "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
+        source=(GLUE + "SST-2.zip", 7_439_277,
+                "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
         rows=dict(train=67_349, dev=872, test=1_821),
         sentences=(0,), test_sentences=(1,), label=1,
         metrics=("accuracy",), submissions={"test": "SST-2.tsv"},
@@ -77,8 +77,8 @@ TASKS = {
     ),
     "mrpc": Task(
         title="MRPC",
-        archive=(MSR + "msr_paraphrase_train.txt", 1_047_044,
-                 "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
+        source=(MSR + "msr_paraphrase_train.txt", 1_047_044,
+                "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
         rows=dict(train=3_668, dev=408, test=1_725),
         sentences=(3, 4), test_sentences=(3, 4), label=0,
         metrics=("accuracy", "f1"), submissions={"test": "MRPC.tsv"},
@@ -86,8 +86,8 @@ TASKS = {
     ),
     "stsb": Task(
         title="STS-B",
-        archive=(GLUE + "STS-B.zip", 802_872,
-                 "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),
+        source=(GLUE + "STS-B.zip", 802_872,
+                "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),
         rows=dict(train=5_749, dev=1_500, test=1_379),
         sentences=(7, 8), test_sentences=(7, 8), label=9, labels=(),
         metrics=("spearman", "pearson"), submissions={"test": "STS-B.tsv"},
@@ -95,8 +95,8 @@ TASKS = {
     ),
     "qqp": Task(
         title="QQP",
-        archive=(GLUE + "QQP-clean.zip", 41_696_084,
-                 "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
+        source=(GLUE + "QQP-clean.zip", 41_696_084,
+                "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
         rows=dict(train=363_846, dev=40_430, test=390_965),
         sentences=(3, 4), test_sentences=(1, 2), label=5,
         metrics=("accuracy", "f1"), submissions={"test": "QQP.tsv"},
@@ -104,8 +104,8 @@ TASKS = {
     ),
     "mnli": Task(
         title="MNLI",
-        archive=(GLUE + "MNLI.zip", 312_783_507,
-                 "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
+        source=(GLUE + "MNLI.zip", 312_783_507,
+                "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
         rows=dict(train=392_702, dev_matched=9_815, dev_mismatched=9_832, test_matched=9_796,
                   test_mismatched=9_847),
         sentences=(8, 9), test_sentences=(8, 9), label=-1, labels=NLI,
@@ -114,16 +114,16 @@ TASKS = {
     ),
     "qnli": Task(
         title="QNLI",
-        archive=(GLUE + "QNLIv2.zip", 10_627_589,
-                 "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
+        source=(GLUE + "QNLIv2.zip", 10_627_589,
+                "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
         rows=dict(train=104_743, dev=5_463, test=5_463),
         sentences=(1, 2), test_sentences=(1, 2), label=3, labels=ENTAILED,
         metrics=("accuracy",), submissions={"test": "QNLI.tsv"}, in_words=True,
     ),
     "rte": Task(
         title="RTE",
-        archive=(GLUE + "RTE.zip", 697_150,
-                 "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
+        source=(GLUE + "RTE.zip", 697_150,
+                "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
         rows=dict(train=2_490, dev=277, test=3_000),
         sentences=(1, 2), test_sentences=(1, 2), label=3, labels=ENTAILED,
         metrics=("accuracy",), submissions={"test": "RTE.tsv"}, in_words=True,
@@ -131,8 +131,8 @@ TASKS = {
     ),
     "wnli": Task(
         title="WNLI",
-        archive=(GLUE + "WNLI.zip", 28_999,
-                 "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),
+        source=(GLUE + "WNLI.zip", 28_999,
+                "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),
         rows=dict(train=635, dev=71, test=146),
         sentences=(1, 2), test_sentences=(1, 2), label=3,
         metrics=("accuracy",), submissions={"test": "WNLI.tsv"},
@@ -142,7 +142,7 @@ TASKS = {
 # The diagnostic set has no labels and no training text: the model of MNLI predicts it.
 DIAGNOSTIC = Task(
     title="diagnostic",
-    archive=(GLUE + "AX.tsv", 222_257, "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd"),
+    source=(GLUE + "AX.tsv", 222_257, "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd"),
     rows=dict(diagnostic=1_104),
     sentences=(1, 2), test_sentences=(1, 2), labels=NLI,
     metrics=(), submissions={"diagnostic": "AX.tsv"}, in_words=True,
@@ -220,7 +220,7 @@ def read_folder(task, split, folder):
     path = Path(folder) / task.title / f"{split}.tsv"
     if not path.is_file():
         sys.exit(f"there is no {path}; --glue-dir takes a folder that holds {task.title}/{split}.tsv and the "
-                 "like, as the official zips do")
+                "like, as the official zips do")
     return path.read_bytes(), path
 
 
@@ -228,7 +228,7 @@ def read_download(task, split, cache):
     """The bytes of a split out of what was downloaded, a zip mostly, and their name."""
     if task is TASKS["mrpc"]:
         return split_mrpc(split, cache), f"MRPC's {split} set"
-    path = fetch(task.archive, task, cache)
+    path = fetch(task.source, task, cache)
     if path.suffix != ".zip":
         return path.read_bytes(), path
     name = f"{task.title}/{split}.tsv"
@@ -242,7 +242,7 @@ def split_mrpc(split, cache):
     if split == "test":
         return fetch(MRPC_TEST, task, cache).read_bytes()
     pairs = {tuple(line.split(b"\t")) for line in fetch(MRPC_DEV_IDS, task, cache).read_bytes().splitlines()}
-    header, *rows = fetch(task.archive, task, cache).read_bytes().removesuffix(b"\n").split(b"\n")
+    header, *rows = fetch(task.source, task, cache).read_bytes().removesuffix(b"\n").split(b"\n")
     chosen = [row for row in rows if (tuple(row.split(b"\t")[1:3]) in pairs) == (split == "dev")]
     return b"\n".join([header, *chosen, b""])
 
@@ -254,8 +254,10 @@ def fetch(source, task, cache):
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.with_suffix(".lock"), f"waiting for another process to download {path}", wait=True):
         if not path.exists():
+            sources = [task.source, *([MRPC_TEST, MRPC_DEV_IDS] if task is TASKS["mrpc"] else [])]
+            names = ", ".join(address.rsplit("/", 1)[1] for address, _, _ in sources)
             files = ", ".join(f"{split}.tsv" for split in task.rows)
-            instead = (f"or put that file into {path.parent}, or put {files} into DIR/{task.title} and take "
+            instead = (f"or put {names} into {path.parent}, or put {files} into DIR/{task.title} and take "
                        "--glue-dir DIR")
             download(path, address, instead, size, sha256)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -274,16 +276,16 @@ def accuracy(predictions, labels):
 
 def f1(predictions, labels):
     """Of class 1. (The official F1Scorer counts predictions where it means labels.)"""
-    hits = np.sum((predictions == 1) & (labels == 1))
-    return ratio(2 * hits, np.sum(predictions == 1) + np.sum(labels == 1))
+    hits, both = np.sum((predictions == 1) & (labels == 1)), np.sum(predictions == 1) + np.sum(labels == 1)
+    return float(2 * hits / both) if both else 0.0
 
 
 def pearson(predictions, labels):
-    one, other = (np.asarray(values, np.float64) - np.mean(values, dtype=np.float64)
-                  for values in (predictions, labels))
     if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return 0.0
-    return ratio(np.sum(one * other), np.sqrt(np.sum(one**2) * np.sum(other**2)))
+    one, other = (np.asarray(values, np.float64) - np.mean(values, dtype=np.float64)
+                  for values in (predictions, labels))
+    return float(np.sum(one * other) / np.sqrt(np.sum(one**2) * np.sum(other**2)))
 
 
 def spearman(predictions, labels):
@@ -294,10 +296,6 @@ def ranks(values):
     """From 1 on; values that tie share the mean of their ranks."""
     _, place, ties = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(ties) - (ties - 1) / 2)[place]
-
-
-def ratio(numerator, denominator):
-    return float(numerator / denominator) if denominator else 0.0
 
 
 # Matthews' coefficient is Pearson's, of zeros and ones.

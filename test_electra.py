@@ -2342,13 +2342,13 @@ def test_glue_is_downloaded_once_and_read_in_place(corpus, monkeypatch, quick):
     archive = make_zip({"WNLI/dev.tsv": content})
     expect_rows(monkeypatch, "wnli", "dev", 1)
     with Server({"/WNLI.zip": archive}) as server:
-        good = replace(glue.TASKS["wnli"], archive=source(server, "/WNLI.zip", archive))
-        wrong = replace(good, archive=source(server, "/WNLI.zip", archive[:-1] + b"x"))
+        good = replace(glue.TASKS["wnli"], source=source(server, "/WNLI.zip", archive))
+        wrong = replace(good, source=source(server, "/WNLI.zip", archive[:-1] + b"x"))
         with pytest.raises(SystemExit, match=r"SHA-256 [0-9a-f]{64} instead of \d+ bytes with [0-9a-f]{64};"):
             glue.read_examples(wrong, "dev", "cache")
         assert [path.name for path in Path("cache/glue").iterdir()] == ["WNLI.lock"]  # nothing half-written
         assert len(glue.read_examples(good, "dev", "cache")) == 1
-        missing = replace(good, archive=(f"{server.url}/none.zip", 1, ""))
+        missing = replace(good, source=(f"{server.url}/none.zip", 1, ""))
         with pytest.raises(SystemExit, match="none.zip cannot be read: it answers 404"):
             glue.read_examples(missing, "dev", "cache")
     assert len(glue.read_examples(good, "dev", "cache")) == 1  # the server is gone
@@ -2361,7 +2361,7 @@ def test_glue_is_downloaded_once_and_read_in_place(corpus, monkeypatch, quick):
     kept.unlink()
     with pytest.raises(
         SystemExit,
-        match="or put that file into cache/glue, or put train.tsv, dev.tsv, test.tsv into DIR/WNLI and take",
+        match="or put WNLI.zip into cache/glue, or put train.tsv, dev.tsv, test.tsv into DIR/WNLI and take",
     ):
         glue.read_examples(good, "dev", "cache")
 
@@ -2376,8 +2376,13 @@ def test_glue_splits_mrpc_by_its_dev_ids(corpus, monkeypatch):
     }
     with Server(files) as server:
         sources = {path: source(server, path, content) for path, content in files.items()}
-        monkeypatch.setitem(glue.TASKS, "mrpc", replace(glue.TASKS["mrpc"], archive=sources["/train.txt"]))
+        monkeypatch.setitem(glue.TASKS, "mrpc", replace(glue.TASKS["mrpc"], source=sources["/train.txt"]))
         monkeypatch.setattr(glue, "MRPC_TEST", sources["/test.txt"])
+        monkeypatch.setattr(glue, "MRPC_DEV_IDS", (f"{server.url}/none.tsv", 1, ""))
+        with pytest.raises(
+            SystemExit, match="or put train.txt, test.txt, none.tsv into cache/glue, or put train"
+        ):
+            glue.read_examples(glue.TASKS["mrpc"], "train", "cache")
         monkeypatch.setattr(glue, "MRPC_DEV_IDS", sources["/ids.tsv"])
         for split, expected in {"train": [0, 2, 3, 5], "dev": [1, 4]}.items():
             expect_rows(monkeypatch, "mrpc", split, len(expected))
@@ -2654,7 +2659,7 @@ def read_results(folder="out/glue"):
     }
 
 
-TIMES = {"seconds", "examples_per_second"}
+TIMES = {"seconds", "examples_per_second", "finished"}
 
 
 def without_times(entry):
@@ -2862,6 +2867,7 @@ def test_the_table_says_what_papers_print(capsys):
     assert re.search(r"^MRPC +f1 +3 +90.00 +0.00 +90.00 +90.00$", text, re.M)
     assert re.search(r"^WNLI +accuracy +1 +50.00 +- +50.00 +50.00$", text, re.M)
     assert "CoLA: seed 0 gave one answer to every example, which is counted as it is" in text
+    assert "averag" not in finetune.table(results, finetune.FinetuneConfig(task=["mrpc"]))
     assert "average of 8 (* each; no WNLI): not without SST-2, STS-B, QQP, MNLI, QNLI, RTE" in text
     assert "WNLI's dev set is adversarial" in text
     full = {(name, seed): entry(**dict.fromkeys(task.metrics, 0.7 + 0.1 * (seed > 1)))
@@ -2963,6 +2969,7 @@ def spoil(name, change):
         (["--task", "squad"], "there is no task squad; there are cola, sst2, mrpc, .* wnli and all"),
         (["--model", "nowhere"], "there is no model in nowhere: pre-train one with .*google/electra-small"),
         (["--model", "out/none"], "there is no model in out/none"),
+        (["--model", "out"], "there is no model in out, but in out/small"),
         (["--model", "glue"], "there is no model in glue"),
         (spoil("config.json", Path.unlink), "there is no model in out/small: pre-train one"),
         (spoil("config.json", lambda p: p.write_text("{")), "config.json is not a JSON object"),

@@ -559,6 +559,8 @@ def main(argv=None):
             cache.wait(lambda shards: any(shard["rows"] for shard in shards))
             run.begin(state)  # and after, so that bad input leaves nothing behind
             print(cache.describe())
+            if state is not None:
+                print(f"going on after step {run.step} of {config.num_train_steps}")
             run.train(TrainingRows(cache))
             run.export()
             heldout = run.wait_for_heldout() if run.heldout is None else run.heldout
