@@ -1602,7 +1602,11 @@ def test_D24_adam_corrects_no_bias():
     # With bias correction the first updates are smaller by far.
     constant = [[np.full((1, 1), 0.1)]] * 3
     recipe = replace(RECIPE, weight_decay=0.0, num_warmup_steps=0, num_train_steps=10**9)
-    corrected = lambda p: torch.optim.AdamW(p, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0)  # noqa: E731
+
+    def corrected(tensors):
+        group = dict(params=tensors, lr_scale=1.0)
+        return torch.optim.AdamW([group], betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0)
+
     by = [optimise([np.zeros((1, 1))], constant, recipe, 2, kind)[0][0].item() for kind in (None, corrected)]
     assert by[0] / by[1] > 2
 
