@@ -258,7 +258,7 @@ class HttpStream(io.RawIOBase):
             sys.exit(f"{self.url} cannot be read: the server does not say which part it sends of how long a "
                      f"whole, or compresses it on the way; {self.instead}")
         # What the hub has at a pinned revision is the same everywhere, whatever ETag a mirror gives it.
-        found = [None if self.address in OPENWEBTEXT else response.headers.get("ETag"), length]
+        found = [None if self.address in OPENWEBTEXT else told.get("ETag"), length]
         known = self.seen.setdefault(self.address, found)
         if known != found:
             sys.exit(f"{self.url} is no longer what it was: its ETag and length are {found}, not {known}; "
@@ -371,11 +371,13 @@ def read_tar(stream, name, source, base):
             tar.members.clear()  # or else it would grow with the archive
             inside = f"{member.name} in {source}"
             offset = base + member.offset if file is stream else 0
-            kind = kind_of(member.name) if member.isfile() else None
+            if not member.isfile():
+                continue
+            kind = kind_of(member.name)
             if kind in ("txt", "jsonl"):
                 for text in read_text(tar.extractfile(member), member.name, inside, whole=True):
                     yield offset, None, text
-            elif kind == "tar" or (kind is None and member.isfile() and member.name.endswith(".xz")):
+            elif kind == "tar" or member.name.endswith(".xz"):
                 # Held back until the end is reached, and with it the checksum, or the archive is a large one.
                 inner, size = [], 0
                 for _, _, text in read_tar(tar.extractfile(member), member.name, inside, 0):
@@ -585,11 +587,8 @@ def load_wordpiece(config):
                      config.do_lower_case, config.strip_accents, match[1]]
         path = Path(config.cache) / f"{source_name(config)}-{digest(made_from)}-vocab.txt"
         make = partial(train_vocab, config, int(match[1]), path)
-    if make is not None and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with lock(path.with_suffix(".lock"), f"waiting for another process to make {path}", wait=True):
-            if not path.exists():
-                make()
+    if make is not None:
+        make_once(path, make)
     return WordPiece(read_vocab(path), config.do_lower_case, config.strip_accents)
 
 
@@ -1041,6 +1040,15 @@ def lock(path, busy=None, wait=False):
         yield held
 
 
+def make_once(path, make):
+    """Call `make()`, which makes what is to be at `path`, unless that is there; one process does it."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lock(path.with_suffix(".lock"), f"waiting for another process to make {path}", wait=True):
+            if not path.exists():
+                make()
+
+
 def prefetch(items, depth=1, waiting=None):
     """Iterate over `items` in a background thread, up to `depth` ahead. What is raised there is raised here.
 
@@ -1072,6 +1080,12 @@ def parse(line, where, remedy="delete the folder it is in, to begin anew"):
 
 def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+
+
+def ranks(values):
+    """From 1 on; values that tie share the mean of their ranks."""
+    _, place, ties = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(ties) - (ties - 1) / 2)[place]
 
 
 def source_name(config):

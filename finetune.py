@@ -19,6 +19,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,17 +41,18 @@ from data import (
     download,
     generator,
     lock,
+    make_once,
     one_sentence,
     parse,
     read_vocab,
 )
 from glue import (
     AVERAGED_BY_ELECTRA,
-    DIAGNOSTIC,
     TASKS,
     average_of_8,
     average_of_9,
     find_task,
+    predicted_by,
     read_examples,
     score,
     write_submission,
@@ -173,7 +175,7 @@ class Model:
     """What is fine-tuned, a folder's shape, weights and tokeniser, and the device and dtype to do it with."""
 
     def __init__(self, config):
-        self.folder, self.random_weights = find_model(config), config.random_weights
+        self.folder = find_model(config)
         self.shape, self.wordpiece = load_config(self.folder), read_tokenizer(self.folder)
         self.device, self.dtype = resolve(config)
         size, expected = len(self.wordpiece.tokens), self.shape.vocab_size
@@ -183,14 +185,17 @@ class Model:
         positions = self.shape.max_position_embeddings
         if config.max_length > positions:
             sys.exit(f"{self.folder} has {positions} positions; take --max-length {positions} or less")
-        _, path = read_weights(self.folder)
-        self.weights = "random" if self.random_weights else hashlib.sha256(path.read_bytes()).hexdigest()
-        self.classifier(1)  # what is wrong with the weights is said now
+        network = Classifier(self.shape, 1)
+        path = load_weights(network, self.folder, encoder_only=True)
+        self.weights, self.pretrained = "random", None
+        if not config.random_weights:
+            self.weights = hashlib.sha256(path.read_bytes()).hexdigest()
+            self.pretrained = network.encoder.state_dict()
 
     def classifier(self, num_outputs):
         network = Classifier(self.shape, num_outputs)
-        if not self.random_weights:
-            load_weights(network, self.folder, encoder_only=True)
+        if self.pretrained is not None:
+            network.encoder.load_state_dict(self.pretrained)
         return network.to(self.device)
 
     def forward(self, network, rows):
@@ -283,11 +288,7 @@ def find_model(config):
     if not is_name or path.parts[0] == TrainConfig.out:
         sys.exit(f"there is no model in {path}: {GET_ONE}")
     folder = Path(config.cache) / "models" / config.model.replace("/", "--")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    busy = f"waiting for another process to download {config.model}"
-    with lock(folder.with_name(f"{folder.name}.lock"), busy, wait=True):
-        if not folder.exists():
-            download_model(config.model, folder)
+    make_once(folder, partial(download_model, config.model, folder))
     return folder
 
 
@@ -391,8 +392,12 @@ class Sweep:
     def keeps_predictions(self):
         return self.config.predict or self.config.submit
 
+    def key(self, name, seed):
+        """What files of a (task, seed) are called."""
+        return f"{name}-{seed}-{digest(self.settings(name))}"
+
     def predictions_path(self, name, seed):
-        return self.folder / "predictions" / f"{name}-{seed}-{digest(self.settings(name))}.npz"
+        return self.folder / "predictions" / f"{self.key(name, seed)}.npz"
 
     def run(self):
         """Do all that is not done. What other processes have in hand is waited for, and done if they die."""
@@ -407,7 +412,7 @@ class Sweep:
             for waits, (name, seed) in itertools.product((False, True), jobs):
                 if (name, seed) in done:
                     continue
-                claim = self.folder / "locks" / f"{name}-{seed}-{digest(self.settings(name))}"
+                claim = self.folder / "locks" / self.key(name, seed)
                 busy = f"waiting for another process to finish seed {seed} of {TASKS[name].title}"
                 with lock(claim, busy if waits else None, waits) as is_ours:
                     done = self.results()  # another process may have been here
@@ -428,8 +433,7 @@ class Sweep:
         task = TASKS[name]
         splits = [(task, split) for split in ["train", *task.dev_splits]]
         if self.keeps_predictions:
-            splits += [(task, split) for split in task.submissions]
-            splits += [(DIAGNOSTIC, split) for split in DIAGNOSTIC.submissions if name == "mnli"]
+            splits += [(owner, split) for owner in predicted_by(name) for split in owner.submissions]
         for owner, split in splits:
             yield split, read_examples(owner, split, self.config.cache, self.config.glue_dir)
 
@@ -452,9 +456,10 @@ class Sweep:
         seconds = time.perf_counter() - began
         metrics = score(task, predictions, {split: data[split][1] for split in task.dev_splits})
         if self.keeps_predictions:
-            files = task.submissions | (DIAGNOSTIC.submissions if name == "mnli" else {})
+            files = {file: predictions[split] for owner in predicted_by(name)
+                     for split, file in owner.submissions.items()}
             with atomic_write(self.predictions_path(name, seed)) as file:
-                np.savez(file, **{submitted: predictions[split] for split, submitted in files.items()})
+                np.savez(file, **files)
         first = predictions[task.dev_splits[0]]
         self.add(dict(
             task=name, seed=seed, metrics=metrics, is_constant=bool(np.ptp(first) < 1e-5),

@@ -11,12 +11,13 @@ import hashlib
 import sys
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data import atomic_write, decode, download, lock
+from data import atomic_write, decode, download, make_once, ranks
 
 GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
 MSR = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
@@ -154,6 +155,11 @@ MRPC_DEV_IDS = (GLUE + "mrpc_dev_ids.tsv", 6_222,
                 "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7")
 
 
+def predicted_by(name):
+    """The tasks whose test sets the model of a task predicts: its own, and for MNLI the diagnostic set."""
+    return [TASKS[name], DIAGNOSTIC] if name == "mnli" else [TASKS[name]]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -251,15 +257,12 @@ def fetch(source, task, cache):
     """The path of an official file in the cache: it is downloaded if it is not there, and checked."""
     address, size, sha256 = source
     path = Path(cache) / "glue" / address.rsplit("/", 1)[1]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with lock(path.with_suffix(".lock"), f"waiting for another process to download {path}", wait=True):
-        if not path.exists():
-            sources = [task.source, *([MRPC_TEST, MRPC_DEV_IDS] if task is TASKS["mrpc"] else [])]
-            names = ", ".join(address.rsplit("/", 1)[1] for address, _, _ in sources)
-            files = ", ".join(f"{split}.tsv" for split in task.rows)
-            instead = (f"or put {names} into {path.parent}, or put {files} into DIR/{task.title} and take "
-                       "--glue-dir DIR")
-            download(path, address, instead, size, sha256)
+    sources = [task.source, *([MRPC_TEST, MRPC_DEV_IDS] if task is TASKS["mrpc"] else [])]
+    names = ", ".join(address.rsplit("/", 1)[1] for address, _, _ in sources)
+    files = ", ".join(f"{split}.tsv" for split in task.rows)
+    instead = (f"or put {names} into {path.parent}, or put {files} into DIR/{task.title} and take "
+               "--glue-dir DIR")
+    make_once(path, partial(download, path, address, instead, size, sha256))
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
         sys.exit(f"{path} has SHA-256 {found} instead of {sha256}; delete it, to download it again")
@@ -290,12 +293,6 @@ def pearson(predictions, labels):
 
 def spearman(predictions, labels):
     return pearson(ranks(predictions), ranks(labels))
-
-
-def ranks(values):
-    """From 1 on; values that tie share the mean of their ranks."""
-    _, place, ties = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(ties) - (ties - 1) / 2)[place]
 
 
 # Matthews' coefficient is Pearson's, of zeros and ones.

@@ -470,7 +470,7 @@ def load_weights(network, folder, encoder_only=False):
     """Fill a Generator, a Discriminator or, with encoder_only, anything with an `.encoder`, from a folder.
 
     Every tensor must be there with its shape and none may be left over, except `position_ids`, the tied
-    generator_lm_head.weight, and, with encoder_only, the pre-training heads.
+    generator_lm_head.weight, and, with encoder_only, the pre-training heads. Returns the path of the weights.
     """
     tensors, path = read_weights(folder)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
@@ -497,6 +497,7 @@ def load_weights(network, folder, encoder_only=False):
         sys.exit(f"{path} does not hold this {type(network).__name__}: {'; '.join(sorted(wrong))}")
     state = {name: torch.cat([tensors[part] for part in huggingface_names(name)]) for name in ours}
     network.load_state_dict(state, strict=not encoder_only)
+    return path
 
 
 def read_weights(folder):

@@ -39,6 +39,7 @@ from data import (
     lock,
     one_sentence,
     parse,
+    ranks,
 )
 from model import SIZES, Electra, ElectraConfig, check_ranges, save_pretrained, selectable
 
@@ -209,9 +210,7 @@ def area_under_curve(scores, labels):
     negatives = labels.size - positives
     if not positives or not negatives:
         return 0.5
-    _, place, ties = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(ties) - (ties - 1) / 2)[place]  # from 1, and the mean rank where scores tie
-    return float((ranks[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    return float((ranks(scores)[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 def unigram_entropy(rows, model_config):
