@@ -1990,6 +1990,38 @@ def test_micro_batches_give_the_gradient_of_the_one_batch():
             assert (one - other).abs().max() < 1e-10
 
 
+ADAM_FLAGS = (
+    "--adam-beta1 0.8 --adam-beta2 0.95 --adam-epsilon 1e-4 --weight-decay 0.2 --max-grad-norm 3".split()
+)
+
+
+def check_adam(optimizer):
+    for group in optimizer.param_groups:
+        assert group["betas"] == (0.8, 0.95) and group["eps"] == 1e-4
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.2, 0.0}
+
+
+def test_flags_reach_the_optimiser_and_the_networks_of_pre_training(corpus, monkeypatch):
+    runs = []
+
+    def stop(run, input_ids, lr):
+        runs.append(run)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(train.Run, "train_step", stop)
+    shape = "--layer-norm-eps 1e-3 --hidden-dropout-prob 0.3 --attention-probs-dropout-prob 0.4".split()
+    with pytest.raises(SystemExit):
+        train.main([*ARGUMENTS, *ADAM_FLAGS, *shape])
+    [run] = runs
+    check_adam(run.optimizer)
+    assert run.config.max_grad_norm == 3
+    modules = list(run.model.modules())
+    assert {module.eps for module in modules if isinstance(module, nn.LayerNorm)} == {1e-3}
+    assert {module.p for module in modules if isinstance(module, nn.Dropout)} == {0.3}
+    layers = [module for module in modules if isinstance(module, model.Layer)]
+    assert {layer.attention_dropout_prob for layer in layers} == {0.4}
+
+
 def test_micro_batch_flag_changes_a_run_by_rounding_only(corpus):
     calm = [*ARGUMENTS, "--hidden-dropout-prob", "0", "--attention-probs-dropout-prob", "0"]
     train.main([*calm, "--out", "a"])
@@ -2686,6 +2718,21 @@ def test_D33_weight_decay_is_off_by_default():
     network = finetune.Classifier(NO_DROPOUT, 2)
     optimizer = train.build_optimizer(network.named_parameters(), finetune.FinetuneConfig())
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0]
+
+
+def test_flags_reach_the_optimiser_and_the_schedule_of_fine_tuning(toy_glue, monkeypatch):
+    rates, update = [], finetune.update
+
+    def watch(optimizer, lr, max_grad_norm):
+        check_adam(optimizer)
+        assert max_grad_norm == 3
+        rates.append(lr)
+        return update(optimizer, lr, max_grad_norm)
+
+    monkeypatch.setattr(finetune, "update", watch)
+    flags = ["--warmup-proportion", "0.5", "--num-train-epochs", "1", "--learning-rate", "1e-3"]
+    finetune.main([*toy_glue, "--task", "cola", *ADAM_FLAGS, *flags])
+    assert rates == pytest.approx([1e-3 * (1 - step / 6) * min(1, step / 3) for step in range(6)])
 
 
 def test_D34_the_loss_is_summed_over_the_batch(toy_glue, monkeypatch):
