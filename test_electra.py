@@ -1869,6 +1869,7 @@ def test_resume_after_sigkill_ends_in_the_same_bits(corpus):
 
 
 def test_resume_after_ctrl_c_too_and_at_a_step_that_is_not_logged(corpus, monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     train.main([*ARGUMENTS, "--out", "whole"])
     train_step = train.Run.train_step
 
