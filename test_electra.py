@@ -3078,6 +3078,71 @@ def test_a_full_disk_loses_no_finished_seed(toy_glue, monkeypatch, victim):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The official step: three optimizer steps of google-research/electra, recorded in official/
+
+
+def official_names(name):
+    """Names in the official graph: HuggingFace's, but for these. A fused matrix has three."""
+    network, name = name.split(".", 1)
+    for full in model.huggingface_names(name):
+        if network == "generator" and not full.startswith("electra.embeddings."):
+            full = full.replace("electra.", "generator.")
+        full = full.replace("generator_lm_head.bias", "generator_predictions.output_bias")
+        full = full.replace("dense_prediction.", "dense_1.").replace(".layer.", ".layer_")
+        full = full.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        full = re.sub(r"_embeddings\.weight$", "_embeddings", full)
+        yield re.sub(r"\.weight$", ".kernel", full).replace(".", "/")
+
+
+def official_tensor(record, prefix, name):
+    """A recorded tensor in our layout: kernels are (in, out) there and (out, in) here."""
+    parts = [(full, torch.from_numpy(record[f"{prefix}|{full}"])) for full in official_names(name)]
+    return torch.cat([part.T if full.endswith("kernel") else part for full, part in parts])
+
+
+def test_official_step_is_reproduced(monkeypatch):
+    """Given the official weights and draws, three steps give the official losses, gradients and weights."""
+    facts = json.loads((HERE / "official" / "official_step.json").read_text())
+    record = np.load(HERE / "official" / "official_step.npz")
+    names = [field.name for field in fields(ElectraConfig) if field.name in facts]
+    electra = Electra(ElectraConfig(**{name: facts[name] for name in names}))
+    recipe = {field.name: facts[field.name] for field in fields(train.TrainConfig) if field.name in facts}
+    recipe = train.TrainConfig(**recipe)
+    with torch.no_grad():
+        for name, parameter in electra.named_parameters():
+            parameter.copy_(official_tensor(record, "before", name))
+    optimizer = train.build_optimizer(electra.named_parameters(), recipe)
+    input_ids = torch.from_numpy(record["input_ids"]).long()
+    for step in range(facts["optimizer_steps"]):
+
+        def recorded(key, step=step):
+            return torch.from_numpy(record[f"{step}|{key}"])
+
+        positions, corrupted = recorded("positions").long(), recorded("corrupted_ids").long()
+        draws = positions, recorded("weights"), recorded("masked_ids").long()
+        monkeypatch.setattr(model, "mask", lambda *args, draws=draws: draws)
+        sampled = corrupted.gather(1, positions)
+        monkeypatch.setattr(model, "sample", lambda *args, sampled=sampled: sampled)
+        output = run_electra(electra, input_ids)
+        assert torch.equal(output.corrupted_ids, corrupted)
+        assert torch.equal(output.is_replaced.int(), recorded("is_replaced"))
+        assert output.mlm_loss.item() == pytest.approx(record[f"{step}|mlm_loss"], rel=1e-6)
+        assert output.disc_loss.item() == pytest.approx(record[f"{step}|disc_loss"], rel=1e-6)
+        output.loss.backward()
+        if step == 0:
+            for name, parameter in electra.named_parameters():
+                expected = official_tensor(record, "gradient", name)
+                assert (parameter.grad - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-8, name
+        lr = train.learning_rate(
+            facts["first_step"] + step, recipe.learning_rate, recipe.num_train_steps, recipe.num_warmup_steps
+        )
+        assert lr == pytest.approx(facts["learning_rates"][step], rel=1e-12)
+        train.update(optimizer, lr, recipe.max_grad_norm)
+    for name, parameter in electra.named_parameters():
+        assert (parameter - official_tensor(record, "after", name)).abs().max() <= 1e-6, name
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The house
 
 FILES = ["model.py", "data.py", "train.py", "glue.py", "finetune.py"]
