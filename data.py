@@ -1,24 +1,20 @@
-"""From text to batches: source, documents, WordPiece ids, examples of two segments, shards, training order.
+"""From text to batches: documents, WordPiece ids, rows of two segments, shards, training order.
 
-What enters: files, archives or addresses of text, among them OpenWebText, or the documentation that Python,
-torch and numpy ship. What leaves: a cache of `.npy` shards, uint16 (rows, max_length), zero-padded, and from
-it the rows of every step. The disk holds that one array: attention mask and token types follow from the ids.
-`python data.py --data PATH` prepares a cache ahead of time; training has the same done by a process beside
-it.
+`prepare` is the whole pipeline on one screen; below it stand its stages in the order in which text passes
+them, then `Order`, which gives the rows of every training step, and at the end model folders from the hub.
 
-Claim: the same input, vocabulary and seed give the same bytes, in one go, over broken connections or after
-any number of kills (test_cache_*, test_a_stream_*), and row g of the training order is a function of the seed
-and g alone (test_order_*).
+The disk holds one array, uint16 (rows, max_length), zero-padded, in shards: attention mask and token types
+follow from the ids. The same text, vocabulary and seed give the same bytes, in one go or after any number of
+kills, and the rows of a step are a function of (seed, step).
+
+As a program (`python data.py CONFIG`) this file is the producer that train.py runs beside itself.
 """
 
-import argparse
-import ast
 import fcntl
 import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import io
 import itertools
 import json
@@ -28,108 +24,130 @@ import os
 import platform
 import random
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
-import tempfile
 import threading
 import time
+import zipfile
 import zlib
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from functools import partial
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 import requests
-import urllib3
-from requests.adapters import HTTPAdapter
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-# hub: stands for the hub's host. This revision still has the tars, which the main branch replaced by parquet.
+# hub: stands for the hub's address. This revision still has the tars; the main branch has parquet files.
 OPENWEBTEXT = [f"hub:/datasets/Skylion007/openwebtext/resolve/39d1a6d3f3a4c838b27bbc65bfb14a2f6f727740"
                f"/subsets/urlsf_subset{number:02d}.tar" for number in range(21)]
-OFFLINE = "once it can, the same command goes on; --data PATH or --data python-docs need no network"
-TIMEOUT, ATTEMPTS, BACKOFF = 30, 6, 0.5  # seconds; in a row; seconds, and twice as many each time
 BERT_VOCAB = dict(  # BERT's uncased vocabulary, which is ELECTRA's
     address="hub:/google/electra-small-discriminator/resolve/main/vocab.txt",
     size=231_508,
     sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 )
-UNIT_CHARACTERS = 4_000_000  # of text become one shard, some 6,000 rows of 128
-MAX_GROUP = 64  # shards that are shuffled together, at most: some 50 MB
-MAX_DOCUMENT = 100_000_000  # bytes; what is longer is surely not one document
-MAX_LINE = 65_536  # characters of a line that are tokenised
-ENCODED_CHARACTERS = 1_000_000  # characters that are tokenised in one call
-VOCAB_CHARACTERS = 200_000_000  # from the beginning of the corpus, to train a vocabulary on
+SHARD_CHARACTERS = 2_000_000  # of text become one shard: some 3,000 rows of 128
+MAX_DOCUMENT = 10_000_000  # characters; a longer document of a .txt goes on as another
+MAX_LINE = 65_536  # characters of a line that are tokenized
+VOCAB_DOCUMENTS = 100_000  # at the beginning of the corpus train a vocabulary
+MAX_GROUP = 128  # shards that are shuffled together, at most: some 100 MB
 HELDOUT_SHARE = 100  # one document in so many is held out
+TIMEOUT, BACKOFF, ATTEMPTS = 30, 0.5, 6  # seconds; seconds, doubled at each attempt; attempts in a row
+PATIENCE = 600  # seconds to wait for a server that asks to wait
+
+
+class UserError(ValueError):
+    """Something that the user can mend. The message is a sentence that says how."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What text, and how it becomes rows."""
+    """Which text, and how it becomes rows."""
 
     data: list = ("openwebtext",)  # files, folders, addresses of text, openwebtext, or python-docs
-    one_document_per_file: bool = False  # blank lines in .txt files do not separate documents
-    vocab: str = "bert"  # a vocab.txt; train:SIZE, made of the text; or bert, downloaded once
+    one_document_per_file: bool = False  # blank lines in a .txt do not separate documents
+    vocab: str = "bert"  # a vocab.txt; train:SIZE, trained on the text; or bert, downloaded once
     do_lower_case: bool = True  # lower-case the text
-    strip_accents: bool = True  # strip accents, where the text is lower-cased
+    strip_accents: bool = True  # strip accents from lower-cased text
     max_length: int = 128  # tokens in a row, [CLS] and [SEP] included
     seed: int = 0  # of everything that is random
-    workers: int = os.cpu_count()  # threads that tokenise
-    cache: str = "cache"  # folder for prepared text and vocabularies
+    workers: int = os.cpu_count()  # threads that tokenize
+    cache: str = "cache"  # folder for prepared text and downloads
 
     def __post_init__(self):
         if self.max_length < 8:
-            sys.exit(f"max_length is {self.max_length}; a row needs 8 tokens at the least")
-        if not 0 <= self.seed < 2**63 or self.workers < 1:
-            sys.exit("seed must be from 0 to 2^63 - 1, and workers 1 or more")
+            raise UserError(f"max_length is {self.max_length}; a row needs at least 8 tokens")
+
+
+def prepare(config, progress=True):
+    """Turn text into shards of rows. After a kill it resumes; a finished shard is never made again."""
+    cache = Cache(config, load_wordpiece(config))
+    with lock(cache.folder / "lock", f"waiting for another process to prepare {cache.folder}"):
+        if cache.has_all():
+            return cache
+        position = cache.shards[-1]["next"] if cache.shards else (0, 0, 0)
+        documents = read_documents(config, position)
+        units = prefetch(read_units(documents))
+        tokenized = prefetch((tokenize(texts, cache.wordpiece), position) for texts, position in units)
+        with tqdm(desc="preparing", unit=" rows", disable=None if progress else True) as bar:
+            for number, (unit, position) in enumerate(tokenized, start=len(cache.shards)):
+                train, heldout, counts = build_rows(unit, number, cache.wordpiece, config)
+                cache.write_shard(number, train, heldout, counts | {"next": position})
+                bar.update(len(train))
+        if cache.identities != [identify(file) for file in find_files(config)]:
+            raise UserError("the text changed while it was being read; run the same command again")
+        cache.has_all()  # counts the new shards
+        if not any(shard["rows"] for shard in cache.shards):
+            raise UserError(f"there is no text to train on in {' '.join(config.data)}")
+        (cache.folder / "complete").touch()
+    return cache
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Sources: what was typed -> files and addresses -> bytes
+# Source: names, folders and addresses -> files -> bytes
 
-READABLE = re.compile(r"\.(txt|jsonl|tar)(\.gz|\.xz)?$")
+# What can be read. The last is a tar within OpenWebText's tars.
+KINDS = re.compile(r"\.(txt|jsonl?|tar)(\.gz|\.xz)?$|_data(\.xz)$", re.IGNORECASE)
 
 
 def find_files(config):
-    """The corpus as a list of paths and addresses in a fixed order: as typed, the files of a folder by
-    name."""
+    """The files and addresses of the corpus, in a fixed order: as given, and within a folder by name."""
     files = []
-    for argument in config.data:
-        path = Path(argument)
-        if argument == "python-docs" or is_address(argument):
-            files.append(argument)
-        elif argument == "openwebtext":
+    for name in config.data:
+        if name == "openwebtext":
             files += OPENWEBTEXT
-        elif path.is_dir():
-            found = sorted(file for file in path.rglob("[!.]*") if READABLE.search(file.name))
-            if not found:
-                sys.exit(f"{path} has no .txt, .jsonl or .tar file in it, nor one of these with .gz or .xz")
-            files += found
-        elif not path.exists():
-            sys.exit(f"there is no {path}; --data takes files, folders, addresses, openwebtext, python-docs")
+        elif os.path.isdir(name):
+            files += sorted(walk(name))
+        elif name == "python-docs" or is_address(name) or os.path.exists(name):
+            files.append(name)
         else:
-            files += read_addresses(path) or [path]
-    for file in files:
-        if file != "python-docs" and not READABLE.search(path_of(file)):
-            sys.exit(f"{file} cannot be read: .txt, .jsonl and .tar can, and these with .gz or .xz")
+            raise UserError(f"there is no {name}; --data takes paths, addresses, openwebtext or python-docs")
+    if not files:
+        raise UserError(f"{config.data[0]} holds no .txt, .jsonl, .json or .tar file, plain, .gz or .xz")
     return files
+
+
+def walk(folder):
+    """The text files in a folder, through symbolic links, without hidden files and folders."""
+    seen = set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(path) in seen:  # a link that leads back up
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(path))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names = [name for name in names if KINDS.search(name) and not name.startswith(".")]
+        yield from (os.path.join(path, name) for name in names)
 
 
 def is_address(name):
     return str(name).startswith(("http://", "https://", "hub:"))
-
-
-def path_of(file):
-    return urlsplit(file).path if is_address(file) else str(file)
 
 
 def url_of(address):
@@ -137,214 +155,165 @@ def url_of(address):
     return hub + address.removeprefix("hub:") if address.startswith("hub:") else address
 
 
-def read_addresses(path):
-    """The addresses in a .txt file that begins with one; else none, and it is text."""
-    if path.suffix != ".txt":
-        return []
-    with open(path, "rb") as file:
-        if not file.read(8).startswith((b"http://", b"https://")):
-            return []
-        file.seek(0)
-        addresses = file.read().decode("utf-8", "replace").split()
-    if not all(map(is_address, addresses)):
-        sys.exit(f"{path} begins with an address, so it must hold addresses only, one a line")
-    return addresses
-
-
 def identify(file):
-    """What tells whether a file is still the one that a cache was made from.
-
-    Of an address it is the address alone; HttpStream sees to it that what is there stays the same.
-    """
+    """What must stay the same for a cache to remain valid. Of an address it is the address alone."""
     if file == "python-docs":
         return [file, platform.python_version(), *map(importlib.metadata.version, ("torch", "numpy"))]
-    return [file] if is_address(file) else [str(file), file.stat().st_size, file.stat().st_mtime_ns]
+    if is_address(file):
+        return [file]
+    status = os.stat(file)
+    return [file, status.st_size, status.st_mtime_ns]
 
 
-class Retry(urllib3.Retry):
-    """urllib3's, but it says why it waits."""
-
-    def sleep(self, response=None):
-        last = self.history[-1]
-        say_waiting(last.url, last.error or f"it answers {last.status}", self.get_backoff_time())
-        super().sleep(response)
-
-
-def say_waiting(url, why, seconds):
-    if seconds:  # the first new attempt comes at once
-        tqdm.write(f"{url}: {why}; trying again in {seconds:.0f} s", file=sys.stderr)
+def open_source(file, offset):
+    """A file or address as a binary stream from byte `offset` on."""
+    if is_address(file):
+        return io.BufferedReader(ChunkStream(fetch(file, offset)), 1 << 20)
+    stream = open(file, "rb")
+    stream.seek(offset)
+    return stream
 
 
-def patient_session():
-    """A session that tries again, for half a minute, where a connection or the server fails."""
-    retry = Retry(ATTEMPTS, status_forcelist=[429, 500, 502, 503, 504], backoff_factor=BACKOFF)
-    session = requests.Session()
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(max_retries=retry))
-    return session
+class ChunkStream(io.RawIOBase):
+    """An iterator over chunks of bytes as a file."""
 
-
-class Missing(SystemExit):
-    """There is nothing at an address."""
-
-
-class HttpStream(io.RawIOBase):
-    """What is at an address, from byte `offset` on, as a binary file. A body that breaks off is continued.
-
-    The session tries again where no answer comes, `wait_after` where an answer breaks off, ATTEMPTS times
-    each.
-    `seen` maps addresses to the (ETag, length) first found there. It is added to; what is there must agree
-    with it. `instead` says what the user can do where that fails.
-    """
-
-    def __init__(self, address, offset, seen, instead=OFFLINE):
-        self.address, self.url, self.position, self.seen = address, url_of(address), offset, seen
-        self.instead = instead
-        self.response, self.length, self.failures = None, None, 0
-        self.session = patient_session()
+    def __init__(self, chunks):
+        self.chunks, self.rest = chunks, b""
 
     def readable(self):
         return True
 
-    def close(self):
-        self.disconnect()
-        self.session.close()
-        super().close()
-
-    def disconnect(self):
-        if self.response is not None:
-            self.response.close()
-        self.response = None
-
     def readinto(self, buffer):
-        while self.length is None or self.position < self.length:
-            try:
-                if self.response is None:
-                    self.connect()  # whose own errors come after as many attempts, and end it
-                data = self.response.raw.read(min(len(buffer), self.length - self.position))
-                if not data:
-                    self.raise_broken()
-            except requests.RequestException as error:
-                reason = getattr(error.args[0], "reason", error) if error.args else error
-                sys.exit(f"{self.url} cannot be read: {ATTEMPTS + 1} attempts in a row failed, the last "
-                         f"with: {reason}; {self.instead}")
-            except urllib3.exceptions.HTTPError as error:
-                self.wait_after(error)
-                continue
-            buffer[: len(data)] = data
-            self.position, self.failures = self.position + len(data), 0
-            return len(data)
-        return 0
+        self.rest = self.rest or next(self.chunks, b"")
+        size = min(len(buffer), len(self.rest))
+        buffer[:size], self.rest = self.rest[:size], self.rest[size:]
+        return size
 
-    def connect(self):
-        """Ask for what is missing, following redirects anew, and see that it is the rest of the same
-        thing."""
-        headers = {"Range": f"bytes={self.position}-", "Accept-Encoding": "identity"}
-        self.response = response = self.session.get(self.url, headers=headers, stream=True, timeout=TIMEOUT)
-        status, told = response.status_code, response.headers
-        part = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", told.get("Content-Range", ""))
-        if status in (206, 416) and part:  # 416: nothing from here on, as it is empty or shorter than it was
-            begin, length = int(part[1] or self.position), int(part[2])
-        elif status == 200 and told.get("Content-Length", "").isdecimal():
-            begin, length = 0, int(told["Content-Length"])
-        elif status in (200, 206):
-            begin, length = -1, -1  # it does not say
-        else:
-            message = f"{self.url} cannot be read: it answers {status} {response.reason}; {self.instead}"
-            raise (Missing if status == 404 else SystemExit)(message)
-        # Servers may call a .gz file encoded that is sent as it is; what else is encoded cannot be continued.
-        is_encoded = told.get("Content-Encoding", "identity") != "identity" and not self.url.endswith(".gz")
-        if begin not in (0, self.position) or is_encoded:
-            sys.exit(f"{self.url} cannot be read: the server does not say which part it sends of how long a "
-                     f"whole, or compresses it on the way; {self.instead}")
-        # What the hub has at a pinned revision is the same everywhere, whatever ETag a mirror gives it.
-        found = [None if self.address in OPENWEBTEXT else told.get("ETag"), length]
-        known = self.seen.setdefault(self.address, found)
-        if known != found:
-            sys.exit(f"{self.url} is no longer what it was: its ETag and length are {found}, not {known}; "
-                     "take another --cache to begin anew")
-        while begin < self.position:  # a server that does not know Range begins at the beginning
-            begin += len(response.raw.read(min(1 << 20, self.position - begin)) or self.raise_broken())
-        self.length = length
 
-    def raise_broken(self):
-        raise urllib3.exceptions.ProtocolError("the body ended early")
+class NotFound(UserError):
+    """There is nothing at an address."""
 
-    def wait_after(self, error):
-        self.disconnect()
-        self.failures += 1
-        if self.failures > ATTEMPTS:
-            sys.exit(f"{self.url} cannot be read: {self.failures} attempts in a row broke off at byte "
-                     f"{self.position:,}, the last with: {error}; {self.instead}")
-        seconds = min(60, BACKOFF * 2**self.failures)
-        say_waiting(self.url, f"broke off at byte {self.position:,} ({error})", seconds)
-        time.sleep(seconds)
+
+def fetch(address, position=0, otherwise="or use --data PATH or --data python-docs"):
+    """Yield what is at an address from byte `position` on. A dropped connection continues at the byte."""
+    url, length, etag, failures, waited = url_of(address), None, "", 0, 0.0
+    while position != length:
+        headers = {"Accept-Encoding": "identity"}
+        if position:
+            headers["Range"] = f"bytes={position}-"
+        if etag.startswith('"'):  # not a weak one
+            headers["If-Range"] = etag  # if the file has changed meanwhile, the answer is 200
+        try:
+            with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+                status = response.status_code
+                if status == 429 or status >= 500:
+                    raise requests.HTTPError(response=response)
+                if status not in (200, 206):
+                    kind = NotFound if status == 404 else UserError
+                    raise kind(f"{url} answers {status} {response.reason}; try again later, {otherwise}")
+                rest = int(response.headers.get("Content-Length", -1))
+                is_rest = status == (206 if position else 200) and length in (None, position + rest)
+                if not is_rest or rest < 0:
+                    raise UserError(f"{url} cannot be continued at byte {position:,}: it has changed, or the "
+                                    "server cannot send a part; download it and use --data PATH")
+                length, etag = position + rest, response.headers.get("ETag", "")
+                for chunk in response.iter_content(1 << 14):
+                    position, failures, waited = position + len(chunk), 0, 0.0
+                    yield chunk
+                if position != length:
+                    raise requests.ConnectionError("the body ended early")
+        except requests.RequestException as error:
+            reason, asked = type(error).__name__, ""
+            if error.response is not None:
+                reason = f"it answers {error.response.status_code} {error.response.reason}"
+                asked = error.response.headers.get("Retry-After", "")
+            failures += 1
+            seconds = min(60, int(asked) if asked.isdecimal() else BACKOFF * 2**failures)
+            waited += seconds
+            gives_up = waited > PATIENCE if asked else failures > ATTEMPTS
+            if gives_up:
+                raise UserError(f"{url} cannot be read: {reason}, {failures} times in a row; the same "
+                                f"command resumes later, {otherwise}") from None
+            say(f"{url}: {reason}, at byte {position:,}; trying again in {seconds:.0f} s")
+            time.sleep(seconds)
+
+
+def download(path, address, otherwise, size=None, sha256=None):
+    """Fetch a file whole, and check its SHA-256 where that is known."""
+    found = hashlib.sha256()
+    with (atomic_write(path) as file,
+          tqdm(desc=path.name, total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar):
+        for chunk in fetch(address, otherwise=f"try again, {otherwise}"):
+            file.write(chunk)
+            found.update(chunk)
+            bar.update(len(chunk))
+        if sha256 not in (None, found.hexdigest()):
+            raise UserError(f"{url_of(address)} has SHA-256 {found.hexdigest()} instead of {sha256}; try "
+                            f"again, {otherwise}")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Documents
+# Documents: bytes -> one string for each document
 
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, tarfile.TarError)
+OPENERS = {"": nullcontext, ".gz": gzip.open, ".xz": lzma.open}
 
 
-class Damage(Exception):
-    """What a file or a member of an archive holds cannot be read; the message names it."""
+def read_documents(config, start=(0, 0, 0)):
+    """Yield (position after it, text) for each document from position `start` on.
 
-
-def read_documents(config, start=(0, 0, 0), seen=None):
-    """Yield (position, group, text) from the document at position `start` on.
-
-    A position is (file, offset, index): where in an uncompressed tar the document's member begins, else 0,
-    and the number of the document from there. Documents with the same group, not None, are from the same
-    inner archive.
+    A position is (file, offset, count): the file's number; the byte at which a member of an uncompressed tar
+    begins, 0 in any other file; and the number of documents from there on.
     """
-    seen = {} if seen is None else seen
     for number, file in enumerate(find_files(config)):
         if number < start[0]:
             continue
-        offset, index = start[1:] if number == start[0] else (0, 0)
-        damaged = None
-        while True:
-            try:
-                for at, group, text in read_file(file, offset, index, config, seen):
-                    # Without "\r", so that copies of a document are the same text.
-                    if text := text.replace("\r\n", "\n").strip():
-                        yield (number, *at), group and (number, group), text
-                    offset, index = at[0], at[1] + 1
-                break
-            except Damage as damage:
-                # Only in an uncompressed tar is what came before the damage known to be whole.
-                if damaged == (offset, index) or not path_of(file).endswith(".tar"):
-                    sys.exit(f"{damage}; make or fetch it again")
-                damaged = offset, index  # perhaps it was damaged on its way here: once more from there
+        offset, skipped = start[1:] if number == start[0] else (0, 0)
+        if file == "python-docs":
+            stream, documents = nullcontext(), ((0, text) for text in python_docs())
+        else:
+            stream = open_source(file, offset)
+            whole = config.one_document_per_file or file in OPENWEBTEXT
+            path = urlsplit(file).path if is_address(file) else file
+            documents = read_file(stream, path, file, whole)
+        with stream:
+            for member, group in itertools.groupby(documents, key=lambda document: document[0]):
+                for count, (_, text) in enumerate(group, 1):
+                    text = text.replace("\r\n", "\n").strip()
+                    if text and (member > 0 or count > skipped):
+                        yield (number, offset + member, count), text
 
 
-def read_file(file, offset, index, config, seen):
-    """Yield ((offset, index), group, text) for the documents of one file, from a position in it on."""
-    if file == "python-docs":
-        documents = ((0, None, text) for text in python_docs(config.cache))
-        stream = io.BytesIO()
-    elif is_address(file):
-        stream = io.BufferedReader(HttpStream(file, offset, seen), 1 << 20)
-    else:
-        stream = open(file, "rb")
-        stream.seek(offset)
-    with stream:
-        name = path_of(file)
-        if kind_of(name) == "tar":
-            documents = read_tar(stream, name, file, offset)
-        elif file != "python-docs":
-            texts = read_text(stream, name, file, config.one_document_per_file)
-            documents = ((0, None, text) for text in texts)
-        last, number = offset, -1
-        for where, group, text in documents:
-            last, number = where, number + 1 if where == last else 0
-            if where > offset or number >= index:
-                yield (where, number), group, text
+def read_file(stream, name, source, whole):
+    """Yield (offset, text) for each document of a file of any kind, archives in archives included.
+
+    The offset is that of a member in an uncompressed tar, else 0. `source` names the file in errors.
+    """
+    match = KINDS.search(name)
+    if not match:
+        raise UserError(f"{source} cannot be read; .txt, .jsonl, .json and .tar can, plain, .gz or .xz")
+    kind, compression = (match[1] or "tar").lower(), (match[2] or match[3] or "").lower()
+    try:
+        with OPENERS[compression](stream) as file:
+            if kind == "tar":
+                for offset, member, content in read_tar(file):
+                    documents = read_file(content, member, f"{member} in {source}", whole)
+                    if member.lower().endswith((".gz", ".xz")):
+                        documents = list(documents)  # none counts before the checksum at the end is right
+                    for _, text in documents:
+                        yield (0 if compression else offset), text
+                while compression and file.read(1 << 20):
+                    pass  # the checksum is behind the archive's end mark
+            elif kind == "txt":
+                yield from ((0, text) for text in read_txt(file, source, whole))
+            else:
+                yield from ((0, text) for text in read_jsonl(file, source))
+    except DAMAGE as error:
+        raise UserError(f"{source} is damaged or cut short ({error}); make or fetch it again") from error
 
 
 class Member(tarfile.TarInfo):
-    """A member of an archive that must not end without its end mark, as tarfile would let it."""
+    """A member of an archive that must have its end mark. Else tarfile takes a cut archive for whole."""
 
     @classmethod
     def fromtarfile(cls, tar):
@@ -353,175 +322,121 @@ class Member(tarfile.TarInfo):
         except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:
             raise tarfile.ReadError(f"no end mark, but {error}") from error
 
-    def _proc_member(self, tar):
-        if not self.isfile() and self.size > 1 << 20:  # an extended header, which tarfile reads whole
-            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
-        return super()._proc_member(tar)
 
-
-def read_tar(stream, name, source, base):
-    """Yield (offset, group, text) for what a tar holds. Nothing is written to the disk.
-
-    Members are .txt, one document each, .jsonl, and tars of these, as which OpenWebText's *_data.xz count
-    too. `base` is where in the source the stream began.
-    """
-    with (told_as_damage(source), decompress(stream, name) as file,
-          tarfile.open(fileobj=file, mode="r|", tarinfo=Member) as tar):
+def read_tar(file):
+    """Yield (offset, name, content as a file) for each readable member. Nothing is unpacked to disk."""
+    with tarfile.open(fileobj=file, mode="r|", tarinfo=Member) as tar:
         while member := tar.next():
-            tar.members.clear()  # or else it would grow with the archive
-            inside = f"{member.name} in {source}"
-            offset = base + member.offset if file is stream else 0
-            if not member.isfile():
-                continue
-            kind = kind_of(member.name)
-            if kind in ("txt", "jsonl"):
-                for text in read_text(tar.extractfile(member), member.name, inside, whole=True):
-                    yield offset, None, text
-            elif kind == "tar" or member.name.endswith(".xz"):
-                # Held back until the end is reached, and with it the checksum, or the archive is a large one.
-                inner, size = [], 0
-                for _, _, text in read_tar(tar.extractfile(member), member.name, inside, 0):
-                    inner.append((offset, 1 + base + member.offset, text))
-                    size += len(text)
-                    if size > 4 * UNIT_CHARACTERS:
-                        yield from inner
-                        inner.clear()
-                yield from inner
-        while file is not stream and file.read(1 << 20):
-            pass  # what follows the end mark, for the checksum of the whole
+            tar.members.clear()  # it would grow with the archive
+            if member.isfile() and KINDS.search(member.name):
+                yield member.offset, member.name, tar.extractfile(member)
 
 
-def read_text(stream, name, source, whole):
-    """Yield the documents of a .jsonl file, one a line, or of a .txt file, separated by blank lines or one
-    whole."""
-    with told_as_damage(source), decompress(stream, name) as file:
-        if kind_of(name) == "jsonl":
-            for number, (line, _) in enumerate(read_lines(file, source), 1):
-                if line.strip():
-                    yield text_of_json(line, f"{source}, line {number}")
-            return
-        if whole:
-            raw = file.read(MAX_DOCUMENT + 1)
-            check_document(len(raw), source)
-            yield decode(raw, source)
-            return
-        document, start = io.StringIO(), 0  # many short lines in a list would take many times their size
-        for line, end in read_lines(file, source):
-            check_document(end - start, source)
-            if line.strip():
-                document.write(line)
-            else:
-                yield document.getvalue()
-                document, start = io.StringIO(), end
-        yield document.getvalue()
-
-
-def kind_of(name):
-    """txt, jsonl, tar, or None for what cannot be read."""
-    match = READABLE.search(name)
-    return match and match[1]
-
-
-def decompress(stream, name):
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(name[-3:])
-    return opener(stream) if opener else stream
-
-
-@contextmanager
-def told_as_damage(source):
-    try:
-        yield
-    except DAMAGE as error:
-        raise Damage(f"{source} is damaged or cut short ({error})") from error
-
-
-def read_lines(file, source):
-    """Yield (line, byte offset of its end). Only "\\n" ends a line; str.splitlines also cuts at U+2028 and
-    others."""
-    offset = 0
-    while raw := file.readline(MAX_DOCUMENT + 1):
-        if len(raw) > MAX_DOCUMENT:
-            sys.exit(f"{source} has a line of over {MAX_DOCUMENT:,} bytes; it is hardly text")
-        yield decode(raw, source, offset), offset + len(raw)
-        offset += len(raw)
-
-
-def decode(raw, source, offset=0):
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        sys.exit(f"{source} is not UTF-8 at byte {offset + error.start}; convert it, perhaps with iconv")
-    return text if offset else text.removeprefix("\ufeff")
-
-
-def check_document(size, source):
-    if size > MAX_DOCUMENT:
-        sys.exit(f"{source} has a document of over {MAX_DOCUMENT:,} bytes; is it one, and is it text?")
-
-
-def text_of_json(line, where):
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        text = None
-    if not isinstance(text, str):
-        sys.exit(f'{where}: a line of a .jsonl file must be an object with a string under "text"')
-    return text.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
-
-
-DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-
-
-def python_docs(folder):
-    """Some 9 MB of real English that every machine has: Python's help topics, and the docstrings of the
-    standard library, torch and numpy, one document per module.
-
-    The files are parsed, never imported. Since that takes half a minute, the documents are kept in `folder`.
-    """
-    kept = Path(folder) / f"python-docs-{digest(identify('python-docs'))}.json"
-    if kept.exists():
-        return json.loads(kept.read_bytes())
-    roots = [Path(sysconfig.get_path("stdlib"))]
-    roots += [Path(importlib.util.find_spec(package).origin).parent for package in ("torch", "numpy")]
-    paths = [(path, path.relative_to(root).parts) for root in roots for path in sorted(root.rglob("*.py"))]
-    documents = []
-    for path, inside in tqdm(paths, desc="reading python-docs", unit=" files", disable=None):
-        if inside[0] == "site-packages" or {"test", "tests", "idle_test"} & set(inside):
-            continue
-        source = path.read_bytes()
-        if inside == ("pydoc_data", "topics.py"):
-            [topics] = [node.value for node in ast.parse(source).body if isinstance(node, ast.Assign)]
-            documents += ast.literal_eval(topics).values()
-        elif b'"""' in source:
-            documents.append("\n".join(docstrings(source)))
-    # In an order without meaning, so that each shard is a mixture.
-    documents = sorted(filter(None, documents), key=lambda text: hashlib.sha256(text.encode()).digest())
-    with atomic_write(kept) as file:
-        file.write(json.dumps(documents).encode())
-    return documents
-
-
-def docstrings(source):
-    """Yield the docstrings of a module's source, its classes and functions, in the order of the text."""
-    try:
-        nodes = [ast.parse(source)]
-    except SyntaxError:  # torch ships a few files in the syntax of newer Pythons
+def read_txt(file, source, whole):
+    """Yield the documents of a text file: the parts between blank lines or, with `whole`, all of it."""
+    if whole:
+        yield decode(file.read(), source)
         return
-    while nodes:
-        node = nodes.pop()
-        if text := ast.get_docstring(node):
-            yield text
-        nodes += reversed([child for child in node.body if isinstance(child, DOCUMENTED)])
+    lines, size = [], 0
+    for number, raw in enumerate(file, 1):  # bytes: only "\n" ends a line
+        line = decode(raw, f"{source}, line {number},")
+        if line.strip() and size < MAX_DOCUMENT:
+            lines.append(line)
+            size += len(line)
+        else:
+            yield "".join(lines)
+            lines, size = [line], len(line)
+    yield "".join(lines)
+
+
+def read_jsonl(file, source):
+    """Yield the documents of a file with a JSON object on each line: what stands under "text"."""
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+            yield text.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
+        except (ValueError, TypeError, KeyError, AttributeError):
+            message = f'{source}, line {number}, is not a JSON object with a string under "text"'
+            raise UserError(message) from None
+
+
+def decode(raw, source):
+    try:
+        return raw.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is not UTF-8 at byte {error.start}; convert it, for example with "
+                        "iconv") from None
+
+
+# Five plain words or more, from a capital letter to a full stop.
+SENTENCE = re.compile(r"[A-Z][a-z']*(?:[,;:]? [A-Za-z][a-z]*(?:[-'][a-z]+)*){4,}[.?!]")
+
+
+def python_docs():
+    """Yield some 2 MB of English that every machine has: a document for each file, a sentence on each line.
+
+    The sentences are those in docstrings and comments of the standard library, torch and numpy that have no
+    sign of code in them, each once. The files are searched, never imported.
+    """
+    roots = [sysconfig.get_path("stdlib")]
+    roots += [importlib.util.find_spec(name).submodule_search_locations[0] for name in ("torch", "numpy")]
+    skipped = {"site-packages", "test", "tests", "idle_test"}
+    documents = [find_sentences(path.read_text("utf-8", "replace")) for root in roots
+                 for path in Path(root).rglob("*.py") if not skipped & set(path.relative_to(root).parts)]
+    documents.sort(key=digest)  # an order without meaning, so that every shard is a mixture
+    seen = set()
+    for sentences in documents:
+        yield "\n".join(sentence for sentence in sentences if sentence not in seen)
+        seen.update(sentences)
+
+
+def find_sentences(source):
+    """The sentences of prose in the docstrings and comments of a Python file, each once."""
+    blocks = re.findall(r'"""(.*?)"""', source, re.DOTALL)
+    comments = re.sub(r"^[ \t]*#+ ?", "#", source, flags=re.MULTILINE)
+    blocks += [block.replace("#", "") for block in re.findall(r"(?:^#.*\n)+", comments, re.MULTILINE)]
+    paragraphs = [paragraph for block in blocks for paragraph in re.split(r"\n\s*\n", block)]
+    texts = [" ".join(re.sub("[`*]", "", paragraph).split()) for paragraph in paragraphs]
+    sentences = [sentence for text in texts for sentence in re.split(r"(?<=[.?!]) ", text)]
+    return list(dict.fromkeys(filter(SENTENCE.fullmatch, sentences)))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# WordPiece
+# Tokenize: lines -> WordPiece ids
+
+
+def read_units(documents):
+    """Group documents into units, each of which becomes a shard: yield (texts, position after the last)."""
+    texts, size = [], 0
+    for position, text in documents:
+        texts.append(text)
+        size += len(text)
+        if size >= SHARD_CHARACTERS:
+            yield texts, position
+            texts, size = [], 0
+    if texts:
+        yield texts, position
+
+
+def tokenize(texts, wordpiece):
+    """[(is held out, [ids of a line, ...]), ...] for each document. All lines are tokenized in parallel."""
+    documents = [[line[:MAX_LINE] for line in text.split("\n") if line.strip()] for text in texts]
+    ids = iter(wordpiece.encode([line for lines in documents for line in lines]))
+    return [(is_heldout(text), list(itertools.islice(ids, len(lines))))
+            for text, lines in zip(texts, documents, strict=True)]
+
+
+def is_heldout(text):
+    """Decided by a hash, so that copies of a document are on the same side."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % HELDOUT_SHARE == 0
 
 
 class WordPiece:
-    """A vocabulary, `tokens` in the order of their ids, and the rules by which text becomes ids.
+    """A vocabulary, `tokens` in the order of their ids, and the rules that turn text into ids.
 
-    No text becomes a special token: "[SEP]" is the three tokens "[", "sep" and "]".
+    No text becomes a special token: "[SEP]" is tokenized as "[", "sep" and "]".
     """
 
     def __init__(self, tokens, do_lower_case=True, strip_accents=True):
@@ -529,42 +444,44 @@ class WordPiece:
         self.strip_accents = do_lower_case and strip_accents
         ids = {token: number for number, token in enumerate(tokens)}
         self.cls_token_id, self.sep_token_id, self.mask_token_id = ids[CLS], ids[SEP], ids[MASK]
+        self.special_token_ids = dict(cls_token_id=ids[CLS], sep_token_id=ids[SEP], mask_token_id=ids[MASK])
         self.sha256 = hashlib.sha256("\n".join(tokens).encode()).hexdigest()
         self.tokenizer = blank_tokenizer(self.do_lower_case, self.strip_accents)
-        # As in the official code, only a word of over 200 characters is [UNK] by its length.
+        # As in the official code, a word becomes [UNK] by its length only above 200 characters.
         self.tokenizer.model = models.WordPiece(ids, unk_token=UNK, max_input_chars_per_word=200)
-        # The same without a normalizer, for lines that need none.
-        self.unnormalized = Tokenizer(self.tokenizer.model)
-        self.unnormalized.pre_tokenizer = self.tokenizer.pre_tokenizer
+        self.ascii_tokenizer = Tokenizer(self.tokenizer.model)
+        self.ascii_tokenizer.pre_tokenizer = self.tokenizer.pre_tokenizer
 
     def encode(self, lines):
         """A list of lines -> a list of lists of ids, without special tokens."""
-        # Printable ASCII has nothing to clean, strip or space out. What would be left to the normalizer, a
-        # third of all the time, is to lower the case, which Python does at next to no cost.
-        plain = [line.isascii() and line.isprintable() for line in lines]
-        easy = [line.lower() if self.do_lower_case else line for line in itertools.compress(lines, plain)]
-        others = [line for line, is_plain in zip(lines, plain, strict=True) if not is_plain]
-        easy_ids = encode_in_parts(self.unnormalized, easy)
-        other_ids = encode_in_parts(self.tokenizer, others)
-        return [next(easy_ids if is_plain else other_ids) for is_plain in plain]
+        # The normalizer takes a third of the time. Printable ASCII needs none but lower-casing.
+        is_plain = [line.isascii() and line.isprintable() for line in lines]
+        ids = {}
+        for plain, tokenizer in ((True, self.ascii_tokenizer), (False, self.tokenizer)):
+            places = [place for place in range(len(lines)) if is_plain[place] == plain]
+            texts = [lines[place] for place in places]
+            if plain and self.do_lower_case:
+                texts = [text.lower() for text in texts]
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            ids |= {place: encoding.ids for place, encoding in zip(places, encodings, strict=True)}
+        return [ids[place] for place in range(len(lines))]
 
     def decode(self, ids):
         """Readable text, with special tokens and without padding."""
-        return " ".join(self.tokens[i] for i in ids if i).replace(" ##", "")
+        return " ".join(self.tokens[number] for number in ids if number).replace(" ##", "")
 
-
-def encode_in_parts(tokenizer, lines):
-    """Yield the ids of each line, tokenised in parallel, but not all at once, since that takes memory.
-
-    A part ends where the running total of characters passes a multiple of ENCODED_CHARACTERS.
-    """
-    pairs = zip(lines, itertools.accumulate(map(len, lines)), strict=True)
-    for _, part in itertools.groupby(pairs, lambda pair: pair[1] // ENCODED_CHARACTERS):
-        for encoding in tokenizer.encode_batch_fast([line for line, _ in part], add_special_tokens=False):
-            yield encoding.ids
+    def save(self, folder, max_length):
+        """Write vocab.txt and tokenizer_config.json. `max_length` is the length trained on."""
+        (folder / "vocab.txt").write_bytes("".join(f"{token}\n" for token in self.tokens).encode())
+        # Without this file transformers lower-cases and strips accents whatever the vocabulary.
+        settings = dict(tokenizer_class="ElectraTokenizer", do_lower_case=self.do_lower_case,
+                        strip_accents=self.strip_accents, tokenize_chinese_chars=True,
+                        model_max_length=max_length)
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def blank_tokenizer(do_lower_case, strip_accents):
+    """A tokenizer with the rules of BERT and an empty vocabulary."""
     tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=do_lower_case, strip_accents=strip_accents)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -573,127 +490,96 @@ def blank_tokenizer(do_lower_case, strip_accents):
 
 def load_wordpiece(config):
     """The WordPiece that config.vocab names: a file, BERT's, or one trained on the text."""
-    find_files(config)  # what is not there is said before anything is downloaded
-    # What tokenizers reads when it first runs in parallel.
+    files = find_files(config)  # a missing one is reported before anything is downloaded
+    # `tokenizers` reads these when it first runs in parallel.
     os.environ.update(RAYON_NUM_THREADS=str(config.workers), TOKENIZERS_PARALLELISM="true")
-    path, make = Path(config.vocab), None
     if config.vocab == "bert":
         path = Path(config.cache) / "bert-uncased-vocab.txt"
-        instead = "or take --vocab FILE, or --vocab train:8192 for one trained on your text"
-        make = partial(download, path, **BERT_VOCAB, instead=instead)
+        otherwise = "or use --vocab FILE, or --vocab train:8192 for one trained on your text"
+        make_once(path, lambda: download(path, **BERT_VOCAB, otherwise=otherwise))
     elif match := re.fullmatch(r"train:(\d+)", config.vocab):
+        if not len(SPECIAL_TOKENS) < int(match[1]) <= 65_535:
+            raise UserError(f"--vocab {config.vocab} is not possible; rows are uint16, so take 6 to 65535")
         # Training is not reproducible to the byte, so a vocabulary is trained once for a text and kept.
-        made_from = [[identify(file) for file in find_files(config)], config.one_document_per_file,
-                     config.do_lower_case, config.strip_accents, match[1]]
+        made_from = [[identify(file) for file in files], config.one_document_per_file, config.do_lower_case,
+                     config.strip_accents, match[1]]
         path = Path(config.cache) / f"{source_name(config)}-{digest(made_from)}-vocab.txt"
-        make = partial(train_vocab, config, int(match[1]), path)
-    if make is not None:
-        make_once(path, make)
+        make_once(path, lambda: train_vocab(config, int(match[1]), path))
+    else:
+        path = Path(config.vocab)
     return WordPiece(read_vocab(path), config.do_lower_case, config.strip_accents)
 
 
 def train_vocab(config, size, path):
-    """Train a vocabulary of at most `size` tokens on the beginning of the text and write it to `path`."""
-    check_vocab_size(size, config.vocab)
-    total = 0
-
-    def lines():
-        nonlocal total
-        for _, _, text in read_documents(config):
-            total += len(text)
-            if total > VOCAB_CHARACTERS:
-                return
-            yield from text.split("\n")
-
+    """Train a vocabulary of at most `size` tokens on the beginning of the text, and write it to `path`."""
+    documents = itertools.islice(read_documents(config), VOCAB_DOCUMENTS)
     tokenizer = blank_tokenizer(config.do_lower_case, config.do_lower_case and config.strip_accents)
-    # Each letter takes two places, within a word and at its beginning; rare ones must leave room for words.
+    # A letter takes two tokens, one at the beginning of a word and one within. Rare letters must leave room.
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL_TOKENS, show_progress=False,
                                         limit_alphabet=max(1, size // 4))
-    tokenizer.train_from_iterator(lines(), trainer)
-    if not total:
-        sys.exit(f"{' '.join(config.data)} holds no text to train a vocabulary on")
+    tokenizer.train_from_iterator((line for _, text in documents for line in text.split("\n")), trainer)
     ids = tokenizer.get_vocab()
+    if len(ids) == len(SPECIAL_TOKENS):
+        raise UserError(f"there is no text to train on in {' '.join(config.data)}")
     with atomic_write(path) as file:
-        file.write("".join(token + "\n" for token in sorted(ids, key=ids.get)).encode())
+        file.write("".join(f"{token}\n" for token in sorted(ids, key=ids.get)).encode())
 
 
 def read_vocab(path):
-    """The tokens of a vocab.txt, one a line, in the order of their ids."""
+    """The tokens of a vocab.txt, one on each line, in the order of their ids."""
     if not path.is_file():
-        sys.exit(f"there is no vocabulary {path}; --vocab takes a vocab.txt, train:SIZE or bert")
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        sys.exit(f"the vocabulary {path} is not UTF-8 at byte {error.start}")
-    tokens = [line.removesuffix("\r") for line in lines]
-    if missing := [token for token in SPECIAL_TOKENS if token not in tokens]:
-        sys.exit(f"the vocabulary {path} lacks {', '.join(missing)}")
-    if tokens[0] != PAD:
-        sys.exit(f"the vocabulary {path} must begin with {PAD}, since padding is id 0")
-    if len(set(tokens)) < len(tokens):
-        sys.exit(f"the vocabulary {path} has a token twice: {max(tokens, key=tokens.count)!r}")
-    check_vocab_size(len(tokens), path)
+        raise UserError(f"there is no vocabulary {path}; --vocab takes a vocab.txt, train:SIZE or bert")
+    text = decode(path.read_bytes(), path)
+    tokens = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    if tokens[0] != PAD or not set(SPECIAL_TOKENS) <= set(tokens):
+        raise UserError(f"the vocabulary {path} must begin with {PAD} and hold {', '.join(SPECIAL_TOKENS)}")
+    if len(set(tokens)) < len(tokens) or len(tokens) > 65_535:
+        raise UserError(f"the vocabulary {path} must hold at most 65,535 tokens, each once; rows are uint16")
     return tokens
 
 
-def check_vocab_size(size, name):
-    if not len(SPECIAL_TOKENS) < size <= 65_535:
-        sys.exit(f"the vocabulary {name} has {size:,} tokens; 6 to 65,535 are possible, as rows are uint16")
-
-
-def download(path, address, instead, size=None, sha256=None):
-    """Fetch what is at an address whole to `path`, and check its size in bytes and SHA-256, where given.
-
-    `instead` says what else the user can do.
-    """
-    seen = hashlib.sha256()
-    with (HttpStream(address, 0, {}, f"try again, {instead}") as stream, atomic_write(path) as file,
-          tqdm(desc=path.name, total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar):
-        while chunk := stream.read(1 << 16):
-            file.write(chunk)
-            seen.update(chunk)
-            bar.update(len(chunk))
-        if size is not None and (file.tell(), seen.hexdigest()) != (size, sha256):
-            sys.exit(f"{stream.url} has {file.tell()} bytes with SHA-256 {seen.hexdigest()} instead of "
-                     f"{size} bytes with {sha256}; try again, {instead}")
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Examples of two segments
+# Segment: one document -> rows of two segments
 
 
 def segment(lines, max_length, uniform):
-    """Cut one document into examples: yield (first, second, number of ids dropped); second is often empty.
+    """Cut a document into examples of two segments: yield (first, second, number of ids dropped).
 
-    `lines` is a list of lists of ids, one for each line of the document; `uniform()` draws from [0, 1).
-    It is called once per document, so no example crosses the end of one. [D01]
+    `lines` holds a list of ids for each line, `uniform()` draws from [0, 1). The second segment may be empty.
+    It is called once for each document, so no example crosses the end of one. [D01]
+
+    Lines are collected until they reach the target, as a rule max_length. Then they are dealt out to two
+    segments. Half of 12 without three special tokens is 4: lines go to the first segment while they fit.
+
+    >>> list(segment([[1, 2], [3, 4, 5], [6, 7, 8, 9, 10, 11], [12], [13]], 12, lambda: 0.5))
+    [([1, 2, 12], [3, 4, 5, 6, 7, 8], 3), ([13], [], 0)]
     """
-    current, length, target = [], 0, draw_target(max_length, uniform)
+    lines_so_far, length, target = [], 0, draw_target(max_length, uniform)
     for line in lines:
-        current.append(line)
+        lines_so_far.append(line)
         length += len(line)
         if length >= target:
-            yield split(current, target, max_length, uniform)
-            current, length, target = [], 0, draw_target(max_length, uniform)
+            yield split(lines_so_far, target, max_length, uniform)
+            lines_so_far, length, target = [], 0, draw_target(max_length, uniform)
     if length:
-        yield split(current, target, max_length, uniform)
+        yield split(lines_so_far, target, max_length, uniform)
 
 
 def draw_target(max_length, uniform):
-    """The number of ids to aim at: mostly max_length, with probability 0.05 anything from 5 to it. [D03]
+    """The number of ids to collect: max_length or, with probability 0.05, anything from 5 to it. [D03]
 
     Unlike the official code, where a target carries over to the next document, each document begins with a
-    draw of its own, so that what becomes of it does not depend on those before it.
+    draw of its own. Its rows then do not depend on the documents before it.
     """
     return 5 + int(uniform() * (max_length - 4)) if uniform() < 0.05 else max_length
 
 
 def split(lines, target, max_length, uniform):
-    """Deal lines out to two segments that meet near the middle, and cut what is too long."""
+    """Deal lines out to two segments that meet near the middle, and drop what overflows a row."""
     half = math.inf if uniform() < 0.1 else (target - 3) // 2
     first, second = [], []
     for line in lines:
-        fits = len(first) + len(line) < half  # [D02] even once second has begun: lines may swap
+        fits = len(first) + len(line) < half  # [D02] even after `second` has begun: line order can break
         if not first or fits or (not second and len(first) < half and uniform() < 0.5):
             first += line
         else:
@@ -704,46 +590,42 @@ def split(lines, target, max_length, uniform):
     return first, second, length - len(first) - len(second)
 
 
-def build_rows(documents, unit, wordpiece, config):
-    """The rows of one unit, uint16, for training and held out, and the numbers of ids kept and dropped.
+def build_rows(documents, number, wordpiece, config):
+    """The rows of a unit, uint16 (rows, max_length), for training and held out, and counts for the manifest.
 
-    `documents` is a list of (is held out, lines of ids). Its random numbers are a function of the seed,
-    the unit and its index, so they depend neither on its neighbours nor on the number of threads.
+    The random numbers of a document follow from the seed, the unit's number and the document's place in it.
     """
     rows, kept, dropped = ([], []), 0, 0
     cls, sep = [wordpiece.cls_token_id], [wordpiece.sep_token_id]
-    for index, (heldout, lines) in enumerate(documents):
-        uniform = random.Random(f"{config.seed} {unit} {index}").random
+    for place, (heldout, lines) in enumerate(documents):
+        uniform = random.Random(f"{config.seed} {number} {place}").random
         for first, second, cut in segment(lines, config.max_length, uniform):
             rows[heldout].append(cls + first + sep + (second + sep if second else []))
             kept, dropped = kept + len(first) + len(second), dropped + cut
     arrays = [np.zeros((len(part), config.max_length), dtype=np.uint16) for part in rows]
     for array, part in zip(arrays, rows, strict=True):
-        for place, row in enumerate(part):
-            array[place, : len(row)] = row
-    return *arrays, kept, dropped
+        for place, row in zip(array, part, strict=True):
+            place[: len(row)] = row
+    return *arrays, dict(documents=len(documents), tokens_kept=kept, tokens_dropped=dropped)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The cache: shards and their manifest
-
-
-class Interrupted(Exception):
-    """A signal came while training waited for shards."""
+# Shards: rows <-> disk
 
 
 class Cache:
-    """A folder of shards made from one corpus with one vocabulary, and a manifest of how far it has come.
+    """The shards made from one corpus with one vocabulary. A producer may be adding to them.
 
-    manifest.jsonl: a line that says what the cache is made from; a line per shard, once that is safe on the
-    disk; at the end {"complete": true}. The rows of shard n are train-n.npy and heldout-n.npy.
+    shard-N.npz holds the rows for training, the held-out rows and, in `info`, counts and the position in
+    the corpus that follows. A file named `complete` says that there will be no more.
     """
 
     def __init__(self, config, wordpiece):
-        self.config, self.wordpiece = config, wordpiece
-        self.made_from = {
-            "format": [1, UNIT_CHARACTERS, HELDOUT_SHARE],
-            "files": [identify(file) for file in find_files(config)],
+        self.config, self.wordpiece, self.shards = config, wordpiece, []
+        self.identities = [identify(file) for file in find_files(config)]
+        self.fingerprint = {
+            "format": [2, SHARD_CHARACTERS, HELDOUT_SHARE],
+            "files": digest(self.identities),
             "one_document_per_file": config.one_document_per_file,
             "vocab_sha256": wordpiece.sha256,
             "do_lower_case": wordpiece.do_lower_case,
@@ -751,250 +633,205 @@ class Cache:
             "max_length": config.max_length,
             "seed": config.seed,
         }
-        # A cache of anything else has another name, so it is never taken for this one.
-        self.folder = Path(config.cache) / f"{source_name(config)}-{digest(self.made_from)}"
-        self.manifest = self.folder / "manifest.jsonl"
-        self.shards, self.complete, self.read_bytes, self.seen = [], False, 0, {}
-        self.producer, self.interrupted = None, []  # the latter holds signals that came
-        self.reading = threading.Lock()  # rows and held-out rows are waited for in two threads
+        self.folder = Path(config.cache) / f"{source_name(config)}-{digest(self.fingerprint)}"
 
-    def read_manifest(self):
-        """-> the shards' entries, and whether they are all. Only lines that were added meanwhile are read."""
-        with self.reading, open(self.manifest, "rb") if self.manifest.exists() else io.BytesIO() as manifest:
-            manifest.seek(self.read_bytes)
-            for line in manifest:
-                if not line.endswith(b"\n"):
-                    break  # torn by a kill, or not yet whole
-                self.read_bytes += len(line)
-                entry = parse(line, self.manifest)
-                self.complete = "complete" in entry
-                self.shards += [entry] if "shard" in entry else []
-                self.seen |= entry.get("seen", {})
-        return self.shards, self.complete
+    def path(self, number):
+        return self.folder / f"shard-{number:06d}.npz"
 
-    def prepare(self):
-        """Make what is missing of the cache, with a progress bar."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with lock(self.folder / "lock", f"waiting for another process to prepare {self.folder}", wait=True):
-            _, complete = self.read_manifest()
-            if complete:
-                return
-            self.announce()
-            with open(self.manifest, "ab") as manifest:
-                manifest.truncate(self.read_bytes)
-                if not self.read_bytes:
-                    append(manifest, {"made_from": self.made_from})
-                self.add_shards(manifest)
-                append(manifest, {"complete": True})
+    def write_shard(self, number, train, heldout, info):
+        info |= dict(rows=len(train), heldout_rows=len(heldout))
+        with atomic_write(self.path(number)) as file:
+            np.savez(file, train=train, heldout=heldout, info=json.dumps(info))
 
-    def add_shards(self, manifest):
-        start = self.shards[-1]["next"] if self.shards else (0, 0, 0)
-        rows, known = sum(shard["rows"] for shard in self.shards), set(self.seen)
-        files = find_files(self.config)
-        with tqdm(desc="preparing", unit=" rows", initial=rows, disable=None) as bar:
-            units = prefetch(read_units(self.config, start, self.seen))
-            encoded = prefetch(self.encode(*unit) for unit in units)
-            for number, (documents, following, file) in enumerate(encoded, len(self.shards)):
-                entry = self.write_shard(number, documents, following)
-                # Of the files up to this one only: how far ahead the reading is, is chance.
-                if late := self.seen.keys() - known:  # mostly nothing, however many files there are
-                    new = [address for address in files[: file + 1] if address in late]
-                    known |= set(new)
-                    entry |= {"seen": {address: self.seen[address] for address in new}} if new else {}
-                append(manifest, entry)
-                bar.update(entry["rows"])
-                rows += entry["rows"]
-        if not rows:
-            sys.exit(f"{' '.join(self.config.data)} holds no text to train on: not one row came of it")
+    def has_shards(self, number):
+        """Whether there are so many shards, or all that there will ever be."""
+        complete = (self.folder / "complete").exists()  # before the shards are counted
+        while len(self.shards) < number and self.path(len(self.shards)).exists():
+            self.shards.append(json.loads(str(self.load("info", len(self.shards)))))
+        return complete or len(self.shards) >= number
 
-    def announce(self):
-        """Say what will be made, and what disk it takes."""
-        free = shutil.disk_usage(self.config.cache).free / 1e9
-        known = " (openwebtext gives 50 million of 128, about 13 GB)" * ("openwebtext" in self.config.data)
-        print(f"preparing {self.folder}: a row takes {2 * self.config.max_length} bytes of disk{known}, and "
-              f"{free:.0f} GB are free", flush=True)
+    def has_all(self):
+        return self.has_shards(math.inf)
 
-    @contextmanager
-    def producing(self):
-        """For as long as this lasts, have a process of its own make what is missing: what `python data.py`
-        does.
-
-        It ends when this process does, however that ends, since then its standard input closes.
-        """
-        if self.read_manifest()[1]:
-            yield
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.announce()
-        command = [sys.executable, __file__, "--until-stdin-closes", *as_flags(self.config)]
-        # What it says goes to a file, since a pipe that nobody reads while training is not waiting fills up.
-        with tempfile.NamedTemporaryFile("w") as said, open(said.name) as self.said:
-            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said)
-            # In a session of its own, so that a Ctrl-C is for training alone to answer.
-            with subprocess.Popen(command, **pipes, start_new_session=True) as self.producer:
-                try:
-                    yield
-                finally:
-                    self.producer.kill()
-
-    def wait(self, enough):
-        """The shards' entries, as soon as they are `enough`, or all there are going to be."""
-        said = ""
-        while True:
-            ended = self.producer is not None and self.producer.poll() is not None
-            shards, complete = self.read_manifest()
-            if complete or enough(shards):
-                return shards
-            if ended:
-                self.said.seek(0)
-                lines = self.said.read().strip().splitlines()
-                sys.exit(lines[-1] if lines and self.producer.returncode > 0 else
-                         f"the preparation of {self.folder} was killed; run this again")
-            if self.interrupted:
-                raise Interrupted
-            if said:
-                tqdm.write(said, file=sys.stderr)  # what it waits for: had it ended, it would have by now
-            said = self.said.read().strip() if self.producer is not None else ""
-            time.sleep(0.05)
-
-    def encode(self, texts, *where):
-        """The documents of a unit as (is_heldout, lines of ids), tokenised in one call, which runs in
-        parallel."""
-        documents = [[line[:MAX_LINE] for line in text.split("\n") if line.strip()] for text in texts]
-        ids = iter(self.wordpiece.encode([line for lines in documents for line in lines]))
-        encoded = [list(itertools.islice(ids, len(lines))) for lines in documents]
-        return list(zip(map(is_heldout, texts), encoded, strict=True)), *where
-
-    def write_shard(self, number, documents, following):
-        """Write the rows of one unit; return its entry for the manifest."""
-        train, heldout, kept, dropped = build_rows(documents, number, self.wordpiece, self.config)
-        for kind, rows in ("train", train), ("heldout", heldout):
-            with atomic_write(self.path(kind, number)) as file:
-                np.save(file, rows)
-        return dict(shard=number, documents=len(documents), rows=len(train), heldout_rows=len(heldout),
-                    tokens_kept=kept, tokens_dropped=dropped, next=following)
-
-    def path(self, kind, number):
-        return self.folder / f"{kind}-{number:06d}.npy"
-
-    def load(self, kind, numbers):
-        """The rows of some shards, uint16 (rows, max_length)."""
+    def load(self, kind, number):
+        """The `train` or `heldout` rows of a shard, uint16 (rows, max_length), or its `info`."""
         try:
-            return np.concatenate([np.load(self.path(kind, number)) for number in numbers])
-        except (ValueError, EOFError) as error:
-            sys.exit(f"a shard of {self.folder} is damaged ({error}); delete the folder, to prepare it anew")
+            with open(self.path(number), "rb") as file, np.load(file) as shard:
+                return shard[kind]
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{self.path(number)} is damaged ({error}); delete its folder, and it is made "
+                            "again") from None
 
     def heldout(self, limit):
-        """The first `limit` held-out rows, once they are there, or all if there are fewer."""
-        rows = np.zeros((0, self.config.max_length), dtype=np.uint16)
-        for shard in self.wait(lambda shards: sum(shard["heldout_rows"] for shard in shards) >= limit):
-            if len(rows) < limit:
-                rows = np.concatenate([rows, self.load("heldout", [shard["shard"]])])
-        return rows[:limit]
+        """The first `limit` held-out rows, all if there are fewer, or None while they have not arrived."""
+        rows, number = np.zeros((0, self.config.max_length), dtype=np.uint16), 0
+        while len(rows) < limit:
+            if not self.has_shards(number + 1):
+                return None
+            if number == len(self.shards):
+                break
+            rows = np.concatenate([rows, self.load("heldout", number)])
+            number += 1
+        return rows[:limit].astype(np.int64)
 
     def describe(self):
-        """What the cache holds, with a warning where D04 drops much of it."""
-        names = ("documents", "rows", "heldout_rows", "tokens_kept", "tokens_dropped")
-        shards, complete = self.read_manifest()
-        documents, rows, heldout, kept, dropped = (sum(shard[name] for shard in shards) for name in names)
-        share = dropped / max(1, kept + dropped)
-        text = (f"{self.folder}{'' if complete else ', so far'}: {documents:,} documents gave {rows:,} rows "
-                f"and {heldout:,} held out; "
-                f"{kept:,} tokens are in them, and {share:.1%} were dropped where lines overflow a row")
+        """What the cache holds, with a warning if much of the text is dropped."""
+        total = {name: sum(shard[name] for shard in self.shards) for name in self.shards[0] if name != "next"}
+        share = total["tokens_dropped"] / max(1, total["tokens_kept"] + total["tokens_dropped"])
+        text = (f"{self.folder}{'' if self.has_all() else ', so far'}: {total['documents']:,} documents, "
+                f"{total['rows']:,} rows to train on, {total['heldout_rows']:,} held out; {share:.0%} of the "
+                "tokens overflow a row and are dropped")
         if share > 0.4:
-            text += ("\nwarning: that is a lot. ELECTRA takes a line for a sentence or paragraph, and cuts "
-                     "what is longer than a row: put line breaks into the text, or raise --max-length")
+            text += ("\nwarning: that is a lot. ELECTRA takes a line for a sentence or a paragraph: break "
+                     "long lines, or raise --max-length")
         return text
 
 
-def read_units(config, start, seen):
-    """Group documents into units, an inner archive or some MB: yield (texts, position after, last file)."""
-    texts, size, unit, file = [], 0, None, 0
-    for position, group, text in read_documents(config, start, seen):
-        if texts and (size >= UNIT_CHARACTERS or group != unit):
-            yield texts, position, file
-            texts, size = [], 0
-        texts.append(text)
-        size, unit, file = size + len(text), group, position[0]
-    if texts:
-        yield texts, (len(find_files(config)), 0, 0), file
+@contextmanager
+def producing(cache):
+    """Fill a cache in a child process meanwhile. Yields a function that returns the child's error, or None.
 
+    The child ends with its parent, however that ends, since its standard input closes then. It prints its
+    error to standard output, and what it waits for to the terminal.
+    """
+    if cache.has_all():
+        yield lambda: None
+        return
+    command = [sys.executable, __file__, json.dumps(asdict(cache.config))]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen(command, **pipes, start_new_session=True) as child:  # only the parent gets Ctrl-C
 
-def is_heldout(text):
-    """By a hash of the text, so that copies of a document are on the same side."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % HELDOUT_SHARE == 0
+        def error():
+            if not child.poll():
+                return None
+            message = child.stdout.read().decode(errors="replace").strip()
+            return message or (f"preparing the text ended with status {child.returncode}; the same command "
+                               "resumes")
+
+        try:
+            yield error
+        finally:
+            child.kill()
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The order of training
+# Order: (seed, step) -> the rows of a step
 
 
-class TrainingRows:
-    """The rows of a cache in the order in which training reads them, for ever: a function of the seed.
+class Order:
+    """The endless sequence of rows that training reads. The rows of a step are a function of (seed, step).
 
-    Shards form groups of 1, 2, 4, ... up to 64, and the rows of a group are shuffled. In epoch 0 the shards
-    come in their own order, so that training can begin with the first; later epochs permute them before they
-    are grouped.
+    Shards form groups of 1, 2, 4, ... 128, and the rows of a group are shuffled. In epoch 0 shards come in
+    their own order, so that training begins with the first; later epochs permute them.
     """
 
-    def __init__(self, cache):
-        self.cache, self.seed = cache, cache.config.seed
+    def __init__(self, cache, batch_size):
+        self.cache, self.batch_size, self.seed = cache, batch_size, cache.config.seed
+        self.groups = self.list_groups()
+        self.rows = np.zeros((0, cache.config.max_length), dtype=np.uint16)
+        self.epoch, self.end = 0, 0  # of the last row in self.rows; its number in the sequence, plus 1
 
-    def groups(self):
-        """Yield (epoch, group, its shards) for ever, in epoch 0 as soon as the shards of a group are
-        there."""
+    def batch(self, step):
+        """(epoch, ids (batch_size, max_length) int64) of a step, or None while its rows have not arrived.
+
+        Steps may be skipped, but not asked for backwards.
+        """
+        start = step * self.batch_size
+        while self.end < start + self.batch_size:
+            group = next(self.groups)
+            if group is None:
+                return None
+            self.epoch, number, shards = group
+            size = sum(self.cache.shards[shard]["rows"] for shard in shards)
+            self.end += size
+            if self.end > start:  # else the run was resumed behind this group
+                order = rng(self.seed, "rows", self.epoch, number).permutation(size)
+                rows = np.concatenate([self.cache.load("train", shard) for shard in shards])
+                self.rows = np.concatenate([self.rows, rows[order]])
+        self.rows = self.rows[len(self.rows) - (self.end - start) :]
+        return self.epoch, self.rows[: self.batch_size].astype(np.int64)
+
+    def list_groups(self):
+        """Yield (epoch, number of the group, its shards) for ever, and None while shards are missing."""
         for epoch in itertools.count():
             start = 0
-            for group in itertools.count():
-                stop = start + min(2**group, MAX_GROUP)
-                arrived = len(self.cache.wait(lambda shards, stop=stop: len(shards) >= stop))
-                order = range(arrived)
-                if epoch:
-                    order = generator(self.seed, "shards", epoch).permutation(arrived).tolist()
-                if start >= arrived:
+            for number in itertools.count():
+                stop = start + min(2**number, MAX_GROUP)
+                while not self.cache.has_shards(stop):
+                    yield None
+                shards = range(len(self.cache.shards))
+                if start >= len(shards):
                     break
-                yield epoch, group, list(order[start:stop])
+                if epoch:
+                    shards = rng(self.seed, "shards", epoch).permutation(len(shards)).tolist()
+                yield epoch, number, list(shards[start:stop])
                 start = stop
 
-    def read_groups(self, first_row):
-        """Yield (epoch, rows) of the groups from row `first_row` on, and of the first group only what follows
-        it."""
-        for epoch, group, shards in self.groups():
-            size = sum(self.cache.shards[shard]["rows"] for shard in shards)
-            if first_row < size:
-                order = generator(self.seed, "rows", epoch, group).permutation(size)
-                yield epoch, self.cache.load("train", shards)[order[first_row:]]
-            first_row = max(0, first_row - size)
 
-    def batches(self, first_step, batch_size, waiting=None):
-        """Yield (epoch of the last row, (batch_size, max_length) int64) from step `first_step` on.
-
-        Row g = step x batch_size + i of the order is row i of the step's batch; batches run on across groups
-        and epochs. The next group is read in the background; `waiting` is called where it has not come yet.
-        """
-        groups = prefetch(self.read_groups(first_step * batch_size), waiting=waiting)
-        epoch, rows = next(groups)
-        while True:
-            while len(rows) < batch_size:
-                epoch, more = next(groups)
-                rows = np.concatenate([rows, more])
-            yield epoch, rows[:batch_size].astype(np.int64)
-            rows = rows[batch_size:]
-
-
-def generator(seed, purpose, *numbers):
-    """A NumPy generator that is a function of its arguments."""
+def rng(seed, purpose, *numbers):
+    """A NumPy random generator that is a function of its arguments."""
     return np.random.default_rng([seed, *purpose.encode(), *numbers])
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files that survive a kill, and a thread
+# Model folders: a path, a run of train.py, or a name on the hub
+
+
+def find_model(name, cache):
+    """The folder of a model: `name` itself, the discriminator of a run, or a download from the hub."""
+    for folder in Path(name), Path(name) / "discriminator":
+        if (folder / "config.json").is_file():
+            return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("out/") or Path(name).exists():
+        raise UserError(f"there is no model in {name}; pre-train one with `python train.py --size small`, or "
+                        "use --model google/electra-small-discriminator, which is downloaded")
+    folder = Path(cache) / "models" / name.replace("/", "--")
+    make_once(folder / "config.json", lambda: download_model(name, folder))
+    return folder
+
+
+def download_model(name, folder):
+    """Download a model from the hub, config.json last: where that is, all is."""
+    otherwise = f"or check the name: there is no folder {name} here either"
+
+    def get(file):
+        download(folder / file, f"hub:/{name}/resolve/main/{file}", otherwise)
+
+    get("vocab.txt")
+    with suppress(NotFound):
+        get("tokenizer_config.json")
+    try:
+        get("model.safetensors")
+    except NotFound:
+        get("pytorch_model.bin")
+    get("config.json")
+
+
+def read_tokenizer(folder):
+    """(WordPiece, max_length or None) of a model folder: vocabulary, case, accents, the length trained on."""
+    folder = Path(folder)
+    if not (folder / "vocab.txt").is_file():
+        raise UserError(f"{folder} is not a model folder: it has no vocab.txt")
+    path = folder / "tokenizer_config.json"
+    settings = parse_json(path.read_bytes(), path) if path.exists() else {}
+    do_lower_case, strip_accents = settings.get("do_lower_case", True), settings.get("strip_accents")
+    if not settings.get("tokenize_chinese_chars", True) or (strip_accents and not do_lower_case):
+        raise UserError(f"{path} asks for rules that this tokenizer lacks: it can lower-case, and strip "
+                        "accents from lower-cased text")
+    wordpiece = WordPiece(read_vocab(folder / "vocab.txt"), do_lower_case, strip_accents in (None, True))
+    return wordpiece, settings.get("model_max_length")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files that survive a kill
 
 
 @contextmanager
 def atomic_write(path):
-    """Open a temporary binary file, which takes the place of `path` once it is whole and on the disk, or
-    goes."""
+    """Open a binary file that takes the place of `path` once it is whole and on the disk.
+
+    The caller holds a lock: two processes must not write to the same temporary file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -1003,183 +840,91 @@ def atomic_write(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno is not None:
-            error.filename = str(path)  # which the system leaves out when it refuses to write
-        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def append(file, entry):
-    """Add a line of JSON to an open binary file and see it to the disk."""
+def append_json(file, entry):
+    """Add a line of JSON to an open binary file, and see it to the disk."""
+    file.write(json.dumps(entry).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def parse_json(text, source):
+    """The JSON object in `text`."""
     try:
-        file.write(json.dumps(entry).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = file.name
-        raise
+        return dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise UserError(f"{source} is damaged: it is not a JSON object") from None
 
 
 @contextmanager
-def lock(path, busy=None, wait=False):
-    """Hold a lock, which the kernel releases when the process ends. While another process has it, say
-    `busy` and wait or exit; with nothing to say, go on without. Yields whether it is held."""
+def lock(path, waiting=None):
+    """Hold a lock, which the kernel releases when the process ends. Yields whether it is held.
+
+    If another process has it, say `waiting` and wait. Without that message, yield False.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
-        held = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            held = wait
-            if busy and not wait:
-                sys.exit(busy)
-            if wait:
-                print(busy, file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield held
+            if not waiting:
+                yield False
+                return
+            say(waiting)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield True
 
 
 def make_once(path, make):
-    """Call `make()`, which makes what is to be at `path`, unless that is there; one process does it."""
+    """Call `make()` unless `path` exists. Only one process does it at a time."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with lock(path.with_suffix(".lock"), f"waiting for another process to make {path}", wait=True):
+        with lock(path.with_suffix(".lock"), f"waiting for another process to make {path}"):
             if not path.exists():
                 make()
 
 
-def prefetch(items, depth=1, waiting=None):
-    """Iterate over `items` in a background thread, up to `depth` ahead. What is raised there is raised here.
-
-    `waiting` is called with True before a wait for an item that is late, and with False after it.
-    """
-    end = object()
+def prefetch(items):
+    """Iterate over `items`, with the next one made in a thread meanwhile. Its exceptions are raised here."""
+    end, iterator = object(), iter(items)
     with ThreadPoolExecutor(1) as thread:
-        iterator = iter(items)
-        pending = deque(thread.submit(next, iterator, end) for _ in range(depth))
-        while True:
-            is_late = not pending[0].done()
-            if waiting and is_late:
-                waiting(True)
-            item = pending.popleft().result()
-            if waiting and is_late:
-                waiting(False)
-            if item is end:
-                return
-            pending.append(thread.submit(next, iterator, end))
+        future = thread.submit(next, iterator, end)
+        while (item := future.result()) is not end:
+            future = thread.submit(next, iterator, end)
             yield item
 
 
-def parse(line, where, remedy="delete the folder it is in, to begin anew"):
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        sys.exit(f"{where} is damaged; {remedy}")
+def say(message):
+    """Print to standard error, over a progress bar if there is one."""
+    print(("\r\033[K" if sys.stderr.isatty() else "") + message, file=sys.stderr, flush=True)
 
 
 def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 
-def ranks(values):
-    """From 1 on; values that tie share the mean of their ranks."""
-    _, place, ties = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(ties) - (ties - 1) / 2)[place]
-
-
 def source_name(config):
     return re.sub(r"[^\w.-]", "_", Path(config.data[0]).name) or "text"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command lines
+def produce():
+    """The child process of `producing`. It ends when its standard input closes; finished shards stay."""
 
+    def end_with_parent():
+        while os.read(0, 1):
+            pass
+        os._exit(1)
 
-class Parser(argparse.ArgumentParser):
-    """Makes flags of the fields of dataclasses, with the comment behind a field as its help."""
-
-    def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-
-    def error(self, message):
-        sys.exit(f"{message}; --help lists the flags")
-
-    def add_fields(self, config_class, **sizes):
-        """Add a flag for every field that has a comment; `sizes` says which defaults a size changes."""
-        source = "".join(inspect.getsource(parent) for parent in config_class.__mro__[-2::-1])
-        comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.M))
-        for field in sorted(fields(config_class), key=lambda field: field.name not in vars(config_class)):
-            if field.name not in comments:  # its own first, then those that it inherits
-                continue
-            values = {"": field.default} | {f"{size}: ": row[field.name] for size, row in sizes.items()
-                                            if field.name in row}
-            defaults = [key + (" ".join(value) if field.type is list else f"{value}")
-                        for key, value in values.items()]
-            kinds = {bool: dict(action=argparse.BooleanOptionalAction), list: dict(nargs="+")}
-            help = f"{comments[field.name]} ({'; '.join(defaults)})".replace("%", "%%")
-            kind = kinds.get(field.type, dict(type=field.type))
-            self.add_argument("--" + field.name.replace("_", "-"), help=help, **kind)
-
-
-def configure(config_class, typed, **defaults):
-    """A config in which what was typed prevails over `defaults`, and these over the defaults of the class."""
-    values = defaults | vars(typed)
-    values = {field.name: values[field.name] for field in fields(config_class) if field.name in values}
-    return config_class(**values)
-
-
-def as_flags(config):
-    """What to type to get this config."""
-    flags = []
-    for field in fields(config):
-        name, value = field.name.replace("_", "-"), getattr(config, field.name)
-        if field.type is bool:
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            flags += [f"--{name}", *map(str, value if field.type is list else [value])]
-    return flags
-
-
-def end_with_parent():
-    """Once standard input closes, end this process, at once and wherever it is: what is whole stays."""
-    while os.read(0, 1):  # not sys.stdin, whose lock this thread would hold when the process ends by itself
-        pass
-    os._exit(1)
-
-
-@contextmanager
-def one_sentence():
-    """Let what the system refuses, such as space on a full disk, end the command with a sentence."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        yield
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"{where}{error.strerror or error}; mend that and go on: what was saved is safe")
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr, flush=True)
-        os._exit(130)  # without waiting for a thread that waits for a server: what is whole is on the disk
-
-
-@one_sentence()
-def main(argv=None):
-    parser = Parser("Prepare text for pre-training: tokenise it, cut it into rows, and keep them in a cache.")
-    parser.add_fields(DataConfig)
-    parser.add_argument("--until-stdin-closes", action="store_true", help="end with who began this")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N rows and their segments")
-    typed = parser.parse_args(argv)
-    if hasattr(typed, "until_stdin_closes"):
-        threading.Thread(target=end_with_parent, daemon=True).start()
-    config = configure(DataConfig, typed)
-    wordpiece = load_wordpiece(config)
-    cache = Cache(config, wordpiece)
-    cache.prepare()
-    print(cache.describe())
-    for row in cache.load("train", [0])[: typed.show]:
-        length, first = np.count_nonzero(row), 1 + np.flatnonzero(row == wordpiece.sep_token_id)[0]
-        print(f"\n{length} tokens: {first} in the first segment, {length - first} in the second")
-        print(wordpiece.decode(row))
+        prepare(DataConfig(**json.loads(sys.argv[1])), progress=False)
+    except (UserError, OSError) as error:
+        print(error)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(produce())

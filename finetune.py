@@ -1,26 +1,25 @@
-"""Fine-tune on GLUE, score, repeat with n seeds, and submit. `python finetune.py --task mrpc --seeds 10`.
+"""Fine-tune on GLUE and score: `python finetune.py --task mrpc --seeds 10`.
 
-What enters: a pre-trained ELECTRA folder, ours or Google's, and the tasks of glue.py. What leaves, in
-out/glue: results.jsonl, a line for every task and seed; the table that papers print; with --submit the zip
-that gluebenchmark.com takes. Read `finetune` first; above it stand rows and classifier, below it the sweep.
+Read `finetune` first: one run of one task with one seed. Above all tasks and seeds stands `Sweep`, which
+keeps a line for each in out/glue/results.jsonl and never repeats a finished one. The table is what papers
+print; --submit writes the zip for gluebenchmark.com.
 
-Claim: a seed of a task gives the same figures alone or among others (test_a_seed_*). Batches are padded to
-their own longest row, which changes no logit beyond rounding (test_padding_*) and takes a fraction of the
-time: see LOG.md.
+A seed gives the same result alone or among others.
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in train.py
+
 import hashlib
-import itertools
 import math
 import platform
 import re
-import shutil
 import sys
 import time
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -31,20 +30,17 @@ from tqdm import tqdm
 
 from data import (
     DataConfig,
-    Missing,
-    Parser,
+    UserError,
     WordPiece,
-    append,
+    append_json,
     atomic_write,
-    configure,
     digest,
-    download,
-    generator,
+    find_model,
     lock,
-    make_once,
-    one_sentence,
-    parse,
-    read_vocab,
+    parse_json,
+    read_tokenizer,
+    rng,
+    say,
 )
 from glue import (
     AVERAGED_BY_ELECTRA,
@@ -52,27 +48,34 @@ from glue import (
     average_of_8,
     average_of_9,
     find_task,
-    predicted_by,
     read_examples,
     score,
+    submission_splits,
     write_submission,
 )
 from model import (
     Encoder,
-    attention_mask_and_token_types,
+    TransformerConfig,
     glorot_uniform_,
+    in_fp32,
     load_config,
     load_weights,
-    read_weights,
-    widen,
+    mask_and_types,
 )
-from train import StepConfig, TrainConfig, build_optimizer, learning_rate, resolve, update
+from train import (
+    Parser,
+    StepConfig,
+    autocast,
+    build_optimizer,
+    configure,
+    learning_rate,
+    resolve_device,
+    run_command,
+)
 
-GET_ONE = ("pre-train one with `python train.py --size small`, or take --model "
-           "google/electra-small-discriminator, which is downloaded")
-EVAL_BATCH = 128  # examples in a forward pass that predicts
-# Peak learning rate and layer-wise decay of small, base and large, by hidden size; what is in between takes
-# the next larger one's. 3e-4 is the paper's for small; the official code's default for it is 1e-4.
+EVAL_BATCH_SIZE = 128  # examples in a forward pass that predicts
+# Peak learning rate and layer-wise decay of small, base and large by hidden size; a size in between takes the
+# next larger one's. 3e-4 is the paper's for small; the official code's default for it is 1e-4.
 RECIPES = {256: (3e-4, 0.8), 768: (1e-4, 0.8), 1024: (5e-5, 0.9)}
 
 
@@ -81,169 +84,104 @@ class FinetuneConfig(StepConfig):
     """The recipe, and where and how it runs."""
 
     task: list = ("all",)  # cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, or all
-    seeds: int = 1  # how many seeds to fine-tune with: 0, 1, ...
-    model: str = "out/small"  # a run of train.py, a folder that transformers can load, or a name on the hub
-    random_weights: bool = False  # begin from random weights of the model's shape, to compare with
+    seeds: int = 1  # number of seeds: 0, 1, ...
+    model: str = "out/small"  # a run of train.py, a folder in HuggingFace's format, or a name on the hub
+    random_weights: bool = False  # start from random weights of the model's shape, as a baseline
     glue_dir: str = ""  # folder laid out as the official zips are; without it the tasks are downloaded
-    learning_rate: float = 0.0  # peak learning rate; 0 is that of the model's size (see README)
-    layerwise_lr_decay: float = 0.0  # of the rate, from a layer to the one below; 0 is the model size's
-    num_train_epochs: int = 0  # passes over the task; 0 is 10 for RTE and STS-B, and 3 for the others
+    learning_rate: float = 0.0  # peak learning rate; 0 is that for the model's size
+    layerwise_lr_decay: float = 0.0  # of the learning rate, from a layer to the one below; 0 is the size's
+    num_train_epochs: int = 0  # passes over the task; 0 is 10 for RTE and STS-B, 3 for the others
     batch_size: int = 32  # examples in a step
     max_length: int = 128  # tokens to which an example is cut
+    dropout: float = 0.1  # in the encoder, whatever pre-training used
     warmup_proportion: float = 0.1  # share of the steps over which the learning rate rises from 0
-    # [D33] As in the paper; the official code's default is 0.01.
-    weight_decay: float = 0.0  # decoupled, and not on LayerNorms and biases
-    predict: bool = False  # keep predictions of the test sets in the folder `predictions`
-    submit: bool = False  # write submission.zip from each task's seed of the best dev score
-    cache: str = DataConfig.cache  # folder for what is downloaded
+    weight_decay: float = 0.0  # [D33] as in the paper; the official code's default is 0.01
+    predict: bool = False  # keep predictions of the test sets
+    submit: bool = False  # write submission.zip from each task's seed with the best dev score
+    cache: str = DataConfig.cache  # folder for downloads
     out: str = "out/glue"  # folder for results
 
     def __post_init__(self):
-        self.check(learning_rate=(0, 1e3), layerwise_lr_decay=(0, 1), num_train_epochs=(0, 1000),
-                   warmup_proportion=(0, 1), max_length=(8, math.inf), seeds=(1, 10_000))
+        for name in ("seeds", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_length < 8:
+            raise UserError(f"max_length is {self.max_length}; an example needs at least 8 tokens")
         if self.submit and set(self.tasks) != set(TASKS):
-            sys.exit("a submission has all nine tasks: --submit goes with --task all")
+            raise UserError("a submission has all nine tasks: use --submit with --task all")
 
     @property
     def tasks(self):
-        names = [name for typed in self.task
-                 for name in (TASKS if typed.lower() == "all" else [find_task(typed)])]
-        return list(dict.fromkeys(names))
+        names = [list(TASKS) if name.lower() == "all" else [find_task(name)] for name in self.task]
+        return list(dict.fromkeys(sum(names, [])))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# From examples to batches
+# One fine-tuning run
 
 
-def truncate(first, second, length):
-    """Pop the last id of the longer of two lists until they fit; of equals, the second's. [D05]"""
-    first, second = list(first), list(second)
-    while len(first) + len(second) > length:
-        (first if len(first) > len(second) else second).pop()
-    return first, second
+def finetune(name, seed, data, pretrained, config, progress):
+    """Train a classifier on a task, and predict: predictions by split, NumPy arrays (N,).
 
-
-def build_row(first, second, wordpiece, max_length):
-    """[CLS] first [SEP], or [CLS] first [SEP] second [SEP] where there is a second, as a list of ids."""
-    first, second = truncate(first, second, max_length - (3 if second else 2))
-    row = [wordpiece.cls_token_id, *first, wordpiece.sep_token_id]
-    return row + [*second, wordpiece.sep_token_id] if second else row
-
-
-def build_rows(examples, wordpiece, max_length, both_orders=False):
-    """-> rows, a list of uint16 arrays of ids, and labels, an array. With both orders, the swapped ones
-    follow."""
-    firsts, seconds = (wordpiece.encode([example[side] for example in examples]) for side in (0, 1))
-    pairs = list(zip(firsts, seconds, strict=True))
-    labels = [example.label for example in examples]
-    if both_orders:
-        pairs += [(second, first) for first, second in pairs]  # [D30] swapped before they are cut
-        labels += labels
-    rows = [build_row(first, second, wordpiece, max_length) for first, second in pairs]
-    return [np.array(row, dtype=np.uint16) for row in rows], np.array(labels)
-
-
-def pad(rows):
-    """(B, L) int64, L the length of the longest of these rows."""
-    batch = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    for place, row in zip(batch, rows, strict=True):
-        place[: len(row)] = row
-    return torch.from_numpy(batch)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# One fine-tuning
+    `data` has (rows, labels) by split; `progress(epoch, examples)` is called at every step.
+    """
+    task, (rows, labels) = TASKS[name], data["train"]
+    torch.manual_seed(int(rng(seed, f"{name} classifier").integers(2**63)))  # of dropout, too
+    network = Classifier(pretrained.shape, len(task.labels) or 1)
+    if pretrained.encoder is not None:
+        network.encoder.load_state_dict(pretrained.encoder)
+    network = network.to(config.device).train()
+    layers, decay = pretrained.shape.num_hidden_layers, config.layerwise_lr_decay
+    optimizer = build_optimizer(network.named_parameters(), config, lambda key: lr_scale(key, layers, decay))
+    labels = torch.tensor(labels, dtype=torch.long if task.labels else torch.float32, device=config.device)
+    total, step = num_steps(len(rows), config.batch_size, config.num_train_epochs), 0
+    for epoch in range(config.num_train_epochs):
+        order = rng(seed, f"{name} order", epoch).permutation(len(rows))
+        for chosen in np.split(order, range(config.batch_size, len(rows), config.batch_size)):
+            lr = learning_rate(step, config.learning_rate, total, config.warmup_proportion * total)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            logits = forward(network, [rows[i] for i in chosen], pretrained.wordpiece, config)
+            losses(logits, labels[torch.from_numpy(chosen)], task).sum().backward()  # [D34] not the mean
+            torch.nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            progress(epoch, len(chosen))
+    # The last step is scored: no best epoch is picked.
+    return {split: predict(network, data[split][0], task, pretrained.wordpiece, config)
+            for split in data if split != "train"}
 
 
 class Classifier(nn.Module):
-    """The pre-trained encoder with one new layer on [CLS]; its pre-training head is left behind. [D29]"""
+    """The pre-trained encoder without its head, and on [CLS] dropout and one new layer. [D29]"""
 
-    def __init__(self, config, num_outputs):
+    def __init__(self, shape, num_outputs):
         super().__init__()
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(shape)
         self.dropout = nn.Dropout(0.1)
-        self.classifier = nn.Linear(config.hidden_size, num_outputs)
+        self.classifier = nn.Linear(shape.hidden_size, num_outputs)
         glorot_uniform_(self.classifier)
 
     def forward(self, input_ids, sep_token_id):
         """(B, L) ids -> logits (B, num_outputs)."""
-        hidden = self.encoder(input_ids, *attention_mask_and_token_types(input_ids, sep_token_id))
-        return widen(self.classifier(self.dropout(hidden[:, 0])))
-
-
-class Model:
-    """What is fine-tuned, a folder's shape, weights and tokeniser, and the device and dtype to do it with."""
-
-    def __init__(self, config):
-        self.folder = find_model(config)
-        self.shape, self.wordpiece = load_config(self.folder), read_tokenizer(self.folder)
-        self.device, self.dtype = resolve(config)
-        size, expected = len(self.wordpiece.tokens), self.shape.vocab_size
-        if size != expected:
-            sys.exit(f"{self.folder} contradicts itself: its vocab.txt has {size:,} tokens, and its "
-                     f"config.json says {expected:,}")
-        positions = self.shape.max_position_embeddings
-        if config.max_length > positions:
-            sys.exit(f"{self.folder} has {positions} positions; take --max-length {positions} or less")
-        network = Classifier(self.shape, 1)
-        path = load_weights(network, self.folder, encoder_only=True)
-        self.weights, self.pretrained = "random", None
-        if not config.random_weights:
-            self.weights = hashlib.sha256(path.read_bytes()).hexdigest()
-            self.pretrained = network.encoder.state_dict()
-
-    def classifier(self, num_outputs):
-        network = Classifier(self.shape, num_outputs)
-        if self.pretrained is not None:
-            network.encoder.load_state_dict(self.pretrained)
-        return network.to(self.device)
-
-    def forward(self, network, rows):
-        """Logits (B, num_outputs) of rows, padded to the longest of them."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
-            return network(pad(rows).to(self.device), self.wordpiece.sep_token_id)
+        hidden = self.encoder(input_ids, *mask_and_types(input_ids, sep_token_id))  # (B, L, H)
+        return in_fp32(self.classifier(self.dropout(hidden[:, 0])))
 
 
 def lr_scale(name, num_hidden_layers, decay):
-    """A parameter's share of the learning rate: the deeper under the classifier, the smaller. [D28]
+    """A parameter's share of the learning rate: the deeper below the classifier, the smaller. [D28]
 
-    Embeddings have depth 0, layer i has i + 1, and the classifier n + 2. No parameter has n + 1, so that the
-    top layer's rate is the classifier's times decay squared, not decay. The official code's author calls that
-    a mistake; the published scores have it, and so it is kept.
+    Embeddings have depth 0, layer i has depth i + 1, and the classifier n + 2. Nothing has n + 1, so that the
+    top layer's rate is the classifier's times decay squared. The official code's author calls that a mistake;
+    the published scores have it.
+
+    >>> [round(lr_scale(name, 12, 0.8), 3) for name in ("classifier.bias", "encoder.layers.11.output.bias")]
+    [1.0, 0.64]
     """
     match = re.match(r"encoder\.layers\.(\d+)\.", name)
     depth = int(match[1]) + 1 if match else 0 if name.startswith("encoder.") else num_hidden_layers + 2
     return decay ** (num_hidden_layers + 2 - depth)
-
-
-def finetune(name, seed, data, model, settings, config, progress):
-    """Train a classifier on a task and predict: -> predictions by split, a dict of NumPy arrays.
-
-    `data` has (rows, labels) by split; `progress(epoch, examples)` is told of every step.
-    """
-    task, (rows, labels) = TASKS[name], data["train"]
-    torch.manual_seed(int(generator(seed, f"{name} classifier").integers(2**63)))  # and dropout
-    network = model.classifier(len(task.labels) or 1).train()
-    layers, decay = model.shape.num_hidden_layers, settings["layerwise_lr_decay"]
-    optimizer = build_optimizer(network.named_parameters(), config, lambda n: lr_scale(n, layers, decay))
-
-    epochs, size = settings["num_train_epochs"], config.batch_size
-    total = num_steps(len(rows), size, epochs)
-    warmup = config.warmup_proportion * total
-    labels = torch.tensor(labels, dtype=torch.long if task.labels else torch.float32, device=model.device)
-    step = 0
-    for epoch in range(epochs):
-        order = generator(seed, f"{name} order", epoch).permutation(len(rows))
-        for chosen in np.split(order, range(size, len(rows), size)):
-            logits = model.forward(network, [rows[i] for i in chosen])
-            losses(logits, labels[torch.from_numpy(chosen)], task).sum().backward()  # [D34] not the mean
-            lr = learning_rate(step, settings["learning_rate"], total, warmup)
-            update(optimizer, lr, config.max_grad_norm)
-            step += 1
-            progress(epoch, len(chosen))
-    # The last step is what is scored: no best epoch is picked.
-    others = data.keys() - {"train"}
-    return {split: predict(network, data[split][0], model, task) for split in others}
 
 
 def num_steps(num_examples, batch_size, epochs):
@@ -251,20 +189,30 @@ def num_steps(num_examples, batch_size, epochs):
 
 
 def losses(logits, labels, task):
-    """(B,): cross-entropy, or for STS-B the squared error of the number itself. [D31]"""
+    """(B,): cross-entropy or, for STS-B, the squared error of the number itself. [D31]"""
     if task.labels:
         return F.cross_entropy(logits, labels, reduction="none")
     return (logits.squeeze(1) - labels) ** 2
 
 
+def forward(network, rows, wordpiece, config):
+    """Logits (B, num_outputs) of rows of ids, padded to the longest of them."""
+    batch = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    for place, row in zip(batch, rows, strict=True):
+        place[: len(row)] = row
+    with autocast(config):
+        return network(torch.from_numpy(batch).to(config.device), wordpiece.sep_token_id)
+
+
 @torch.no_grad()
-def predict(network, rows, model, task):
-    """The places of the likeliest labels, or STS-B's numbers, (N,)."""
+def predict(network, rows, task, wordpiece, config):
+    """The most likely classes or, for STS-B, the numbers, (N,)."""
     network.eval()
-    order = np.argsort([len(row) for row in rows], kind="stable")  # so that little is padded
-    parts = np.split(order, range(EVAL_BATCH, len(rows), EVAL_BATCH))
-    logits = torch.cat([model.forward(network, [rows[i] for i in part]) for part in parts]).cpu().numpy()
-    if not np.isfinite(logits).all():  # that is one answer for all, and a sweep goes on
+    order = np.argsort([len(row) for row in rows], kind="stable")  # rows of like length need little padding
+    parts = np.split(order, range(EVAL_BATCH_SIZE, len(rows), EVAL_BATCH_SIZE))
+    logits = torch.cat([forward(network, [rows[i] for i in part], wordpiece, config) for part in parts])
+    logits = logits.cpu().numpy()
+    if not np.isfinite(logits).all():  # one answer for all, so that a sweep goes on
         tqdm.write(f"{task.title}: the predictions are not finite; try a lower --learning-rate")
         logits = np.zeros_like(logits)
     predictions = np.empty(len(rows), dtype=np.int64 if task.labels else np.float32)
@@ -273,273 +221,268 @@ def predict(network, rows, model, task):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The model folder
+# From examples to rows
 
 
-def find_model(config):
-    """The folder of `--model`: itself, the discriminator of a run, or what is downloaded from the hub."""
-    path = Path(config.model)
-    for folder in path, path / "discriminator":
-        if (folder / "config.json").is_file():
-            return folder
-    if runs := [str(found.parents[1]) for found in path.glob("*/discriminator/config.json")]:
-        sys.exit(f"there is no model in {path}, but in {' and '.join(runs)}")
-    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", config.model) and not path.exists()
-    if not is_name or path.parts[0] == TrainConfig.out:
-        sys.exit(f"there is no model in {path}: {GET_ONE}")
-    folder = Path(config.cache) / "models" / config.model.replace("/", "--")
-    make_once(folder, partial(download_model, config.model, folder))
-    return folder
+def build_rows(examples, wordpiece, max_length, both_orders=False):
+    """(Rows, labels): a list of arrays of ids, and an array. With both_orders, the swapped pairs follow."""
+    firsts, seconds = (wordpiece.encode([example[side] for example in examples]) for side in (0, 1))
+    pairs = list(zip(firsts, seconds, strict=True))
+    labels = [example.label for example in examples]
+    if both_orders:
+        pairs += [(second, first) for first, second in pairs]  # [D30] swapped before they are cut
+        labels += labels
+    rows = [np.array(build_row(*pair, wordpiece, max_length), dtype=np.uint16) for pair in pairs]
+    return rows, np.array(labels)
 
 
-def download_model(repository, folder):
-    """Download a model of the hub to `folder`, which is there once it is whole and can be read."""
-    new = folder.with_name(f"{folder.name}.new")
-    instead = (f"or check the name, as there is no folder {repository} here either, or pre-train a model "
-               "with `python train.py --size small`")
-
-    def fetch(name):
-        download(new / name, f"hub:/{repository}/resolve/main/{name}", instead)
-
-    try:
-        fetch("config.json")
-        fetch("vocab.txt")
-        with suppress(Missing):
-            fetch("tokenizer_config.json")
-        try:
-            fetch("model.safetensors")
-        except Missing:
-            fetch("pytorch_model.bin")
-        load_config(new), read_tokenizer(new), read_weights(new)
-        new.rename(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+def build_row(first, second, wordpiece, max_length):
+    """[CLS] first [SEP] second [SEP], or [CLS] first [SEP] if there is no second, as a list of ids."""
+    cls, sep = [wordpiece.cls_token_id], [wordpiece.sep_token_id]
+    first, second = truncate(first, second, max_length - (3 if second else 2))
+    return cls + first + sep + (second + sep if second else [])
 
 
-def read_tokenizer(folder):
-    """The WordPiece of a folder, with case and accents as its tokenizer_config.json says."""
-    path = folder / "tokenizer_config.json"
-    settings = parse(path.read_bytes(), path, "take the model's own") if path.exists() else {}
-    if not isinstance(settings, dict):
-        sys.exit(f"{path} is not a JSON object; take the model's own")
-    do_lower_case, strip_accents = settings.get("do_lower_case", True), settings.get("strip_accents")
-    strip_accents = do_lower_case if strip_accents is None else strip_accents
-    spaces_chinese = settings.get("tokenize_chinese_chars", True)
-    if (do_lower_case, strip_accents, spaces_chinese) not in (
-            (True, True, True), (True, False, True), (False, False, True)):
-        sys.exit(f"{path} asks for what this tokenizer does not do: do_lower_case {do_lower_case}, "
-                 f"strip_accents {strip_accents}, tokenize_chinese_chars {spaces_chinese}")
-    if not (folder / "vocab.txt").is_file():
-        sys.exit(f"{folder} is not a model folder: it has no vocab.txt")
-    return WordPiece(read_vocab(folder / "vocab.txt"), do_lower_case, strip_accents)
+def truncate(first, second, length):
+    """Pop the last id of the longer list until both fit into `length`; of equal ones, the second's. [D05]
+
+    >>> truncate([1, 2, 3, 4, 5], [6, 7, 8], 5)
+    ([1, 2, 3], [6, 7])
+    """
+    first, second = list(first), list(second)
+    while len(first) + len(second) > length:
+        (first if len(first) > len(second) else second).pop()
+    return first, second
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The sweep: tasks and seeds, each once
+# The pre-trained model
+
+
+class Pretrained(NamedTuple):
+    """What is fine-tuned."""
+
+    folder: Path
+    shape: TransformerConfig  # with the dropout of fine-tuning
+    wordpiece: WordPiece
+    encoder: dict | None  # the encoder's weights; None for random ones
+    weights: str  # a hash of the encoder's weights, or "random"
+
+
+def load_pretrained(config):
+    folder = find_model(config.model, config.cache)
+    shape = replace(load_config(folder), hidden_dropout_prob=config.dropout,
+                    attention_probs_dropout_prob=config.dropout)
+    wordpiece, trained_length = read_tokenizer(folder)
+    if len(wordpiece.tokens) != shape.vocab_size:
+        raise UserError(f"{folder} contradicts itself: vocab.txt has {len(wordpiece.tokens):,} tokens, and "
+                        f"config.json says {shape.vocab_size:,}")
+    if config.max_length > shape.max_position_embeddings:
+        raise UserError(f"{folder} has {shape.max_position_embeddings} positions; use --max-length "
+                        f"{shape.max_position_embeddings} or less")
+    if trained_length and config.max_length > trained_length:
+        say(f"warning: {folder} was pre-trained on rows of {trained_length} tokens, and later positions were "
+            f"never trained; --max-length {trained_length} avoids them")
+    network = Classifier(shape, 1)
+    load_weights(network, folder, encoder_only=True)
+    if config.random_weights:
+        return Pretrained(folder, shape, wordpiece, None, "random")
+    encoder = network.encoder.state_dict()
+    content = b"".join(tensor.numpy().tobytes() for tensor in encoder.values())
+    return Pretrained(folder, shape, wordpiece, encoder, hashlib.sha256(content).hexdigest())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The sweep over tasks and seeds
 
 
 class Sweep:
-    """All (task, seed) of a config. What is finished is a line of results.jsonl, and is not done again."""
+    """All (task, seed) of a config. A finished one is a line of results.jsonl, and is not repeated.
 
-    def __init__(self, config):
-        self.config, self.model = config, Model(config)
-        self.folder = Path(config.out)
+    Several processes may share a sweep: each skips what another is working on.
+    """
+
+    def __init__(self, config, pretrained):
+        self.config, self.pretrained, self.folder = config, pretrained, Path(config.out)
         self.path = self.folder / "results.jsonl"
-        (self.folder / "locks").mkdir(parents=True, exist_ok=True)
-
-    def settings(self, name):
-        """All that decides the figures of a task, but the seed."""
-        config, model = self.config, self.model
-        width = min((width for width in RECIPES if width >= model.shape.hidden_size), default=max(RECIPES))
-        peak, decay = RECIPES[width]
-        kept = {field.name for field in fields(StepConfig)} - {"device"}
-        kept |= {"batch_size", "max_length", "warmup_proportion"}
-        return {key: value for key, value in asdict(config).items() if key in kept} | dict(
-            dtype=model.dtype,
-            learning_rate=config.learning_rate or peak,
+        self.keeps_predictions = config.predict or config.submit
+        # The config of each task: what was typed, else the recipe of the task and of the model's size.
+        widths = [width for width in RECIPES if width >= pretrained.shape.hidden_size]
+        peak, decay = RECIPES[min(widths, default=max(RECIPES))]
+        self.configs = {name: replace(
+            config, learning_rate=config.learning_rate or peak,
             layerwise_lr_decay=config.layerwise_lr_decay or decay,
             num_train_epochs=config.num_train_epochs or TASKS[name].num_train_epochs,
+        ) for name in config.tasks}
+
+    def settings(self, name):
+        """All that decides the result of a task, but the seed."""
+        model = self.pretrained
+        elsewhere = ("task", "seeds", "model", "random_weights", "glue_dir", "predict", "submit", "cache",
+                     "out", "device")
+        settings = {key: value for key, value in asdict(self.configs[name]).items() if key not in elsewhere}
+        return settings | dict(
             shape=asdict(model.shape), weights=model.weights, vocab=model.wordpiece.sha256,
-            do_lower_case=model.wordpiece.do_lower_case, strip_accents=model.wordpiece.strip_accents,
-        )
-
-    def results(self):
-        """The finished lines of these settings, by (task, seed)."""
-        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []  # the last may be torn
-        wanted, done = {name: self.settings(name) for name in self.config.tasks}, {}
-        for number, line in enumerate(lines, 1):
-            where, remedy = f"{self.path}, line {number},", "delete that line, and its seed is done again"
-            entry = parse(line, where, remedy)
-            keys = {"task", "seed", "settings", "metrics", "is_constant"}
-            if not isinstance(entry, dict) or not keys <= entry.keys():
-                sys.exit(f"{where} is not a result; {remedy}")
-            name, seed = entry["task"], entry["seed"]
-            if entry["settings"] != wanted.get(name) or seed >= self.config.seeds:
-                continue
-            if not self.keeps_predictions or self.predictions_path(name, seed).exists():
-                done[name, seed] = entry
-        return done
-
-    def add(self, entry):
-        """Append a line to results.jsonl."""
-        with (lock(self.folder / "locks" / "results", "waiting to write the results", wait=True),
-              open(self.path, "a+b") as file):
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)  # what a kill tore
-            append(file, entry)
-
-    @property
-    def keeps_predictions(self):
-        return self.config.predict or self.config.submit
+            do_lower_case=model.wordpiece.do_lower_case, strip_accents=model.wordpiece.strip_accents)
 
     def key(self, name, seed):
-        """What files of a (task, seed) are called."""
+        """What the files of a (task, seed) are called."""
         return f"{name}-{seed}-{digest(self.settings(name))}"
 
     def predictions_path(self, name, seed):
         return self.folder / "predictions" / f"{self.key(name, seed)}.npz"
 
+    def results(self):
+        """The finished lines of these settings by (task, seed)."""
+        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
+        wanted, done = {name: self.settings(name) for name in self.config.tasks}, {}
+        for number, line in enumerate(lines[:-1], 1):  # a kill may have cut the last one short
+            entry = parse_json(line, f"{self.path}, line {number},")
+            name, seed = entry["task"], entry["seed"]
+            if entry["settings"] == wanted.get(name) and seed < self.config.seeds:
+                if not self.keeps_predictions or self.predictions_path(name, seed).exists():
+                    done[name, seed] = entry
+        return done
+
+    def add(self, entry):
+        """Append a line to results.jsonl."""
+        with (lock(self.folder / "locks" / "results", "waiting to write the results"),
+              open(self.path, "a+b") as file):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # what a kill cut short
+            append_json(file, entry)
+
     def run(self):
-        """Do all that is not done. What other processes have in hand is waited for, and done if they die."""
+        """Do all that is not done. Returns the (task, seed) pairs that other processes are working on."""
         jobs = [(name, seed) for name in self.config.tasks for seed in range(self.config.seeds)]
-        done, read = self.results(), None
+        done, busy, read, data = self.results(), [], None, None
         for name in dict.fromkeys(name for name, seed in jobs if (name, seed) not in done):
             for _ in self.read(name):
-                pass  # what is missing or damaged of any task is said now, and not in the middle of the night
-        total = sum(self.examples(name) for name, seed in jobs if (name, seed) not in done)
+                pass  # a missing or damaged file is reported now, and not in the middle of the night
+        total = sum(self.num_examples(name) for name, seed in jobs if (name, seed) not in done)
         with tqdm(total=total, unit=" examples", unit_scale=True, disable=None) as bar:
-            # First whatever no other process has in hand, then the rest, one after the other.
-            for waits, (name, seed) in itertools.product((False, True), jobs):
-                if (name, seed) in done:
-                    continue
-                claim = self.folder / "locks" / self.key(name, seed)
-                busy = f"waiting for another process to finish seed {seed} of {TASKS[name].title}"
-                with lock(claim, busy if waits else None, waits) as is_ours:
-                    done = self.results()  # another process may have been here
-                    if is_ours and (name, seed) not in done:
+            for name, seed in jobs:
+                with lock(self.folder / "locks" / self.key(name, seed)) as is_ours:
+                    if not is_ours:
+                        busy.append((name, seed))
+                    elif (name, seed) not in self.results():  # another process may have finished it
                         if read != name:
                             read, data = name, self.tokenize(name)
                         self.run_one(name, seed, data, bar)
-                        done = self.results()
-                    elif is_ours:
-                        bar.total -= self.examples(name)
+        return busy
 
-    def examples(self, name):
+    def num_examples(self, name):
+        """Of a whole run, all epochs together."""
         task = TASKS[name]
-        return task.rows["train"] * (2 if task.both_orders else 1) * self.settings(name)["num_train_epochs"]
+        return task.rows["train"] * (1 + task.both_orders) * self.configs[name].num_train_epochs
 
     def read(self, name):
         """Yield (split, its examples) of all that is needed of a task."""
-        task = TASKS[name]
-        splits = [(task, split) for split in ["train", *task.dev_splits]]
+        splits = [(TASKS[name], split) for split in ("train", *TASKS[name].dev_splits)]
         if self.keeps_predictions:
-            splits += [(owner, split) for owner in predicted_by(name) for split in owner.submissions]
-        for owner, split in splits:
-            yield split, read_examples(owner, split, self.config.cache, self.config.glue_dir)
+            splits += submission_splits(name)
+        for task, split in splits:
+            yield split, read_examples(task, split, self.config.cache, self.config.glue_dir)
 
     def tokenize(self, name):
-        """(rows, labels) by split, made once for all seeds."""
-        wordpiece, length, both_orders = self.model.wordpiece, self.config.max_length, TASKS[name].both_orders
-        return {split: build_rows(examples, wordpiece, length, both_orders and split == "train")
+        """(Rows, labels) by split."""
+        wordpiece, length = self.pretrained.wordpiece, self.config.max_length
+        return {split: build_rows(examples, wordpiece, length, TASKS[name].both_orders and split == "train")
                 for split, examples in self.read(name)}
 
     def run_one(self, name, seed, data, bar):
-        """Fine-tune a task with a seed, add the line that says how it went, and print its figures."""
-        task, settings, began = TASKS[name], self.settings(name), time.perf_counter()
+        """Fine-tune a task with a seed, and add its line to the results."""
+        task, config, began = TASKS[name], self.configs[name], time.perf_counter()
 
         def progress(epoch, examples):
-            place = f"epoch {epoch + 1} of {settings['num_train_epochs']}"
+            place = f"epoch {epoch + 1} of {config.num_train_epochs}"
             bar.set_description(f"{task.title}, seed {seed}, {place}", refresh=False)
             bar.update(examples)
 
-        predictions = finetune(name, seed, data, self.model, settings, self.config, progress)
+        predictions = finetune(name, seed, data, self.pretrained, config, progress)
         seconds = time.perf_counter() - began
         metrics = score(task, predictions, {split: data[split][1] for split in task.dev_splits})
         if self.keeps_predictions:
-            files = {file: predictions[split] for owner in predicted_by(name)
-                     for split, file in owner.submissions.items()}
+            files = {owner.submissions[split]: predictions[split] for owner, split in submission_splits(name)}
             with atomic_write(self.predictions_path(name, seed)) as file:
                 np.savez(file, **files)
-        first = predictions[task.dev_splits[0]]
         self.add(dict(
-            task=name, seed=seed, metrics=metrics, is_constant=bool(np.ptp(first) < 1e-5),
+            task=name, seed=seed, metrics=metrics,
+            is_constant=bool(np.ptp(predictions[task.dev_splits[0]]) < 1e-5),
             examples={split: len(rows) for split, (rows, _) in data.items()},
-            seconds=round(seconds, 1), examples_per_second=round(self.examples(name) / seconds),
-            model=str(self.model.folder), finished=time.strftime("%Y-%m-%d %H:%M:%S"),
-            device=self.model.device.type, threads=torch.get_num_threads(), python=platform.python_version(),
+            seconds=round(seconds, 1), examples_per_second=round(self.num_examples(name) / seconds),
+            model=str(self.pretrained.folder), finished=time.strftime("%Y-%m-%d %H:%M:%S"),
+            device=config.device, threads=torch.get_num_threads(), python=platform.python_version(),
             torch=str(torch.__version__), numpy=np.__version__, tokenizers=tokenizers.__version__,
-            settings=settings,
+            settings=self.settings(name),
         ))
-        seeds = [entry["metrics"] for (other, _), entry in self.results().items() if other == name]
-        figures = "; ".join(f"{metric} {100 * value:.1f}, mean of {len(seeds)} "
-                            f"{100 * np.mean([one[metric] for one in seeds]):.1f}"
-                            for metric, value in metrics.items())
-        tqdm.write(f"{task.title}, seed {seed}, {seconds:.0f} s: {figures}")
+        scores = ", ".join(f"{metric} {100 * value:.1f}" for metric, value in metrics.items())
+        tqdm.write(f"{task.title}, seed {seed}: {scores} ({seconds:.0f} s)")
 
     def submit(self, results):
-        """Write the zip from each task's best seed, and say which."""
-        chosen, files = [], {}
-        for name in TASKS:
-            metric = TASKS[name].metrics[0]
-            best = max(range(self.config.seeds), key=lambda seed: results[name, seed]["metrics"][metric])
-            dev = 100 * results[name, best]["metrics"][metric]
-            chosen.append(f"{TASKS[name].title} seed {best} ({dev:.1f})")
-            with np.load(self.predictions_path(name, best)) as kept:
+        """Write the zip from each task's best seed, and say which that is."""
+        best, files = {}, {}
+        for name, task in TASKS.items():
+            scores = [results[name, seed]["metrics"][task.metrics[0]] for seed in range(self.config.seeds)]
+            best[name] = int(np.argmax(scores))
+            with np.load(self.predictions_path(name, best[name])) as kept:
                 files |= {file: kept[file] for file in kept.files}
-        write_submission(self.folder / "submission.zip", files)
-        return (f"{self.folder / 'submission.zip'} has the test predictions of, by the best dev score of "
-                f"{self.config.seeds}: {', '.join(chosen)}")
+        path = self.folder / "submission.zip"
+        with lock(self.folder / "locks" / "results", "waiting to write the submission"):
+            write_submission(path, files)
+        chosen = ", ".join(f"{TASKS[name].title} {seed}" for name, seed in best.items())
+        return f"{path} has the test predictions of the seeds with the best dev scores: {chosen}"
 
 
-def table(results, config):
-    """What papers print: per task and metric the number of seeds, mean, deviation, median, best; averages."""
+def format_table(results, tasks):
+    """What papers print: of every metric the mean, deviation, median and best of the seeds; averages."""
     lines = [f"{'':10}{'':22}{'seeds':>6}{'mean':>8}{'sd':>7}{'median':>8}{'best':>7}"]
-    means, medians, constant = {}, {}, []
-    for name in config.tasks:
+    means, medians, notes = {}, {}, []
+    for name in tasks:
         task, entries = TASKS[name], [entry for (other, _), entry in results.items() if other == name]
         if not entries:
             continue
-        figures = {metric: 100 * np.array([entry["metrics"][metric] for entry in entries])
-                   for metric in entries[0]["metrics"]}
-        means[name] = {metric: np.mean(values) for metric, values in figures.items()}
-        medians[name] = {metric: np.median(values) for metric, values in figures.items()}
-        for metric, values in figures.items():
-            deviation = f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "-"
+        values = {metric: 100 * np.array([entry["metrics"][metric] for entry in entries])
+                  for metric in entries[0]["metrics"]}
+        means[name] = {metric: np.mean(column) for metric, column in values.items()}
+        medians[name] = {metric: np.median(column) for metric, column in values.items()}
+        for metric, column in values.items():
+            deviation = f"{np.std(column, ddof=1):.2f}" if len(column) > 1 else "-"
             mark = "*" if metric == task.metrics[0] and name in AVERAGED_BY_ELECTRA else ""
-            lines.append(f"{task.title:10}{metric + mark:22}{len(values):6}{np.mean(values):8.2f}"
-                         f"{deviation:>7}{np.median(values):8.2f}{np.max(values):7.2f}")
-        if stuck := [str(entry["seed"]) for entry in entries if entry["is_constant"]]:
-            constant.append(f"{task.title}: seed {', '.join(stuck)} gave one answer to every example, which "
-                            "is counted as it is")
-    lines += constant
-    for average, tasks, what in () if len(config.tasks) == 1 else (
-        (average_of_8, AVERAGED_BY_ELECTRA, "ELECTRA's average of 8 (* each; no WNLI)"),
-        (average_of_9, tuple(TASKS), "GLUE's average of 9 (a task's metrics averaged first)"),
-    ):
-        lacking = [TASKS[name].title for name in tasks if name not in means]
-        lines.append(f"{what}: not without {', '.join(lacking)}" if lacking else
-                     f"{what}: {average(means):.2f} from means, {average(medians):.2f} from medians")
+            lines.append(f"{task.title:10}{metric + mark:22}{len(column):6}{np.mean(column):8.2f}"
+                         f"{deviation:>7}{np.median(column):8.2f}{np.max(column):7.2f}")
+        if constant := [str(entry["seed"]) for entry in entries if entry["is_constant"]]:
+            notes.append(f"{task.title}: seed {', '.join(constant)} gave every example the same answer; it "
+                         "counts")
+    if len(tasks) > 1:
+        for title, average, needed in (
+            ("ELECTRA's average of 8 (* of each, no WNLI)", average_of_8, AVERAGED_BY_ELECTRA),
+            ("GLUE's average of 9 (a task's metrics averaged first)", average_of_9, tuple(TASKS)),
+        ):
+            lacking = [TASKS[name].title for name in needed if name not in means]
+            notes.append(f"{title}: needs {', '.join(lacking)}" if lacking else
+                         f"{title}: {average(means):.2f} from means, {average(medians):.2f} from medians")
     if "wnli" in means:
-        lines.append("WNLI's dev set is adversarial: to answer with the majority class scores 56.3, which "
-                     "trained models seldom beat")
-    return "\n".join(lines)
+        notes.append("WNLI's dev set is adversarial: the majority class scores 56.3, a trained model seldom "
+                     "more")
+    return "\n".join(lines + notes)
 
 
-# ------------------------------------------------------------------------------------------------------------
-
-
-@one_sentence()
 def main(argv=None):
-    parser = Parser("Fine-tune on GLUE and score. What is finished is kept: the same command goes on.")
-    parser.add_fields(FinetuneConfig)
-    sweep = Sweep(configure(FinetuneConfig, parser.parse_args(argv)))
-    sweep.run()
+    parser = Parser("Fine-tune on GLUE and score. The same command resumes; a finished seed is not repeated.")
+    parser.add_config(FinetuneConfig, {})
+    config = resolve_device(configure(FinetuneConfig, parser.parse_args(argv), {}))
+    sweep = Sweep(config, load_pretrained(config))
+    busy = sweep.run()
     results = sweep.results()
-    print(table(results, sweep.config))
-    print(f"all figures of every seed: {sweep.path}")
-    if sweep.config.submit:
+    print(format_table(results, config.tasks))
+    print(f"every seed's metrics are in {sweep.path}")
+    if busy:
+        skipped = ", ".join(f"{TASKS[name].title} seed {seed}" for name, seed in busy)
+        print(f"not in the table, as another process is working on it: {skipped}")
+    elif config.submit:
         print(sweep.submit(results))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

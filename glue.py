@@ -1,23 +1,19 @@
-"""GLUE: nine tasks and a diagnostic set: where they come from, how they are read, scored and submitted.
+"""GLUE: nine tasks and a diagnostic set. Where they come from, how they are read, scored and submitted.
 
-What enters: the official files, downloaded or in a folder. What leaves: examples (sentence, second sentence
-or "", label), metrics of predictions, and the zip that gluebenchmark.com takes.
-
-Claim: every file is read to the official number of rows, or refused (test_glue_*); the metrics agree with
-those of scipy and scikit-learn (test_metric_*).
+An example is (first sentence, second sentence or "", label). Read the table of tasks, then `read_examples`.
+Every file is read to the official number of rows or refused, and what is downloaded has the published hash.
 """
 
 import hashlib
-import sys
 import zipfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data import atomic_write, decode, download, make_once, ranks
+from data import UserError, atomic_write, decode, download, make_once
+from train import ranks
 
 GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
 MSR = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
@@ -26,29 +22,28 @@ MSR = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
 class Example(NamedTuple):
     first: str
     second: str  # "" for a task of single sentences
-    label: float | None  # the place of the label's name in the task's labels; STS-B's score / 5; None: a test
+    label: float | None  # number of a class; for STS-B the score / 5; None in a test set
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task. Columns are counted from 0, and from the end if negative."""
+    """A task. Columns are counted from 0."""
 
-    title: str  # also the folder inside the zip
-    source: tuple  # address, bytes, SHA-256 of what is downloaded
-    rows: dict  # official numbers of rows, by split, which is also the name of the file
-    sentences: tuple  # columns of the one or two sentences in training and dev
-    test_sentences: tuple  # and in test
+    title: str  # also the name of the folder in the zip
+    source: tuple  # address, size in bytes and SHA-256 of the download
+    rows: dict  # official number of rows of each split; the split is also the name of the file
+    sentences: tuple  # columns of the one or two sentences in train and dev
+    test_sentences: tuple  # the same in test
     metrics: tuple  # the first is the one that ELECTRA reports
-    submissions: dict  # the file to submit, by test split
-    label: int = None  # column of the label in training and dev
-    labels: tuple = ("0", "1")  # names; none for STS-B, whose label is a number from 0 to 5
+    submissions: dict  # test split -> name of the file to submit
+    label: int = None  # column of the label in train and dev; -1 is the last
+    labels: tuple = ("0", "1")  # names of the classes; none for STS-B, whose label is a number from 0 to 5
     in_words: bool = False  # submitted by name, not by number
     num_train_epochs: int = 3  # [D32]
-    both_orders: bool = False  # [D30] trained on both orders of the sentences, since neither comes first
-    header: bool = True  # of training and dev; test always has one
-    ended: tuple = ()  # splits whose file is known to end with "\n": without it, it was cut short
-    skips_short_rows: bool = False  # pass over rows that lack fields, and count them
-    raw_rows: int = None  # of QQP's training file as it first came out, which is taken, too
+    both_orders: bool = False  # [D30] trained on both orders of the sentences
+    header: bool = True  # of train and dev; test always has one
+    skips_short_rows: bool = False  # QQP has some rows that lack fields
+    raw_rows: int = None  # of QQP's training file as first published, which is read, too
 
     @property
     def dev_splits(self):
@@ -65,7 +60,7 @@ TASKS = {
         rows=dict(train=8_551, dev=1_043, test=1_063),
         sentences=(3,), test_sentences=(1,), label=1,
         metrics=("matthews",), submissions={"test": "CoLA.tsv"},
-        header=False, ended=("train", "test"),
+        header=False,
     ),
     "sst2": Task(
         title="SST-2",
@@ -74,7 +69,6 @@ TASKS = {
         rows=dict(train=67_349, dev=872, test=1_821),
         sentences=(0,), test_sentences=(1,), label=1,
         metrics=("accuracy",), submissions={"test": "SST-2.tsv"},
-        ended=("train", "dev", "test"),
     ),
     "mrpc": Task(
         title="MRPC",
@@ -83,7 +77,7 @@ TASKS = {
         rows=dict(train=3_668, dev=408, test=1_725),
         sentences=(3, 4), test_sentences=(3, 4), label=0,
         metrics=("accuracy", "f1"), submissions={"test": "MRPC.tsv"},
-        both_orders=True, ended=("train", "dev", "test"),
+        both_orders=True,
     ),
     "stsb": Task(
         title="STS-B",
@@ -92,7 +86,7 @@ TASKS = {
         rows=dict(train=5_749, dev=1_500, test=1_379),
         sentences=(7, 8), test_sentences=(7, 8), label=9, labels=(),
         metrics=("spearman", "pearson"), submissions={"test": "STS-B.tsv"},
-        num_train_epochs=10, both_orders=True, ended=("train", "dev", "test"),
+        num_train_epochs=10, both_orders=True,
     ),
     "qqp": Task(
         title="QQP",
@@ -137,10 +131,9 @@ TASKS = {
         rows=dict(train=635, dev=71, test=146),
         sentences=(1, 2), test_sentences=(1, 2), label=3,
         metrics=("accuracy",), submissions={"test": "WNLI.tsv"},
-        ended=("train", "dev", "test"),
     ),
 }
-# The diagnostic set has no labels and no training text: the model of MNLI predicts it.
+# The diagnostic set has no labels and no training set: the model of MNLI predicts it.
 DIAGNOSTIC = Task(
     title="diagnostic",
     source=(GLUE + "AX.tsv", 222_257, "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd"),
@@ -155,122 +148,112 @@ MRPC_DEV_IDS = (GLUE + "mrpc_dev_ids.tsv", 6_222,
                 "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7")
 
 
-def predicted_by(name):
-    """The tasks whose test sets the model of a task predicts: its own, and for MNLI the diagnostic set."""
-    return [TASKS[name], DIAGNOSTIC] if name == "mnli" else [TASKS[name]]
+def find_task(name):
+    """The key of a task in TASKS. Case and hyphens do not matter."""
+    key = name.lower().replace("-", "")
+    if key not in TASKS:
+        raise UserError(f"there is no task {name}; there are {', '.join(TASKS)} and all")
+    return key
+
+
+def submission_splits(name):
+    """(Task, split) of all that the model of a task predicts: MNLI's predicts the diagnostic set, too."""
+    tasks = [TASKS[name], DIAGNOSTIC] if name == "mnli" else [TASKS[name]]
+    return [(task, split) for task in tasks for split in task.submissions]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Reading
 
 
-def find_task(name):
-    """A task by its name, in which case and hyphens do not matter."""
-    key = name.lower().replace("-", "")
-    if key not in TASKS:
-        sys.exit(f"there is no task {name}; there are {', '.join(TASKS)} and all")
-    return key
-
-
 def read_examples(task, split, cache, glue_dir=None):
-    """The examples of a split, in the order of the file: downloaded to `cache`, or from a folder.
+    """The examples of a split in the order of its file, which is in `glue_dir`, or downloaded to `cache`.
 
-    UTF-8, "\\n" alone ends a line and "\\t" a field, and quotes are characters like any other.
+    Only "\\n" ends a line and only "\\t" a field. Quotes are characters like any other.
     """
-    content, where = (read_folder if glue_dir else read_download)(task, split, glue_dir or cache)
-    if b"\r\n" in content[:1000]:
-        sys.exit(f"{where} has \\r\\n at its line ends, and the official file has \\n; take that one")
-    if split in task.ended and not content.endswith(b"\n"):
-        sys.exit(f"{where} does not end with a line break: it was cut short")
-    lines = decode(content, where).removesuffix("\n").split("\n")
-    is_test, width = split in task.submissions, lines[0].count("\t") + 1
-    sentences = task.test_sentences if is_test else task.sentences
-    if width <= max(sentences):
-        sys.exit(f"{where} has {width} columns, too few to be what it should be")
-    examples, short = [], 0
-    begin = 1 if task.header or is_test else 0
-    for number, line in enumerate(lines[begin:], begin + 1):
+    raw, source = read_file(task, split, glue_dir) if glue_dir else read_download(task, split, cache)
+    is_test = split in task.submissions
+    columns = task.test_sentences if is_test else task.sentences
+    lines = decode(raw, source).removesuffix("\n").split("\n")
+    width = lines[0].count("\t") + 1
+    first_line = 2 if task.header or is_test else 1
+    examples, skipped = [], 0
+    for number, line in enumerate(lines[first_line - 1 :], first_line):
         fields = line.split("\t")
         if len(fields) < width and task.skips_short_rows:
-            short += 1
+            skipped += 1
             continue
-        if len(fields) != width:
-            sys.exit(f"{where}, line {number}, has {len(fields)} fields where line 1 has {width}")
-        first, second = [*(fields[column] for column in sentences), ""][:2]
-        label = None if is_test else read_label(task, fields[task.label], f"{where}, line {number}")
-        examples.append(Example(first, second, label))
-    official = task.rows[split]
-    if len(examples) != official and not (split == "train" and len(examples) == task.raw_rows):
-        sys.exit(f"{where} has {len(examples):,} rows and not {official:,}: it was cut short or edited")
-    if short:
-        print(f"{where}: {short} rows that lack fields were skipped")
+        if len(fields) != width or width <= max(columns):
+            raise UserError(f"{source}, line {number}, has {len(fields)} fields; it was damaged or edited")
+        sentences = [fields[column] for column in columns]
+        label = None if is_test else read_label(task, fields[task.label], f"{source}, line {number}")
+        examples.append(Example(sentences[0], sentences[1] if len(sentences) == 2 else "", label))
+    official = [task.rows[split], task.raw_rows if split == "train" else None]
+    if len(examples) not in official:
+        raise UserError(f"{source} has {len(examples):,} rows and not {official[0]:,}: it was cut or edited")
+    if skipped:
+        print(f"{source}: skipped {skipped} rows that lack fields")
     return examples
 
 
 def read_label(task, text, where):
+    """The number of the class or, for STS-B, the score on a scale from 0 to 1. [D31]"""
     if task.labels:
         if text not in task.labels:
-            sys.exit(f"{where}: the label is {text!r} and not one of {', '.join(task.labels)}")
+            raise UserError(f"{where}: the label is {text!r} and not one of {', '.join(task.labels)}")
         return task.labels.index(text)
     try:
-        score = float(text)
+        return float(text) / 5
     except ValueError:
-        score = -1.0
-    if not 0 <= score <= 5:
-        sys.exit(f"{where}: the score is {text!r} and not a number from 0 to 5")
-    return score / 5  # [D31]
+        raise UserError(f"{where}: the score is {text!r} and not a number") from None
 
 
-def read_folder(task, split, folder):
-    """The bytes of a split in a folder laid out as the official zips are, and their name."""
+def read_file(task, split, folder):
+    """(Bytes, name) of a split in a folder that is laid out as the official zips are."""
     path = Path(folder) / task.title / f"{split}.tsv"
     if not path.is_file():
-        sys.exit(f"there is no {path}; --glue-dir takes a folder that holds {task.title}/{split}.tsv and the "
-                "like, as the official zips do")
-    return path.read_bytes(), path
+        raise UserError(f"there is no {path}; --glue-dir takes a folder laid out as the official zips are")
+    return path.read_bytes(), str(path)
 
 
 def read_download(task, split, cache):
-    """The bytes of a split out of what was downloaded, a zip mostly, and their name."""
+    """(Bytes, name) of a split in the downloads, most of which are zips."""
     if task is TASKS["mrpc"]:
         return split_mrpc(split, cache), f"MRPC's {split} set"
-    path = fetch(task.source, task, cache)
+    path = fetch_official(task.source, cache)
     if path.suffix != ".zip":
-        return path.read_bytes(), path
+        return path.read_bytes(), str(path)
     name = f"{task.title}/{split}.tsv"
     with zipfile.ZipFile(path) as archive:
         return archive.read(name), f"{name} in {path}"
 
 
 def split_mrpc(split, cache):
-    """Bytes of MRPC's training, dev or test set, as GLUE splits the original corpus."""
-    task = TASKS["mrpc"]
+    """The bytes of MRPC's train, dev or test set: GLUE cuts dev out of the original's training set."""
     if split == "test":
-        return fetch(MRPC_TEST, task, cache).read_bytes()
-    pairs = {tuple(line.split(b"\t")) for line in fetch(MRPC_DEV_IDS, task, cache).read_bytes().splitlines()}
-    header, *rows = fetch(task.source, task, cache).read_bytes().removesuffix(b"\n").split(b"\n")
-    chosen = [row for row in rows if (tuple(row.split(b"\t")[1:3]) in pairs) == (split == "dev")]
-    return b"\n".join([header, *chosen, b""])
+        return fetch_official(MRPC_TEST, cache).read_bytes()
+    pairs = fetch_official(MRPC_DEV_IDS, cache).read_bytes().split(b"\n")
+    dev_ids = {tuple(pair.split(b"\t")) for pair in pairs}
+    train = fetch_official(TASKS["mrpc"].source, cache).read_bytes()
+    header, *rows = train.removesuffix(b"\n").split(b"\n")
+    chosen = [row for row in rows if (tuple(row.split(b"\t")[1:3]) in dev_ids) == (split == "dev")]
+    return b"\n".join([header, *chosen])
 
 
-def fetch(source, task, cache):
-    """The path of an official file in the cache: it is downloaded if it is not there, and checked."""
+def fetch_official(source, cache):
+    """The path of an official file: downloaded, unless it is there, and checked."""
     address, size, sha256 = source
     path = Path(cache) / "glue" / address.rsplit("/", 1)[1]
-    sources = [task.source, *([MRPC_TEST, MRPC_DEV_IDS] if task is TASKS["mrpc"] else [])]
-    names = ", ".join(address.rsplit("/", 1)[1] for address, _, _ in sources)
-    files = ", ".join(f"{split}.tsv" for split in task.rows)
-    instead = (f"or put {names} into {path.parent}, or put {files} into DIR/{task.title} and take "
-               "--glue-dir DIR")
-    make_once(path, partial(download, path, address, instead, size, sha256))
+    make_once(path, lambda: download(path, address, f"put {path.name} into {path.parent}, or use --glue-dir",
+                                     size, sha256))
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
-        sys.exit(f"{path} has SHA-256 {found} instead of {sha256}; delete it, to download it again")
+        raise UserError(f"{path} has SHA-256 {found} instead of {sha256}; delete it to download it again")
     return path
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Metrics, as fractions of 1. Where one is 0 / 0, it is 0: a constant prediction has learnt nothing.
+# Metrics, as fractions of 1. Where one is 0 / 0 it is 0: a constant prediction has learned nothing.
 
 
 def accuracy(predictions, labels):
@@ -279,45 +262,43 @@ def accuracy(predictions, labels):
 
 def f1(predictions, labels):
     """Of class 1. (The official F1Scorer counts predictions where it means labels.)"""
-    hits, both = np.sum((predictions == 1) & (labels == 1)), np.sum(predictions == 1) + np.sum(labels == 1)
-    return float(2 * hits / both) if both else 0.0
+    hits, total = np.sum((predictions == 1) & (labels == 1)), np.sum(predictions == 1) + np.sum(labels == 1)
+    return float(2 * hits / total) if total else 0.0
 
 
 def pearson(predictions, labels):
     if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return 0.0
-    one, other = (np.asarray(values, np.float64) - np.mean(values, dtype=np.float64)
-                  for values in (predictions, labels))
-    return float(np.sum(one * other) / np.sqrt(np.sum(one**2) * np.sum(other**2)))
+    return float(np.corrcoef(predictions.astype(np.float64), labels.astype(np.float64))[0, 1])
 
 
 def spearman(predictions, labels):
     return pearson(ranks(predictions), ranks(labels))
 
 
-# Matthews' coefficient is Pearson's, of zeros and ones.
+# Matthews' coefficient is Pearson's of zeros and ones.
 METRICS = dict(accuracy=accuracy, f1=f1, matthews=pearson, pearson=pearson, spearman=spearman)
 AVERAGED_BY_ELECTRA = tuple(name for name in TASKS if name != "wnli")
 
 
 def score(task, predictions, labels):
-    """Metrics by name, from predictions and labels by dev split. MNLI's second accuracy is the mismatched
-    one's."""
-    return {
-        metric if split in ("dev", "dev_matched") else f"{split.removeprefix('dev_')} {metric}":
-            METRICS[metric](predictions[split], labels[split])
-        for split in task.dev_splits for metric in task.metrics
-    }
+    """Metrics by name from predictions and labels by split. MNLI has "mismatched accuracy" as well."""
+    metrics = {}
+    for split in task.dev_splits:
+        prefix = "mismatched " if split == "dev_mismatched" else ""
+        metrics |= {prefix + metric: METRICS[metric](predictions[split], labels[split])
+                    for metric in task.metrics}
+    return metrics
 
 
-def average_of_8(figures):
-    """ELECTRA's: the metric it reports of each task but WNLI; `figures` are metrics by task."""
-    return float(np.mean([figures[name][TASKS[name].metrics[0]] for name in AVERAGED_BY_ELECTRA]))
+def average_of_8(metrics):
+    """ELECTRA's: of each task but WNLI the metric it reports. `metrics` are by task and name."""
+    return float(np.mean([metrics[name][TASKS[name].metrics[0]] for name in AVERAGED_BY_ELECTRA]))
 
 
-def average_of_9(figures):
-    """The GLUE leaderboard's: all tasks, and of each the mean of its metrics."""
-    return float(np.mean([np.mean(list(figures[name].values())) for name in TASKS]))
+def average_of_9(metrics):
+    """The GLUE leaderboard's: of each task the mean of its metrics."""
+    return float(np.mean([np.mean(list(metrics[name].values())) for name in TASKS]))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -327,18 +308,17 @@ def average_of_9(figures):
 def submission_file(task, predictions):
     """The text of a file to submit."""
     if not task.labels:
-        said = [f"{score:.3f}" for score in np.clip(5 * predictions, 0, 5) + 0.0]  # [D31] and no -0
+        values = [f"{score:.3f}" for score in np.clip(5 * predictions, 0, 5) + 0.0]  # [D31] and no -0
     else:
-        said = [task.labels[int(label)] if task.in_words else str(int(label)) for label in predictions]
-    return "index\tprediction\n" + "".join(f"{index}\t{value}\n" for index, value in enumerate(said))
+        values = [task.labels[int(label)] if task.in_words else str(int(label)) for label in predictions]
+    return "index\tprediction\n" + "".join(f"{index}\t{value}\n" for index, value in enumerate(values))
 
 
 def write_submission(path, predictions):
-    """Write the zip of eleven files; `predictions` are those of every test split, by the file's name."""
-    tasks = {file: task for task in [*TASKS.values(), DIAGNOSTIC] for file in task.submissions.values()}
-    assert predictions.keys() == tasks.keys(), (predictions.keys(), tasks.keys())
+    """Write the zip of eleven files. `predictions` are those of every test split by the name of its file."""
     with atomic_write(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
-        for name, task in tasks.items():
-            member = zipfile.ZipInfo(name)  # whose date is 1980: the same predictions are the same bytes
-            member.external_attr = 0o644 << 16
-            archive.writestr(member, submission_file(task, predictions[name]), zipfile.ZIP_DEFLATED)
+        for task in [*TASKS.values(), DIAGNOSTIC]:
+            for name in task.submissions.values():
+                member = zipfile.ZipInfo(name)  # dated 1980: the same predictions give the same bytes
+                member.external_attr = 0o644 << 16
+                archive.writestr(member, submission_file(task, predictions[name]), zipfile.ZIP_DEFLATED)

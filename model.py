@@ -1,26 +1,24 @@
-"""ELECTRA (Clark et al., ICLR 2020, arXiv 2003.10555): two transformers and the loss that trains them
-together.
+"""ELECTRA (Clark et al., ICLR 2020, arXiv 2003.10555): two transformers and the loss that trains them.
 
-What enters: token ids, (B, L), zero-padded, as data.py writes them. What leaves: the loss, with what the log
-and the reader want to see of it, and the two networks as HuggingFace folders. Read from `Electra` downwards:
-mask, generator, sample, corrupt, discriminator, loss. [Dnn] marks a detail that the README's table links to
-the official code and to its test.
+The generator, a small masked language model, fills in masked tokens. The discriminator says for every token
+of the result whether it was replaced. Read from `Electra.forward` downwards: mask, generator, sample,
+corrupt, discriminator, loss. The end of the file reads and writes HuggingFace folders. [Dnn] marks a detail
+that DETAILS.md explains and links to the official code and to its test.
 
-Claim: the logits of both networks agree with those of `transformers` to 1e-5 (test_huggingface_*), and small,
-base and large have the official 14,196,219, 119,386,427 and 354,655,291 parameters (test_parameter_counts).
+    electra = Electra(ElectraConfig())
+    output = electra(torch.tensor([[101, 1996, 4937, 2938, 102]]))  # [CLS] the cat sat [SEP]
+    output.loss.backward()
 
   B  batch: rows of text                 K  slots for masked positions, the same number in every row
   L  length: positions in a row          V  vocabulary size
-  E  embedding size                      H  hidden size, of the one network or the other
+  E  embedding size                      H  hidden size of the network in question
 """
 
 import json
-import math
 import pickle
 import re
 import struct
-import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +28,10 @@ import torch.nn.functional as F
 from torch import nn
 
 
+class ModelError(ValueError):
+    """A shape or a model folder that the user can correct. The message is a sentence."""
+
+
 @dataclass(frozen=True)
 class TransformerConfig:
     """The shape of one network: the fields of its config.json, under HuggingFace's names."""
@@ -37,10 +39,10 @@ class TransformerConfig:
     vocab_size: int = 30522
     embedding_size: int = 128  # width of the embeddings, which both networks share
     hidden_size: int = 256  # width of the discriminator
-    num_hidden_layers: int = 12  # layers, of the generator too
+    num_hidden_layers: int = 12  # layers of either network
     num_attention_heads: int = 4  # attention heads of the discriminator
     intermediate_size: int = 1024  # width of the discriminator's feed-forward layers
-    max_position_embeddings: int = 512  # position rows: the longest input there can ever be
+    max_position_embeddings: int = 512  # longest possible input
     type_vocab_size: int = 2
     hidden_dropout_prob: float = 0.1  # dropout after the embeddings and in every layer
     attention_probs_dropout_prob: float = 0.1  # dropout on the attention probabilities
@@ -48,54 +50,49 @@ class TransformerConfig:
     initializer_range: float = 0.02  # standard deviation of the initial weights, before truncation
 
     def __post_init__(self):
-        check_ranges(self, hidden_dropout_prob=(0, 0.99), attention_probs_dropout_prob=(0, 0.99),
-                     layer_norm_eps=(1e-20, 1), initializer_range=(1e-6, 10))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < 1:
+                raise ModelError(f"{field.name} is {value}; it must be at least 1")
+            if field.name.endswith("dropout_prob") and not 0 <= value < 1:
+                raise ModelError(f"{field.name} is {value}; it must be from 0 to below 1")
         if self.hidden_size % self.num_attention_heads:
-            sys.exit(f"hidden_size {self.hidden_size} cannot be shared by {self.num_attention_heads} heads")
-
-
-def check_ranges(config, **ranges):
-    """Refuse fields out of their (low, high), and whole numbers under 1 where none is given."""
-    counts = {field.name: (1, math.inf) for field in fields(config) if field.type is int}
-    for name, (low, high) in (counts | ranges).items():
-        if not low <= getattr(config, name) <= high:
-            sys.exit(f"{name} is {getattr(config, name)}; it must be from {low} to {high}")
+            raise ModelError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                             f"{self.num_attention_heads}")
 
 
 @dataclass(frozen=True)
 class ElectraConfig(TransformerConfig):
-    """The discriminator's shape, what makes the generator's of it, and the objective."""
+    """The discriminator's shape, the generator's size relative to it, and the objective."""
 
     generator_size: float = 0.25  # width of the generator as a share of the discriminator's
-    mask_prob: float = 0.15  # share of the tokens that the generator has to predict
-    discriminator_weight: float = 50.0  # weight of the discriminator's loss; the generator's has weight 1
+    mask_prob: float = 0.15  # share of the tokens that the generator predicts
+    discriminator_weight: float = 50.0  # weight of the discriminator's loss; the generator's is 1
     cls_token_id: int = 101
     sep_token_id: int = 102
     mask_token_id: int = 103
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(self, generator_size=(0.001, 10), mask_prob=(0.001, 1), discriminator_weight=(0, 1e6))
+        if not (0 < self.mask_prob <= 1 and self.generator_size > 0):
+            raise ModelError(f"mask_prob is {self.mask_prob} and generator_size {self.generator_size}; both "
+                             "must be above 0, and mask_prob at most 1")
 
-    def discriminator(self):
-        return TransformerConfig(**{f.name: getattr(self, f.name) for f in fields(TransformerConfig)})
-
-    def generator(self):
+    def generator_config(self):
         hidden = max(1, round(self.hidden_size * self.generator_size))  # [D18] narrower, not shallower
         heads = max(1, hidden // 64)
-        while hidden % heads:  # only for widths that the official code cannot take
+        while hidden % heads:  # only for widths that the official code rejects
             heads -= 1
-        shape = dict(hidden_size=hidden, intermediate_size=4 * hidden, num_attention_heads=heads)
-        return TransformerConfig(**asdict(self.discriminator()) | shape)
+        return replace(self, hidden_size=hidden, intermediate_size=4 * hidden, num_attention_heads=heads)
 
     def num_slots(self, length):
-        """K, the most positions that can be predicted in a row of `length`; 19 for small's 128."""
+        """K, the most positions that are predicted in a row of `length`: 19 for small's 128. [D08]"""
         return min(length, max(1, int((self.mask_prob + 0.005) * length)))
 
 
 # Only what differs from ElectraConfig's defaults, which are small's.
 SIZES = {
-    # Narrow layers need larger initial weights, or else next to nothing of the context reaches a token.
+    # Narrow layers need larger initial weights: with 0.02 hardly any context reaches a token.
     "tiny": dict(embedding_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
                  intermediate_size=256, max_position_embeddings=32, hidden_dropout_prob=0.0,
                  attention_probs_dropout_prob=0.0, initializer_range=0.1, generator_size=0.5),
@@ -112,72 +109,69 @@ SIZES = {
 
 
 class Output(NamedTuple):
-    """What one forward pass leaves.
+    """The result of a forward pass.
 
-    The losses are this part's sums over the whole batch's counts, so that the parts of a batch add up to it.
+    Losses and correct predictions are sums over these rows, the losses divided by the counts of the whole
+    batch, so that the outputs of micro-batches add up to that of the batch.
     """
 
-    loss: torch.Tensor  # () what is trained on
+    loss: torch.Tensor  # () to call backward() on
     mlm_loss: torch.Tensor  # () the generator's part of it
-    disc_loss: torch.Tensor  # () the discriminator's, not yet weighted
-    mlm_correct: torch.Tensor  # () predictions whose likeliest token is the original
+    disc_loss: torch.Tensor  # () the discriminator's part, before its weight
+    mlm_correct: torch.Tensor  # () predictions whose most likely token is the original
     sampled_correct: torch.Tensor  # () predictions whose sampled token is the original
-    positions: torch.Tensor  # (B, K) where the text was masked; 0 in unused slots
+    positions: torch.Tensor  # (B, K) the masked positions; 0 in unused slots
     weights: torch.Tensor  # (B, K) 1 for a prediction, 0 for an unused slot
     corrupted_ids: torch.Tensor  # (B, L) what the discriminator read
     is_replaced: torch.Tensor  # (B, L) bool, what it should have said
-    disc_logits: torch.Tensor  # (B, L) what it said: above 0 for "replaced"
+    disc_logits: torch.Tensor  # (B, L) what it said: above 0 means replaced
 
 
 class Electra(nn.Module):
-    """Generator, discriminator and the objective that trains them together: replaced-token detection."""
+    """Generator, discriminator, and the objective that trains them together: replaced-token detection."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        embeddings = Embeddings(config)  # [D16] one object for both networks, its LayerNorm included
-        self.generator = Generator(config.generator(), embeddings)
-        self.discriminator = Discriminator(config.discriminator(), embeddings)
+        embeddings = Embeddings(config)  # [D16] one object in both networks, LayerNorm included
+        self.generator = Generator(config.generator_config(), embeddings)
+        self.discriminator = Discriminator(config, embeddings)
 
-    def counts(self, input_ids):
-        """How many predictions and how many tokens a batch has, (2,): what its two sums of losses are divided
-        by.
+    def forward(self, input_ids, uniforms=None, counts=None):
+        """One pass of the objective over rows of token ids (B, L), zero-padded.
 
-        They follow from the ids alone, so a micro-batch can divide by the counts of the batch it is a part
-        of.
+        `uniforms` (B, L + 2K) float32 in [0, 1) is all the randomness apart from dropout; by default it is
+        drawn here. `counts` are the (predictions, tokens) of the whole batch, if these rows are only a part
+        of it.
         """
-        predictions = num_predictions(input_ids, selectable(input_ids, self.config), self.config)
-        return torch.stack([predictions.sum(), (input_ids != 0).sum()]).float()
-
-    def forward(self, input_ids, mask_uniform, sample_uniform, counts):
-        """One pass of the objective over a batch or a part of one.
-
-        input_ids (B, L) int64; mask_uniform (B, L) float64 and sample_uniform (B, K) float32 are uniform in
-        [0, 1) and, but for dropout, all the randomness of a step; counts (2,) are `self.counts` of the whole
-        batch.
-        """
-        attention_mask, token_type_ids = attention_mask_and_token_types(input_ids, self.config.sep_token_id)
-        n_predictions, n_tokens = counts + 1e-6
+        K = self.config.num_slots(input_ids.shape[1])
+        if uniforms is None:
+            uniforms = torch.rand(len(input_ids), input_ids.shape[1] + 2 * K, device=input_ids.device)
+        if counts is None:
+            counts = count(input_ids, self.config)
+        num_predictions, num_tokens = counts + 1e-6
+        mask_uniforms, sample_uniforms = uniforms[:, :-K], uniforms[:, -K:]  # (B, L + K), (B, K)
+        # The generator may sample [PAD] or [SEP], so these are taken once, from the original ids.
+        attention_mask, token_type_ids = mask_and_types(input_ids, self.config.sep_token_id)
 
         # [D10] The mask is drawn anew at every step.
-        positions, weights, masked_ids = mask(input_ids, mask_uniform, self.config)  # (B, K), (B, K), (B, L)
+        positions, weights, masked_ids = mask(input_ids, mask_uniforms, self.config)  # (B, K), (B, K), (B, L)
         labels = input_ids.gather(1, positions)  # (B, K)
 
-        # One pass of the generator, with dropout, serves both its loss and the samples.
-        mlm_logits = widen(self.generator(masked_ids, attention_mask, token_type_ids, positions))  # (B, K, V)
-        mlm_losses = F.cross_entropy(mlm_logits.flatten(0, 1), labels.flatten(), reduction="none")  # (B K)
+        # One pass of the generator, with dropout, serves its loss and the samples.
+        mlm_logits = self.generator(masked_ids, attention_mask, token_type_ids, positions)  # (B, K, V)
+        mlm_losses = F.cross_entropy(mlm_logits.flatten(0, 1), labels.flatten(), reduction="none")  # (B * K)
 
-        sampled = sample(mlm_logits.detach(), sample_uniform)  # (B, K) [D11] no argmax, and no gradient
+        sampled = sample(mlm_logits.detach(), sample_uniforms)  # (B, K) [D11] no argmax, no gradient
         corrupted_ids = corrupt(input_ids, positions, weights, sampled)  # (B, L)
-        is_replaced = corrupted_ids != input_ids  # [D13] a sample that hits the original is original
+        is_replaced = corrupted_ids != input_ids  # [D13] a sample that equals the original is original
 
-        # Mask and token types are still those of the original: the generator may sample [PAD] or [SEP].
-        disc_logits = widen(self.discriminator(corrupted_ids, attention_mask, token_type_ids))  # (B, L)
+        disc_logits = self.discriminator(corrupted_ids, attention_mask, token_type_ids)  # (B, L)
         targets = is_replaced.to(disc_logits.dtype)
         disc_losses = F.binary_cross_entropy_with_logits(disc_logits, targets, reduction="none")  # (B, L)
 
-        mlm_loss = (mlm_losses.view_as(labels) * weights).sum() / n_predictions
-        disc_loss = (disc_losses * attention_mask).sum() / n_tokens  # [D14] every token, [CLS] and [SEP] too
+        mlm_loss = (mlm_losses.view_as(labels) * weights).sum() / num_predictions
+        disc_loss = (disc_losses * attention_mask).sum() / num_tokens  # [D14] [CLS] and [SEP] too
         return Output(
             loss=mlm_loss + self.config.discriminator_weight * disc_loss,  # [D15]
             mlm_loss=mlm_loss.detach(),
@@ -192,70 +186,97 @@ class Electra(nn.Module):
         )
 
 
-def attention_mask_and_token_types(input_ids, sep_token_id):
-    """Both follow from the ids: (B, L) bool, True on tokens, and (B, L) int64. [D35]
+def mask_and_types(input_ids, sep_token_id):
+    """Attention mask (B, L) bool and token types (B, L) int64. Both follow from the ids. [D35]
 
-    [CLS] a [SEP] b [SEP] [PAD] has types 0 0 0 1 1 0: 1 after the first [SEP], and 0 again on padding.
+    Types are 0 up to and including the first [SEP], then 1, and 0 on padding:
+
+    >>> mask, types = mask_and_types(torch.tensor([[101, 7, 102, 8, 102, 0]]), 102)
+    >>> mask.int().tolist(), types.tolist()
+    ([[1, 1, 1, 1, 1, 0]], [[0, 0, 0, 1, 1, 0]])
     """
     attention_mask = input_ids != 0
     is_sep = (input_ids == sep_token_id).long()
-    is_after_sep = is_sep.cumsum(1) > is_sep  # of the [SEP]s up to here, not only the one that is here
-    return attention_mask, (is_after_sep & attention_mask).long()
+    seps_before = is_sep.cumsum(1) - is_sep
+    return attention_mask, ((seps_before > 0) & attention_mask).long()
+
+
+def count(input_ids, config):
+    """The numbers of predictions and of tokens in a batch, (2,) float32: what its two losses are divided by.
+
+    They follow from the ids, so a micro-batch can divide by the counts of the batch it belongs to.
+    """
+    return torch.stack([num_predictions(input_ids, config).sum(), (input_ids != 0).sum()]).float()
+
+
+def num_predictions(input_ids, config):
+    """How many positions of each row are predicted, (B,) int64: 15 %, at least 1 and at most K. [D08]"""
+    lengths = (input_ids != 0).sum(1)
+    wanted = torch.round(lengths.float() * config.mask_prob).long()  # [D08] rounds half to even
+    wanted = wanted.clamp(1, config.num_slots(input_ids.shape[1]))
+    return torch.minimum(wanted, selectable(input_ids, config).sum(1))
 
 
 def selectable(input_ids, config):
-    """The tokens that may be masked, (B, L) bool."""
-    never = (0, config.cls_token_id, config.sep_token_id, config.mask_token_id)
-    return torch.stack([input_ids != token for token in never]).all(0)  # [D07]
+    """The tokens that may be masked, (B, L) bool: all but special tokens and padding. [D07]"""
+    special = (0, config.cls_token_id, config.sep_token_id, config.mask_token_id)
+    return torch.stack([input_ids != token for token in special]).all(0)  # [UNK] may be masked
 
 
-def num_predictions(input_ids, candidates, config):
-    """How many positions of each row are predicted, (B,) int64."""
-    lengths = (input_ids != 0).sum(1)
-    wanted = torch.round(lengths.float() * config.mask_prob).long()  # [D08] half to even
-    return torch.minimum(wanted.clamp(1, config.num_slots(input_ids.shape[1])), candidates.sum(1))
+def mask(input_ids, uniforms, config):
+    """Choose what to predict, and mask it: positions (B, K), weights (B, K) and masked ids (B, L).
 
+    Of `uniforms` (B, L + K) the first L rank the positions: the highest are predicted. The last K decide
+    between [MASK] and staying visible. Here two of five tokens are predicted, and the second stays visible:
 
-def mask(input_ids, uniform, config):
-    """Choose what is predicted: positions (B, K), weights (B, K), 1 or 0, and the masked ids (B, L).
-
-    The one number of a position decides all: its upper bits are the position's rank, its lower bits the toss
-    between [MASK] and staying visible. float64 has 53 bits, enough for two numbers.
+    >>> ids = torch.tensor([[101, 5, 6, 7, 102]])
+    >>> uniforms = torch.tensor([[0.9, 0.1, 0.8, 0.5, 0.9, 0.2, 0.95]])  # K = 2
+    >>> mask(ids, uniforms, ElectraConfig(mask_prob=0.4))
+    (tensor([[2, 3]]), tensor([[1., 1.]]), tensor([[101,   5, 103,   7, 102]]))
     """
-    candidates, num_slots = selectable(input_ids, config), config.num_slots(input_ids.shape[1])
-    # [D09] Unlike the official code without replacement: the candidates of the highest ranks, once each.
-    positions = uniform.masked_fill(~candidates, -1.0).topk(num_slots).indices  # (B, K)
-    slots = torch.arange(num_slots, device=input_ids.device)
-    used = slots < num_predictions(input_ids, candidates, config)[:, None]  # (B, K)
-    positions = positions * used  # an unused slot points at [CLS]
+    L = input_ids.shape[1]
+    K = config.num_slots(L)
+    # [D09] Unlike the official code without replacement: the K highest-ranked tokens, each once.
+    ranks = uniforms[:, :L].masked_fill(~selectable(input_ids, config), -1.0)
+    positions = ranks.topk(K).indices  # (B, K)
+    is_used = torch.arange(K, device=input_ids.device) < num_predictions(input_ids, config)[:, None]  # (B, K)
+    positions = positions * is_used  # an unused slot points at [CLS]
 
-    original = input_ids.gather(1, positions)  # (B, K)
-    toss = (uniform.gather(1, positions) * 2**24).frac()
-    shown = torch.where(used & (toss < 0.85), config.mask_token_id, original)  # [D06]
-    return positions, used.float(), input_ids.scatter(1, positions, shown)  # unused slots put [CLS] on [CLS]
+    original = input_ids.gather(1, positions)
+    becomes_mask = is_used & (uniforms[:, L:] < 0.85)  # [D06] the others stay as they are
+    shown = torch.where(becomes_mask, config.mask_token_id, original)
+    return positions, is_used.float(), input_ids.scatter(1, positions, shown)  # unused slots rewrite [CLS]
 
 
 @torch.no_grad()
-def sample(logits, uniform):
-    """Draw tokens from the softmax of logits (B, K, V), one for each number of uniform (B, K): (B, K) int64.
+def sample(logits, uniforms):
+    """Draw from the softmax of logits (B, K, V), one token for each of uniforms (B, K): (B, K) int64.
 
-    Unlike the official code, which adds noise to all B x K x V logits, by inverse CDF: the token drawn is the
-    first whose cumulated probability exceeds the number.
+    Unlike the official code, which adds Gumbel noise to all B x K x V logits, this inverts the cumulative
+    distribution: the token drawn is the first whose cumulative probability exceeds the uniform number.
+
+    >>> sample(torch.tensor([[[0.2, 0.5, 0.3]]]).log(), torch.tensor([[0.6]]))  # 0.2 <= 0.6 < 0.2 + 0.5
+    tensor([[1]])
     """
-    cumulated = logits.softmax(-1).cumsum(-1)  # (B, K, V)
-    thresholds = uniform[..., None] * cumulated[..., -1:]  # the last is 1 but for rounding
-    sampled = torch.searchsorted(cumulated, thresholds.to(cumulated), right=True).squeeze(-1)
-    return sampled.clamp(max=logits.shape[-1] - 1)  # what is not a number goes beyond the last
+    cumulative = logits.softmax(-1).cumsum(-1)  # (B, K, V)
+    thresholds = uniforms[..., None] * cumulative[..., -1:]  # the last is 1 up to rounding
+    sampled = torch.searchsorted(cumulative, thresholds.to(cumulative), right=True).squeeze(-1)
+    return sampled.clamp(max=logits.shape[-1] - 1)  # NaN lands past the end
 
 
 def corrupt(input_ids, positions, weights, sampled):
-    """The original text, not the masked one, with every predicted token resampled, (B, L). [D12]"""
+    """Replace every predicted token of the original text, not of the masked one, by its sample: (B, L). [D12]
+
+    >>> ids, slots = torch.tensor([[101, 5, 6, 102]]), dict(positions=torch.tensor([[2, 0]]))
+    >>> corrupt(ids, **slots, weights=torch.tensor([[1.0, 0.0]]), sampled=torch.tensor([[9, 8]]))
+    tensor([[101,   5,   9, 102]])
+    """
     original = input_ids.gather(1, positions)
     return input_ids.scatter(1, positions, torch.where(weights > 0, sampled, original))
 
 
-def widen(logits):
-    """bf16 is too coarse for a softmax over a vocabulary and for a loss."""
+def in_fp32(logits):
+    """bf16 is too coarse for a softmax over a vocabulary and for a loss. fp64 stays."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -268,42 +289,38 @@ class Generator(nn.Module):
 
     def __init__(self, config, embeddings=None):
         super().__init__()
+        self.config = config
         self.encoder = Encoder(config, embeddings)
-        self.generator_predictions = nn.ModuleDict(dict(
-            dense=nn.Linear(config.hidden_size, config.embedding_size),
-            LayerNorm=nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps),
-        ))
-        self.generator_lm_head = nn.ParameterDict(dict(bias=torch.zeros(config.vocab_size)))
-        truncated_normal_(self.generator_predictions["dense"], config)
+        self.mlm_dense = nn.Linear(config.hidden_size, config.embedding_size)
+        self.mlm_norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
+        self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        truncated_normal_(self.mlm_dense, config)
 
     def forward(self, input_ids, attention_mask, token_type_ids, positions):
-        """Logits over the vocabulary at `positions` (B, K) and nowhere else, (B, K, V). [D19]"""
+        """Logits over the vocabulary at `positions` (B, K) only: (B, K, V). [D19]"""
         hidden = self.encoder(input_ids, attention_mask, token_type_ids)  # (B, L, H)
         hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, K, H)
-        hidden = F.gelu(self.generator_predictions["dense"](hidden))  # (B, K, E)
-        hidden = self.generator_predictions["LayerNorm"](hidden)
-        table = self.encoder.embeddings.word_embeddings.weight  # (V, E), both input and output layer
-        return F.linear(hidden, table, self.generator_lm_head["bias"])
+        hidden = self.mlm_norm(F.gelu(self.mlm_dense(hidden)))  # (B, K, E)
+        word_embeddings = self.encoder.embeddings.word_embeddings.weight  # (V, E), input and output layer
+        return in_fp32(F.linear(hidden, word_embeddings, self.mlm_bias))
 
 
 class Discriminator(nn.Module):
-    """Tells for every token whether it was replaced."""
+    """Says for every token whether it was replaced."""
 
     def __init__(self, config, embeddings=None):
         super().__init__()
+        self.config = config
         self.encoder = Encoder(config, embeddings)
-        self.discriminator_predictions = nn.ModuleDict(dict(
-            dense=nn.Linear(config.hidden_size, config.hidden_size),
-            dense_prediction=nn.Linear(config.hidden_size, 1),
-        ))
-        truncated_normal_(self.discriminator_predictions["dense"], config)
-        glorot_uniform_(self.discriminator_predictions["dense_prediction"])
+        self.disc_dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.disc_output = nn.Linear(config.hidden_size, 1)
+        truncated_normal_(self.disc_dense, config)
+        glorot_uniform_(self.disc_output)
 
     def forward(self, input_ids, attention_mask, token_type_ids):
         """Logits (B, L), above 0 for "replaced". [D20]"""
         hidden = self.encoder(input_ids, attention_mask, token_type_ids)  # (B, L, H)
-        hidden = F.gelu(self.discriminator_predictions["dense"](hidden))
-        return self.discriminator_predictions["dense_prediction"](hidden).squeeze(-1)
+        return in_fp32(self.disc_output(F.gelu(self.disc_dense(hidden))).squeeze(-1))
 
 
 class Encoder(nn.Module):
@@ -319,7 +336,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, input_ids, attention_mask, token_type_ids):
-        """(B, L) ids, mask and token types -> (B, L, H). For a whole row stands [:, 0], as it is. [D23]"""
+        """Token vectors (B, L, H). A sequence is represented by its [CLS] vector [:, 0], unchanged. [D23]"""
         hidden = self.embeddings(input_ids, token_type_ids)  # (B, L, E)
         if self.embeddings_project is not None:
             hidden = self.embeddings_project(hidden)  # (B, L, H)
@@ -329,22 +346,22 @@ class Encoder(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Word, position and token-type embeddings and their LayerNorm: what the two networks share."""
+    """Word, position and token-type embeddings and their LayerNorm. Both networks share one such object."""
 
     def __init__(self, config):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.embedding_size)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.embedding_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.embedding_size)
-        self.LayerNorm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
+        self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         for table in (self.word_embeddings, self.position_embeddings, self.token_type_embeddings):
-            truncated_normal_(table, config)  # [PAD]'s row like any other
+            truncated_normal_(table, config)  # [PAD]'s row too
 
     def forward(self, input_ids, token_type_ids):
         hidden = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)  # (B, L, E)
         hidden = hidden + self.position_embeddings.weight[: input_ids.shape[1]]
-        return self.dropout(self.LayerNorm(hidden))
+        return self.dropout(self.norm(hidden))
 
 
 class Layer(nn.Module):
@@ -364,15 +381,15 @@ class Layer(nn.Module):
         for linear in (self.query_key_value, self.attention_output, self.intermediate, self.output):
             truncated_normal_(linear, config)
 
-    def forward(self, hidden, keys):
-        """`keys` (B, 1, 1, L) says which positions can be attended to; padding itself still attends."""
+    def forward(self, hidden, key_mask):
+        """`key_mask` (B, 1, 1, L) says which positions may be attended to. Padding itself still attends."""
         B, L, H = hidden.shape
         query, key, value = (
             part.view(B, L, self.num_heads, H // self.num_heads).transpose(1, 2)  # (B, heads, L, H / heads)
             for part in self.query_key_value(hidden).chunk(3, dim=-1)
         )
         dropout_prob = self.attention_dropout_prob if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=keys, dropout_p=dropout_prob)
+        attended = F.scaled_dot_product_attention(query, key, value, key_mask, dropout_prob)
         attended = self.attention_output(attended.transpose(1, 2).reshape(B, L, H))
         hidden = self.attention_norm(hidden + self.dropout(attended))
         fed_forward = self.output(F.gelu(self.intermediate(hidden)))
@@ -380,7 +397,7 @@ class Layer(nn.Module):
 
 
 def truncated_normal_(module, config):
-    """[D21] 0.02 is the deviation before truncation at two deviations; 0.0176 is left of it."""
+    """[D21] The deviation is 0.02 before truncation at two deviations, and 0.0176 after it."""
     std = config.initializer_range
     nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
     if isinstance(module, nn.Linear):
@@ -388,7 +405,7 @@ def truncated_normal_(module, config):
 
 
 def glorot_uniform_(linear):
-    """TensorFlow's default, where the official code names no initialiser."""
+    """TensorFlow's default, which applies where the official code names no initializer. [D21]"""
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
 
@@ -396,49 +413,48 @@ def glorot_uniform_(linear):
 # ------------------------------------------------------------------------------------------------------------
 # Weights in and out, as HuggingFace folders
 
-LAYER_NAMES = {  # a module of Layer -> its HuggingFace names, in the order in which their rows are stacked
-    "query_key_value": ["attention.self.query", "attention.self.key", "attention.self.value"],
-    "attention_output": ["attention.output.dense"],
-    "attention_norm": ["attention.output.LayerNorm"],
-    "intermediate": ["intermediate.dense"],
-    "output": ["output.dense"],
-    "output_norm": ["output.LayerNorm"],
-}
+HUGGINGFACE_NAMES = [  # our module, as a pattern -> its HuggingFace names; the fused one has three
+    (r"encoder\.embeddings\.norm", ["electra.embeddings.LayerNorm"]),
+    (r"encoder\.embeddings", ["electra.embeddings"]),
+    (r"encoder\.embeddings_project", ["electra.embeddings_project"]),
+    (r"encoder\.layers\.(\d+)\.query_key_value",
+     [rf"electra.encoder.layer.\1.attention.self.{part}" for part in ("query", "key", "value")]),
+    (r"encoder\.layers\.(\d+)\.attention_output", [r"electra.encoder.layer.\1.attention.output.dense"]),
+    (r"encoder\.layers\.(\d+)\.attention_norm", [r"electra.encoder.layer.\1.attention.output.LayerNorm"]),
+    (r"encoder\.layers\.(\d+)\.intermediate", [r"electra.encoder.layer.\1.intermediate.dense"]),
+    (r"encoder\.layers\.(\d+)\.output", [r"electra.encoder.layer.\1.output.dense"]),
+    (r"encoder\.layers\.(\d+)\.output_norm", [r"electra.encoder.layer.\1.output.LayerNorm"]),
+    (r"mlm_dense", ["generator_predictions.dense"]),
+    (r"mlm_norm", ["generator_predictions.LayerNorm"]),
+    (r"mlm_bias", ["generator_lm_head.bias"]),
+    (r"disc_dense", ["discriminator_predictions.dense"]),
+    (r"disc_output", ["discriminator_predictions.dense_prediction"]),
+]
 HEADS = ("discriminator_predictions.", "generator_predictions.", "generator_lm_head.")
 ARCHITECTURES = {Discriminator: "ElectraForPreTraining", Generator: "ElectraForMaskedLM"}
 
 
 def huggingface_names(name):
-    """encoder.layers.0.output.bias -> [electra.encoder.layer.0.output.dense.bias]; a fused tensor has three
-    names."""
-    if match := re.fullmatch(r"encoder\.layers\.(\d+)\.(\w+)\.(\w+)", name):
-        layer, module, kind = match.groups()
-        return [f"electra.encoder.layer.{layer}.{full}.{kind}" for full in LAYER_NAMES[module]]
-    return [re.sub(r"^encoder\.", "electra.", name)]
+    """HuggingFace's names of one of our tensors, in the order in which their rows are stacked.
 
-
-def save_pretrained(network, config, folder, vocab, do_lower_case, strip_accents):
-    """Write a Generator or a Discriminator as a folder that `transformers` loads, over what is there.
-
-    `vocab` is the list of tokens in the order of their ids.
+    >>> huggingface_names("encoder.layers.0.output.bias")
+    ['electra.encoder.layer.0.output.dense.bias']
     """
+    for pattern, names in HUGGINGFACE_NAMES:
+        if match := re.match(rf"{pattern}(?=\.|$)", name):
+            return [match.expand(full) + name[match.end() :] for full in names]
+    raise KeyError(name)
+
+
+def save_pretrained(network, folder):
+    """Write config and weights of a Generator or Discriminator, for `transformers` and for us to load."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-
-    def write_json(name, content):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    write_json("config.json", asdict(config) | {
+    config = {field.name: getattr(network.config, field.name) for field in fields(TransformerConfig)} | {
         "model_type": "electra", "architectures": [ARCHITECTURES[type(network)]], "hidden_act": "gelu",
         "pad_token_id": 0, "tie_word_embeddings": True,
-    })
-    # Without this file transformers lower-cases and strips accents whatever the vocabulary.
-    write_json("tokenizer_config.json", {
-        "tokenizer_class": "ElectraTokenizer", "do_lower_case": do_lower_case,
-        "strip_accents": strip_accents, "tokenize_chinese_chars": True,
-        "model_max_length": config.max_position_embeddings,
-    })
-    (folder / "vocab.txt").write_bytes("".join(token + "\n" for token in vocab).encode())
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {}
     for name, tensor in network.state_dict().items():
         names = huggingface_names(name)
@@ -446,81 +462,84 @@ def save_pretrained(network, config, folder, vocab, do_lower_case, strip_accents
     write_safetensors(folder / "model.safetensors", tensors)
 
 
+def load_electra(discriminator, generator, **special_token_ids):
+    """An Electra from the folders of its two networks. The embeddings are the discriminator's."""
+    shape, generator_shape = load_config(discriminator), load_config(generator)
+    config = ElectraConfig(**asdict(shape), **special_token_ids,
+                           generator_size=generator_shape.hidden_size / shape.hidden_size)
+    electra = Electra(config)
+    load_weights(electra.generator, generator)
+    load_weights(electra.discriminator, discriminator)
+    return electra
+
+
 def load_config(folder):
-    """The TransformerConfig of a HuggingFace ELECTRA folder. Fields that it does not know are not read."""
+    """The TransformerConfig of a HuggingFace ELECTRA folder. Other fields of its config.json are ignored."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        sys.exit(f"{folder} is not a model folder: it has no config.json")
+        raise ModelError(f"{folder} is not a model folder: it has no config.json")
     try:
-        shape = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
-        sys.exit(f"{path} is not a JSON object ({error})")
-    only = {"model_type": "electra", "hidden_act": "gelu", "position_embedding_type": "absolute"}
-    for key, ours in only.items():
-        if shape.get(key, ours) != ours:
-            sys.exit(f"{path} says {key} = {shape[key]!r}; only {ours!r} can be read")
-    known = [field for field in fields(TransformerConfig) if field.name in shape]
-    for field in known:
-        if type(shape[field.name]) not in (field.type, int):
-            sys.exit(f"{path} says {field.name} = {shape[field.name]!r}, not a {field.type.__name__}")
-    return TransformerConfig(**{field.name: shape[field.name] for field in known})
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kind, activation = content.get("model_type"), content.get("hidden_act", "gelu")
+        shape = {field.name: field.type(content[field.name])
+                 for field in fields(TransformerConfig) if field.name in content}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is not the config of a model ({error})") from None
+    if (kind, activation) != ("electra", "gelu"):
+        raise ModelError(f"{path} describes a model of type {kind!r} with activation {activation!r}; only "
+                         "'electra' with 'gelu' can be loaded")
+    return TransformerConfig(**shape)
 
 
 def load_weights(network, folder, encoder_only=False):
-    """Fill a Generator, a Discriminator or, with encoder_only, anything with an `.encoder`, from a folder.
+    """Fill a Generator, a Discriminator or, with encoder_only, any module with an `.encoder`, from a folder.
 
-    Every tensor must be there with its shape and none may be left over, except `position_ids`, the tied
-    generator_lm_head.weight, and, with encoder_only, the pre-training heads. Returns the path of the weights.
+    Every tensor must be there, have its shape and be finite, and none may be left over, except for
+    `position_ids`, the tied generator_lm_head.weight and, with encoder_only, the pre-training heads.
     """
     tensors, path = read_weights(folder)
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
-    table = tensors.get("electra.embeddings.word_embeddings.weight")
-    tied = tensors.pop("generator_lm_head.weight", table)
-    if table is not None and not torch.equal(tied, table):
-        sys.exit(f"{path}: generator_lm_head.weight is not tied to the word embeddings, as it should be")
     ours = network.state_dict()
+    ignored = ("electra.embeddings.position_ids", "generator_lm_head.weight")
     if encoder_only:
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEADS)}
         ours = {name: tensor for name, tensor in ours.items() if name.startswith("encoder.")}
+        ignored += HEADS
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(ignored)}
 
-    expected = {}
+    problems = []
     for name, tensor in ours.items():
-        parts = huggingface_names(name)
-        expected |= dict.fromkeys(parts, [tensor.shape[0] // len(parts), *tensor.shape[1:]])
-    wrong = [f"{name} is left over" for name in tensors.keys() - expected.keys()]
-    for name, shape in expected.items():
-        if name not in tensors:
-            wrong.append(f"{name} is missing")
-        elif list(tensors[name].shape) != shape:
-            wrong.append(f"{name} has shape {list(tensors[name].shape)} instead of {shape}")
-    if wrong:
-        sys.exit(f"{path} does not hold this {type(network).__name__}: {'; '.join(sorted(wrong))}")
-    state = {name: torch.cat([tensors[part] for part in huggingface_names(name)]) for name in ours}
+        names = huggingface_names(name)
+        for full, part in zip(names, tensor.chunk(len(names)), strict=True):
+            if full not in tensors:
+                problems.append(f"{full} is missing")
+            elif tensors[full].shape != part.shape:
+                problems.append(f"{full} has shape {list(tensors[full].shape)} instead of {list(part.shape)}")
+            elif not tensors[full].isfinite().all():
+                problems.append(f"{full} is not finite")
+    expected = {full for name in ours for full in huggingface_names(name)}
+    problems += [f"{full} does not belong to it" for full in sorted(tensors.keys() - expected)]
+    if problems:
+        raise ModelError(f"{path} does not fit this {type(network).__name__}: {'; '.join(problems)}")
+    state = {name: torch.cat([tensors[full] for full in huggingface_names(name)]) for name in ours}
     network.load_state_dict(state, strict=not encoder_only)
-    return path
 
 
 def read_weights(folder):
-    """The tensors of a HuggingFace folder by name, as fp32 on the CPU, and the path of their file."""
+    """The tensors of a HuggingFace folder by name, fp32 on the CPU, and the path of their file."""
     path = Path(folder) / "model.safetensors"
     if path.is_file():
         return read_safetensors(path), path
     path = Path(folder) / "pytorch_model.bin"
     if not path.is_file():
-        sys.exit(f"{folder} is not a model folder: it has neither model.safetensors nor pytorch_model.bin")
+        raise ModelError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, AttributeError, ValueError,
-            TypeError, AssertionError, struct.error) as error:
-        sys.exit(f"{path} is not a file of weights, or it is damaged ({type(error).__name__} in reading it)")
-    tables = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
-    if not tables or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        sys.exit(f"{path} is not a table of weights by name")
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ModelError(f"{path} is damaged, or not a file of weights ({type(error).__name__})") from None
     return {name: tensor.float() for name, tensor in tensors.items()}, path
 
 
-# The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, raw
-# tensors.
+# The format: the header's length in 8 bytes, little-endian; the header, JSON {name: {dtype, shape,
+# data_offsets}}; the tensors' bytes.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32}
 
@@ -532,33 +551,26 @@ def write_safetensors(path, tensors):
         start, end = end, end + 4 * tensor.numel()
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the data begins at a multiple of eight
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
-            file.write(np.ascontiguousarray(tensor.numpy(), dtype="<f4").tobytes())
+            file.write(np.ascontiguousarray(tensor.numpy(), dtype="<f4"))
 
 
 def read_safetensors(path):
-    """Read tensors by name, as fp32. Nothing that the header says is trusted before it is checked."""
+    """Read tensors by name, as fp32."""
     data = np.fromfile(path, dtype=np.uint8)
     try:
-        length = int(data[:8].view("<u8")[0])
-        if length > data.size - 8:
-            raise ValueError("its header is longer than the file")
-        header = json.loads(data[8 : 8 + length].tobytes())
-        body, tensors, end = data[8 + length :], {}, 0
-        for name, entry in sorted(header.items(), key=lambda item: item[1].get("data_offsets", [0])):
-            if name == "__metadata__":
-                continue
-            dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            if start != end or stop - start != math.prod(shape) * dtype.itemsize or stop > body.size:
-                raise ValueError(f"offsets and shape of {name} disagree")
-            end = stop
-            raw = torch.from_numpy(body[start:stop].copy())
-            tensors[name] = raw.view(dtype).view(shape).float()
-        if end != body.size:
-            raise ValueError("it is longer than its header says")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        sys.exit(f"{path} is not a safetensors file that can be read, or it is damaged ({error})")
-    return tensors
+        end = 8 + int(data[:8].view("<u8")[0])
+        header, body = json.loads(data[8:end].tobytes()), torch.from_numpy(data[end:])
+        header.pop("__metadata__", None)
+        if len(body) != max(entry["data_offsets"][1] for entry in header.values()):
+            raise ValueError("it is not as long as its header says")
+        tensors = {}
+        for name, entry in header.items():
+            raw = body[slice(*entry["data_offsets"])].clone()  # aligned, so that its dtype can change
+            tensors[name] = raw.view(DTYPES[entry["dtype"]]).view(entry["shape"]).float()
+        return tensors
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{path} is damaged, or not a safetensors file ({error})") from None

@@ -1,8 +1,9 @@
-"""Text to rows, compared with what the tokeniser alone does on the same text with the same number of threads.
+"""Text to rows, compared with what the tokenizer alone does on the same text with the same number of threads.
 
     python bench/rate.py --data PATH --vocab FILE [--workers 1] [--rounds 5]
 
-Each round times both, one after the other, and peak memory is that of the whole process. Prints medians.
+Each round times both, one after the other. Prints medians and their ratio. With --rounds 0 the text is only
+prepared, and the peak memory of this process is printed.
 """
 
 import argparse
@@ -26,9 +27,16 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     work = tempfile.mkdtemp(prefix="rate-")
-    config = data.DataConfig(data=options.data, vocab=options.vocab, workers=options.workers, cache=work)
+    config = data.DataConfig(data=options.data, vocab=options.vocab, workers=options.workers, cache=work,
+                             one_document_per_file=True)
+    if not options.rounds:
+        cache = data.prepare(config, progress=False)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"{cache.describe()}\npeak memory {peak:.0f} MB")
+        shutil.rmtree(work)
+        return
     wordpiece = data.load_wordpiece(config)
-    texts = [text for *_, text in data.read_documents(config)]
+    texts = [text for _, text in data.read_documents(config)]
     lines = [line[: data.MAX_LINE] for text in texts for line in text.split("\n") if line.strip()]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     bare, whole = [], []
@@ -37,18 +45,14 @@ def main():
         for start in range(0, len(lines), 10_000):
             wordpiece.tokenizer.encode_batch(lines[start : start + 10_000], add_special_tokens=False)
         bare.append(megabytes / (time.perf_counter() - began))
-        cache = data.Cache(config, wordpiece)
         began = time.perf_counter()
-        cache.prepare()
+        cache = data.prepare(config, progress=False)
         whole.append(megabytes / (time.perf_counter() - began))
         shutil.rmtree(cache.folder)
     shutil.rmtree(work)
-    print(
-        f"{megabytes:.0f} MB, {options.workers} threads: encode_batch {statistics.median(bare):.2f} MB/s, "
-        f"text to rows {statistics.median(whole):.2f} MB/s, "
-        f"ratio {statistics.median(w / b for w, b in zip(whole, bare, strict=True)):.2f}; "
-        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB"
-    )
+    ratio = statistics.median(w / b for w, b in zip(whole, bare, strict=True))
+    print(f"{megabytes:.0f} MB, {options.workers} threads: encode_batch {statistics.median(bare):.2f} MB/s, "
+          f"text to rows {statistics.median(whole):.2f} MB/s, ratio {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -33,11 +33,11 @@ HERE = Path(data.__file__).parent
 PATHS = [address.removeprefix("hub:") for address in [data.BERT_VOCAB["address"], *data.OPENWEBTEXT]]
 EMPTY_TAR = bytes(10_240)
 FIRST_BATCH = """
-import sys, time, train
-def first(self, input_ids, lr):
+import os, sys, time, train
+def first(*args):
     print("first batch", time.time(), flush=True)
-    raise SystemExit(0)
-train.Run.train_step = first
+    os._exit(0)
+train.learning_rate = first
 train.main(sys.argv[1:])
 """
 
@@ -78,10 +78,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         begin = int(asked[1]) if asked else 0
         self.send_response(206 if asked else 200)
-        self.send_header("ETag", f"{Path(path).name}-{len(body)}")
+        self.send_header("ETag", f'"{Path(path).name}-{len(body)}"')
         self.send_header("Content-Length", str(len(body) - begin))
         if asked:
             self.send_header("Content-Range", f"bytes {begin}-{len(body) - 1}/{len(body)}")
+        if path != PATHS[0]:
             hub.first_byte = hub.first_byte or time.time()
         self.end_headers()
         # While faults are wanted, every body ends early, so that there is another request.
@@ -128,44 +129,22 @@ def main():
 
     for size in ("tiny", "small"):
         hub.first_byte = None
-        flags = [
-            "--size",
-            size,
-            *common,
-            "--cache",
-            str(work / f"{size}-cache"),
-            "--out",
-            str(work / "first"),
-        ]
-        printed = subprocess.run(
-            [sys.executable, "-c", FIRST_BATCH, *flags], cwd=HERE, capture_output=True, text=True
-        )
+        flags = [*common, *f"--size {size} --cache {work / size}-cache --out {work / 'first'}".split()]
+        command = [sys.executable, "-c", FIRST_BATCH, *flags]
+        printed = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
         seconds = float(re.search(r"first batch (\S+)", printed.stdout)[1]) - hub.first_byte
         print(f"{size}: first batch {seconds:.1f} s after the first byte", flush=True)
 
-    recipe = [
-        *common,
-        "--size",
-        "tiny",
-        "--max-length",
-        "32",
-        "--num-train-steps",
-        str(options.steps),
-        "--log-every",
-        "10",
-        "--save-every",
-        "50",
-        "--eval-every",
-        "300",
-    ]
+    recipe = [*common, *f"--size tiny --num-train-steps {options.steps}".split(),
+              *"--log-every 10 --save-every 50 --eval-every 300 --max-length 32".split()]
 
-    def command(name):
+    def commands(name):
         place = ["--cache", str(work / f"{name}-cache"), "--out", str(work / f"{name}-out")]
-        prepare = [sys.executable, str(HERE / "data.py"), *common, "--max-length", "32", *place[:2]]
-        return [sys.executable, str(HERE / "train.py"), *recipe, *place], prepare
+        train = [sys.executable, str(HERE / "train.py"), *recipe, *place]
+        return train, [*train, "--prepare-only"]
 
     def run_to_the_end(name):
-        train, prepare = command(name)
+        train, prepare = commands(name)
         for part in (train, prepare):
             subprocess.run(part, check=True, stdout=subprocess.DEVNULL)
 
@@ -182,7 +161,7 @@ def main():
     hub.faults, chance, killed = 10**9, random.Random(1), {"trainer": 0, "producer": 0}
     while sum(killed.values()) < options.kills:
         with open(work / "killed.log", "ab") as log:
-            process = subprocess.Popen(command("killed")[0], stdout=log, stderr=log)
+            process = subprocess.Popen(commands("killed")[0], stdout=log, stderr=log)
         time.sleep(chance.uniform(2.0, 9.0))
         if process.poll() is not None:
             sys.exit(f"the run ended after {killed} kills: raise --steps")
@@ -202,10 +181,8 @@ def main():
             one, other = (work / f"{run}-out/tiny/{network}/model.safetensors" for run in ("whole", name))
             same[network] = one.read_bytes() == other.read_bytes()
         logs = [
-            [
-                {key: value for key, value in json.loads(line).items() if key != "tokens_per_second"}
-                for line in (work / f"{run}-out/tiny/log.jsonl").read_text().splitlines()
-            ]
+            [{key: value for key, value in json.loads(line).items() if key != "tokens_per_second"}
+             for line in (work / f"{run}-out/tiny/log.jsonl").read_text().splitlines()]
             for run in ("whole", name)
         ]
         same["log"] = logs[0] == logs[1]
