@@ -1,13 +1,13 @@
 """From text to batches: documents, WordPiece ids, rows of two segments, shards, training order.
 
-`prepare` is the whole pipeline on one screen; below it stand its stages in the order in which text passes
-them, then `Order`, which gives the rows of every training step, and at the end model folders from the hub.
+`prepare` is the whole pipeline. Its stages follow in the order in which text passes them, then `Order`, which
+gives the rows of every training step, and model folders from the hub.
 
 The disk holds one array, uint16 (rows, max_length), zero-padded, in shards: attention mask and token types
-follow from the ids. The same text, vocabulary and seed give the same bytes, in one go or after any number of
-kills, and the rows of a step are a function of (seed, step).
+follow from the ids. The same text, vocabulary and seed give the same bytes, however often the run is killed,
+and the rows of a step are a function of (seed, step).
 
-As a program (`python data.py CONFIG`) this file is the producer that train.py runs beside itself.
+As a program (`python data.py CONFIG`) this file is the child process that train.py runs beside itself.
 """
 
 import fcntl
@@ -32,7 +32,6 @@ import threading
 import time
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,18 +51,19 @@ BERT_VOCAB = dict(  # BERT's uncased vocabulary, which is ELECTRA's
     size=231_508,
     sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 )
-SHARD_CHARACTERS = 2_000_000  # of text become one shard: some 3,000 rows of 128
-MAX_DOCUMENT = 10_000_000  # characters; a longer document of a .txt goes on as another
-MAX_LINE = 65_536  # characters of a line that are tokenized
-VOCAB_DOCUMENTS = 100_000  # at the beginning of the corpus train a vocabulary
-MAX_GROUP = 128  # shards that are shuffled together, at most: some 100 MB
-HELDOUT_SHARE = 100  # one document in so many is held out
-TIMEOUT, BACKOFF, ATTEMPTS = 30, 0.5, 6  # seconds; seconds, doubled at each attempt; attempts in a row
-PATIENCE = 600  # seconds to wait for a server that asks to wait
+SHARD_CHARACTERS = 2_000_000  # characters of text per shard, about 3,000 rows of 128
+MAX_DOCUMENT = 10_000_000  # characters; a longer document of a .txt is split
+VOCAB_DOCUMENTS = 100_000  # documents used to train a vocabulary
+MAX_GROUP = 128  # most shards that are shuffled together, about 100 MB
+HELDOUT_SHARE = 100  # one document in 100 is held out
+TIMEOUT = 30  # seconds without an answer
+BACKOFF = 0.5  # seconds before a new attempt, doubled each time, at most a minute
+ATTEMPTS = 6  # failed attempts in a row before giving up
+PATIENCE = 600  # seconds to wait for a server that says when to come back
 
 
 class UserError(ValueError):
-    """Something that the user can mend. The message is a sentence that says how."""
+    """An error that the user can fix. The message is a sentence that says how."""
 
 
 @dataclass(frozen=True)
@@ -71,49 +71,50 @@ class DataConfig:
     """Which text, and how it becomes rows."""
 
     data: list = ("openwebtext",)  # files, folders, addresses of text, openwebtext, or python-docs
-    one_document_per_file: bool = False  # blank lines in a .txt do not separate documents
+    one_document_per_file: bool = False  # each .txt is one document; else blank lines separate documents
     vocab: str = "bert"  # a vocab.txt; train:SIZE, trained on the text; or bert, downloaded once
     do_lower_case: bool = True  # lower-case the text
     strip_accents: bool = True  # strip accents from lower-cased text
     max_length: int = 128  # tokens in a row, [CLS] and [SEP] included
-    seed: int = 0  # of everything that is random
-    workers: int = os.cpu_count()  # threads that tokenize
+    seed: int = 0  # seed of all randomness
     cache: str = "cache"  # folder for prepared text and downloads
 
     def __post_init__(self):
         if self.max_length < 8:
             raise UserError(f"max_length is {self.max_length}; a row needs at least 8 tokens")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}; it must be 0 or more")
 
 
 def prepare(config, progress=True):
     """Turn text into shards of rows. After a kill it resumes; a finished shard is never made again."""
     cache = Cache(config, load_wordpiece(config))
     with lock(cache.folder / "lock", f"waiting for another process to prepare {cache.folder}"):
-        if cache.has_all():
+        cache.refresh()
+        if cache.is_complete:
             return cache
-        position = cache.shards[-1]["next"] if cache.shards else (0, 0, 0)
-        documents = read_documents(config, position)
-        units = prefetch(read_units(documents))
-        tokenized = prefetch((tokenize(texts, cache.wordpiece), position) for texts, position in units)
+        start = cache.shards[-1]["end"] if cache.shards else (0, 0, 0)  # see read_documents
         with tqdm(desc="preparing", unit=" rows", disable=None if progress else True) as bar:
-            for number, (unit, position) in enumerate(tokenized, start=len(cache.shards)):
-                train, heldout, counts = build_rows(unit, number, cache.wordpiece, config)
-                cache.write_shard(number, train, heldout, counts | {"next": position})
+            for number, (texts, end) in enumerate(read_units(config, start), len(cache.shards)):
+                documents = tokenize(texts, cache.wordpiece)
+                train, heldout, counts = build_rows(documents, number, cache.wordpiece, config)
+                cache.write_shard(number, train, heldout, counts | {"end": end})
                 bar.update(len(train))
         if cache.identities != [identify(file) for file in find_files(config)]:
             raise UserError("the text changed while it was being read; run the same command again")
-        cache.has_all()  # counts the new shards
+        cache.refresh()
         if not any(shard["rows"] for shard in cache.shards):
             raise UserError(f"there is no text to train on in {' '.join(config.data)}")
         (cache.folder / "complete").touch()
+        cache.refresh()
     return cache
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Source: names, folders and addresses -> files -> bytes
 
-# What can be read. The last is a tar within OpenWebText's tars.
-KINDS = re.compile(r"\.(txt|jsonl?|tar)(\.gz|\.xz)?$|_data(\.xz)$", re.IGNORECASE)
+# What can be read. An OpenWebText tar holds tars that are named _data.xz.
+KINDS = re.compile(r"(\.txt|\.jsonl?|\.tar|_data(?=\.xz))(\.gz|\.xz)?$", re.IGNORECASE)
 
 
 def find_files(config):
@@ -156,7 +157,7 @@ def url_of(address):
 
 
 def identify(file):
-    """What must stay the same for a cache to remain valid. Of an address it is the address alone."""
+    """What must stay the same for a cache to remain valid. For an address, that is the address alone."""
     if file == "python-docs":
         return [file, platform.python_version(), *map(importlib.metadata.version, ("torch", "numpy"))]
     if is_address(file):
@@ -175,7 +176,7 @@ def open_source(file, offset):
 
 
 class ChunkStream(io.RawIOBase):
-    """An iterator over chunks of bytes as a file."""
+    """A file object over an iterator of byte chunks."""
 
     def __init__(self, chunks):
         self.chunks, self.rest = chunks, b""
@@ -194,15 +195,15 @@ class NotFound(UserError):
     """There is nothing at an address."""
 
 
-def fetch(address, position=0, otherwise="or use --data PATH or --data python-docs"):
-    """Yield what is at an address from byte `position` on. A dropped connection continues at the byte."""
+def fetch(address, position=0, otherwise="use --data PATH or --data python-docs"):
+    """Yield the bytes at an address from `position` on. A dropped connection resumes where it broke off."""
     url, length, etag, failures, waited = url_of(address), None, "", 0, 0.0
     while position != length:
         headers = {"Accept-Encoding": "identity"}
         if position:
             headers["Range"] = f"bytes={position}-"
-        if etag.startswith('"'):  # not a weak one
-            headers["If-Range"] = etag  # if the file has changed meanwhile, the answer is 200
+        if etag.startswith('"'):  # a strong one: if the file has changed since, the answer is 200 and not 206
+            headers["If-Range"] = etag
         try:
             with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
                 status = response.status_code
@@ -210,31 +211,36 @@ def fetch(address, position=0, otherwise="or use --data PATH or --data python-do
                     raise requests.HTTPError(response=response)
                 if status not in (200, 206):
                     kind = NotFound if status == 404 else UserError
-                    raise kind(f"{url} answers {status} {response.reason}; try again later, {otherwise}")
-                rest = int(response.headers.get("Content-Length", -1))
-                is_rest = status == (206 if position else 200) and length in (None, position + rest)
-                if not is_rest or rest < 0:
-                    raise UserError(f"{url} cannot be continued at byte {position:,}: it has changed, or the "
+                    raise kind(f"{url} answers {status} {response.reason}; {otherwise}")
+                rest = int(response.headers.get("Content-Length", -1))  # without it, the body ends itself
+                if status != (206 if position else 200) or (length is not None and position + rest != length):
+                    raise UserError(f"{url} cannot be resumed at byte {position:,}: it has changed, or the "
                                     "server cannot send a part; download it and use --data PATH")
-                length, etag = position + rest, response.headers.get("ETag", "")
+                etag = response.headers.get("ETag", "")
+                length = position + rest if rest >= 0 else None
                 for chunk in response.iter_content(1 << 14):
                     position, failures, waited = position + len(chunk), 0, 0.0
                     yield chunk
+                if length is None:
+                    return
                 if position != length:
                     raise requests.ConnectionError("the body ended early")
         except requests.RequestException as error:
-            reason, asked = type(error).__name__, ""
+            if isinstance(error, ValueError):
+                raise UserError(f"{url} is not a valid address") from None
+            reason, retry_after = type(error).__name__, ""
             if error.response is not None:
                 reason = f"it answers {error.response.status_code} {error.response.reason}"
-                asked = error.response.headers.get("Retry-After", "")
+                retry_after = error.response.headers.get("Retry-After", "")
             failures += 1
-            seconds = min(60, int(asked) if asked.isdecimal() else BACKOFF * 2**failures)
+            seconds = min(60, int(retry_after) if retry_after.isdecimal() else BACKOFF * 2**failures)
             waited += seconds
-            gives_up = waited > PATIENCE if asked else failures > ATTEMPTS
+            gives_up = waited > PATIENCE if retry_after else failures > ATTEMPTS
             if gives_up:
                 raise UserError(f"{url} cannot be read: {reason}, {failures} times in a row; the same "
-                                f"command resumes later, {otherwise}") from None
-            say(f"{url}: {reason}, at byte {position:,}; trying again in {seconds:.0f} s")
+                                f"command resumes later; or {otherwise}") from None
+            message = f"{url}: {reason}, at byte {position:,}; trying again in {seconds:.0f} s"
+            tqdm.write(message, file=sys.stderr)
             time.sleep(seconds)
 
 
@@ -243,13 +249,13 @@ def download(path, address, otherwise, size=None, sha256=None):
     found = hashlib.sha256()
     with (atomic_write(path) as file,
           tqdm(desc=path.name, total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar):
-        for chunk in fetch(address, otherwise=f"try again, {otherwise}"):
+        for chunk in fetch(address, otherwise=otherwise):
             file.write(chunk)
             found.update(chunk)
             bar.update(len(chunk))
         if sha256 not in (None, found.hexdigest()):
             raise UserError(f"{url_of(address)} has SHA-256 {found.hexdigest()} instead of {sha256}; try "
-                            f"again, {otherwise}")
+                            f"again, or {otherwise}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -259,11 +265,24 @@ DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, tarfile.TarErr
 OPENERS = {"": nullcontext, ".gz": gzip.open, ".xz": lzma.open}
 
 
+def read_units(config, start):
+    """Yield (texts, position after them) for each unit of documents, which becomes a shard."""
+    texts, size = [], 0
+    for position, text in read_documents(config, start):
+        texts.append(text)
+        size += len(text)
+        if size >= SHARD_CHARACTERS:
+            yield texts, position
+            texts, size = [], 0
+    if texts:
+        yield texts, position
+
+
 def read_documents(config, start=(0, 0, 0)):
     """Yield (position after it, text) for each document from position `start` on.
 
-    A position is (file, offset, count): the file's number; the byte at which a member of an uncompressed tar
-    begins, 0 in any other file; and the number of documents from there on.
+    A position is (file, offset, count): the number of the file; the byte at which a member of an uncompressed
+    tar begins, 0 in any other file; and the number of documents from there on.
     """
     for number, file in enumerate(find_files(config)):
         if number < start[0]:
@@ -273,8 +292,8 @@ def read_documents(config, start=(0, 0, 0)):
             stream, documents = nullcontext(), ((0, text) for text in python_docs())
         else:
             stream = open_source(file, offset)
-            whole = config.one_document_per_file or file in OPENWEBTEXT
             path = urlsplit(file).path if is_address(file) else file
+            whole = config.one_document_per_file or file in OPENWEBTEXT
             documents = read_file(stream, path, file, whole)
         with stream:
             for member, group in itertools.groupby(documents, key=lambda document: document[0]):
@@ -284,36 +303,36 @@ def read_documents(config, start=(0, 0, 0)):
                         yield (number, offset + member, count), text
 
 
-def read_file(stream, name, source, whole):
+def read_file(stream, path, source, whole):
     """Yield (offset, text) for each document of a file of any kind, archives in archives included.
 
     The offset is that of a member in an uncompressed tar, else 0. `source` names the file in errors.
     """
-    match = KINDS.search(name)
+    match = KINDS.search(path)
     if not match:
         raise UserError(f"{source} cannot be read; .txt, .jsonl, .json and .tar can, plain, .gz or .xz")
-    kind, compression = (match[1] or "tar").lower(), (match[2] or match[3] or "").lower()
+    kind, compression = match[1].lower(), (match[2] or "").lower()
     try:
         with OPENERS[compression](stream) as file:
-            if kind == "tar":
+            if kind == ".txt":
+                yield from ((0, text) for text in read_txt(file, source, whole))
+            elif kind in (".json", ".jsonl"):
+                yield from ((0, text) for text in read_jsonl(file, source))
+            else:
                 for offset, member, content in read_tar(file):
                     documents = read_file(content, member, f"{member} in {source}", whole)
                     if member.lower().endswith((".gz", ".xz")):
-                        documents = list(documents)  # none counts before the checksum at the end is right
+                        documents = list(documents)  # read it all first: the checksum is at the end
                     for _, text in documents:
                         yield (0 if compression else offset), text
                 while compression and file.read(1 << 20):
-                    pass  # the checksum is behind the archive's end mark
-            elif kind == "txt":
-                yield from ((0, text) for text in read_txt(file, source, whole))
-            else:
-                yield from ((0, text) for text in read_jsonl(file, source))
+                    pass  # read on to the checksum, after the end mark
     except DAMAGE as error:
         raise UserError(f"{source} is damaged or cut short ({error}); make or fetch it again") from error
 
 
 class Member(tarfile.TarInfo):
-    """A member of an archive that must have its end mark. Else tarfile takes a cut archive for whole."""
+    """Makes an archive that lacks its end mark an error. By itself, tarfile takes a cut archive for whole."""
 
     @classmethod
     def fromtarfile(cls, tar):
@@ -328,7 +347,8 @@ def read_tar(file):
     with tarfile.open(fileobj=file, mode="r|", tarinfo=Member) as tar:
         while member := tar.next():
             tar.members.clear()  # it would grow with the archive
-            if member.isfile() and KINDS.search(member.name):
+            is_hidden = Path(member.name).name.startswith(".")  # macOS adds ._NAME for each NAME
+            if member.isfile() and KINDS.search(member.name) and not is_hidden:
                 yield member.offset, member.name, tar.extractfile(member)
 
 
@@ -340,12 +360,11 @@ def read_txt(file, source, whole):
     lines, size = [], 0
     for number, raw in enumerate(file, 1):  # bytes: only "\n" ends a line
         line = decode(raw, f"{source}, line {number},")
-        if line.strip() and size < MAX_DOCUMENT:
-            lines.append(line)
-            size += len(line)
-        else:
+        if not line.strip() or size >= MAX_DOCUMENT:
             yield "".join(lines)
-            lines, size = [line], len(line)
+            lines, size = [], 0
+        lines.append(line)
+        size += len(line)
     yield "".join(lines)
 
 
@@ -407,22 +426,9 @@ def find_sentences(source):
 # Tokenize: lines -> WordPiece ids
 
 
-def read_units(documents):
-    """Group documents into units, each of which becomes a shard: yield (texts, position after the last)."""
-    texts, size = [], 0
-    for position, text in documents:
-        texts.append(text)
-        size += len(text)
-        if size >= SHARD_CHARACTERS:
-            yield texts, position
-            texts, size = [], 0
-    if texts:
-        yield texts, position
-
-
 def tokenize(texts, wordpiece):
-    """[(is held out, [ids of a line, ...]), ...] for each document. All lines are tokenized in parallel."""
-    documents = [[line[:MAX_LINE] for line in text.split("\n") if line.strip()] for text in texts]
+    """(Is held out, [ids of each line]) for each document. All lines are tokenized in parallel."""
+    documents = [[line for line in text.split("\n") if line.strip()] for text in texts]
     ids = iter(wordpiece.encode([line for lines in documents for line in lines]))
     return [(is_heldout(text), list(itertools.islice(ids, len(lines))))
             for text, lines in zip(texts, documents, strict=True)]
@@ -444,27 +450,22 @@ class WordPiece:
         self.strip_accents = do_lower_case and strip_accents
         ids = {token: number for number, token in enumerate(tokens)}
         self.cls_token_id, self.sep_token_id, self.mask_token_id = ids[CLS], ids[SEP], ids[MASK]
-        self.special_token_ids = dict(cls_token_id=ids[CLS], sep_token_id=ids[SEP], mask_token_id=ids[MASK])
         self.sha256 = hashlib.sha256("\n".join(tokens).encode()).hexdigest()
         self.tokenizer = blank_tokenizer(self.do_lower_case, self.strip_accents)
-        # As in the official code, a word becomes [UNK] by its length only above 200 characters.
+        self.normalizer, self.tokenizer.normalizer = self.tokenizer.normalizer, None
+        # As in the official code, only words over 200 characters become [UNK] for their length.
         self.tokenizer.model = models.WordPiece(ids, unk_token=UNK, max_input_chars_per_word=200)
-        self.ascii_tokenizer = Tokenizer(self.tokenizer.model)
-        self.ascii_tokenizer.pre_tokenizer = self.tokenizer.pre_tokenizer
 
     def encode(self, lines):
         """A list of lines -> a list of lists of ids, without special tokens."""
-        # The normalizer takes a third of the time. Printable ASCII needs none but lower-casing.
-        is_plain = [line.isascii() and line.isprintable() for line in lines]
-        ids = {}
-        for plain, tokenizer in ((True, self.ascii_tokenizer), (False, self.tokenizer)):
-            places = [place for place in range(len(lines)) if is_plain[place] == plain]
-            texts = [lines[place] for place in places]
-            if plain and self.do_lower_case:
-                texts = [text.lower() for text in texts]
-            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            ids |= {place: encoding.ids for place, encoding in zip(places, encodings, strict=True)}
-        return [ids[place] for place in range(len(lines))]
+        texts = [self.normalize(line) for line in lines]
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def normalize(self, line):
+        if line.isascii() and line.isprintable():  # needs nothing but lower-casing: a third faster
+            return line.lower() if self.do_lower_case else line
+        return self.normalizer.normalize_str(line)
 
     def decode(self, ids):
         """Readable text, with special tokens and without padding."""
@@ -473,7 +474,7 @@ class WordPiece:
     def save(self, folder, max_length):
         """Write vocab.txt and tokenizer_config.json. `max_length` is the length trained on."""
         (folder / "vocab.txt").write_bytes("".join(f"{token}\n" for token in self.tokens).encode())
-        # Without this file transformers lower-cases and strips accents whatever the vocabulary.
+        # Without this file, transformers always lower-cases and strips accents.
         settings = dict(tokenizer_class="ElectraTokenizer", do_lower_case=self.do_lower_case,
                         strip_accents=self.strip_accents, tokenize_chinese_chars=True,
                         model_max_length=max_length)
@@ -491,16 +492,15 @@ def blank_tokenizer(do_lower_case, strip_accents):
 def load_wordpiece(config):
     """The WordPiece that config.vocab names: a file, BERT's, or one trained on the text."""
     files = find_files(config)  # a missing one is reported before anything is downloaded
-    # `tokenizers` reads these when it first runs in parallel.
-    os.environ.update(RAYON_NUM_THREADS=str(config.workers), TOKENIZERS_PARALLELISM="true")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it turns itself off beside child processes
     if config.vocab == "bert":
         path = Path(config.cache) / "bert-uncased-vocab.txt"
-        otherwise = "or use --vocab FILE, or --vocab train:8192 for one trained on your text"
+        otherwise = "use --vocab FILE, or --vocab train:8192 for one trained on your text"
         make_once(path, lambda: download(path, **BERT_VOCAB, otherwise=otherwise))
     elif match := re.fullmatch(r"train:(\d+)", config.vocab):
         if not len(SPECIAL_TOKENS) < int(match[1]) <= 65_535:
             raise UserError(f"--vocab {config.vocab} is not possible; rows are uint16, so take 6 to 65535")
-        # Training is not reproducible to the byte, so a vocabulary is trained once for a text and kept.
+        # Training is not reproducible to the byte, so the vocabulary of a text is kept.
         made_from = [[identify(file) for file in files], config.one_document_per_file, config.do_lower_case,
                      config.strip_accents, match[1]]
         path = Path(config.cache) / f"{source_name(config)}-{digest(made_from)}-vocab.txt"
@@ -514,7 +514,7 @@ def train_vocab(config, size, path):
     """Train a vocabulary of at most `size` tokens on the beginning of the text, and write it to `path`."""
     documents = itertools.islice(read_documents(config), VOCAB_DOCUMENTS)
     tokenizer = blank_tokenizer(config.do_lower_case, config.do_lower_case and config.strip_accents)
-    # A letter takes two tokens, one at the beginning of a word and one within. Rare letters must leave room.
+    # Letters, which take two tokens each (x and ##x), may fill half of the vocabulary.
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL_TOKENS, show_progress=False,
                                         limit_alphabet=max(1, size // 4))
     tokenizer.train_from_iterator((line for _, text in documents for line in text.split("\n")), trainer)
@@ -546,10 +546,10 @@ def segment(lines, max_length, uniform):
     """Cut a document into examples of two segments: yield (first, second, number of ids dropped).
 
     `lines` holds a list of ids for each line, `uniform()` draws from [0, 1). The second segment may be empty.
-    It is called once for each document, so no example crosses the end of one. [D01]
+    Called once per document, so that no example crosses the end of one. [D01]
 
-    Lines are collected until they reach the target, as a rule max_length. Then they are dealt out to two
-    segments. Half of 12 without three special tokens is 4: lines go to the first segment while they fit.
+    Lines are collected until they hold `target` ids, usually max_length, and then dealt out to two segments.
+    Here the first segment should stay below (12 - 3) // 2 = 4 ids:
 
     >>> list(segment([[1, 2], [3, 4, 5], [6, 7, 8, 9, 10, 11], [12], [13]], 12, lambda: 0.5))
     [([1, 2, 12], [3, 4, 5, 6, 7, 8], 3), ([13], [], 0)]
@@ -579,7 +579,7 @@ def split(lines, target, max_length, uniform):
     half = math.inf if uniform() < 0.1 else (target - 3) // 2
     first, second = [], []
     for line in lines:
-        fits = len(first) + len(line) < half  # [D02] even after `second` has begun: line order can break
+        fits = len(first) + len(line) < half  # [D02] also after `second` has begun: line order can change
         if not first or fits or (not second and len(first) < half and uniform() < 0.5):
             first += line
         else:
@@ -591,21 +591,19 @@ def split(lines, target, max_length, uniform):
 
 
 def build_rows(documents, number, wordpiece, config):
-    """The rows of a unit, uint16 (rows, max_length), for training and held out, and counts for the manifest.
+    """The rows of a unit, uint16 (rows, max_length), for training and held out, and counts for the shard.
 
-    The random numbers of a document follow from the seed, the unit's number and the document's place in it.
+    The random numbers of a document follow from the seed, the unit's number and the document's index in it.
     """
-    rows, kept, dropped = ([], []), 0, 0
+    train, heldout, kept, dropped = [], [], 0, 0
     cls, sep = [wordpiece.cls_token_id], [wordpiece.sep_token_id]
-    for place, (heldout, lines) in enumerate(documents):
-        uniform = random.Random(f"{config.seed} {number} {place}").random
-        for first, second, cut in segment(lines, config.max_length, uniform):
-            rows[heldout].append(cls + first + sep + (second + sep if second else []))
-            kept, dropped = kept + len(first) + len(second), dropped + cut
-    arrays = [np.zeros((len(part), config.max_length), dtype=np.uint16) for part in rows]
-    for array, part in zip(arrays, rows, strict=True):
-        for place, row in zip(array, part, strict=True):
-            place[: len(row)] = row
+    for index, (is_heldout_, lines) in enumerate(documents):
+        uniform = random.Random(f"{config.seed} {number} {index}").random
+        for first, second, overflow in segment(lines, config.max_length, uniform):
+            row = cls + first + sep + (second + sep if second else [])
+            (heldout if is_heldout_ else train).append(row + [0] * (config.max_length - len(row)))
+            kept, dropped = kept + len(first) + len(second), dropped + overflow
+    arrays = [np.array(rows, dtype=np.uint16).reshape(-1, config.max_length) for rows in (train, heldout)]
     return *arrays, dict(documents=len(documents), tokens_kept=kept, tokens_dropped=dropped)
 
 
@@ -614,26 +612,28 @@ def build_rows(documents, number, wordpiece, config):
 
 
 class Cache:
-    """The shards made from one corpus with one vocabulary. A producer may be adding to them.
+    """The shards made from one corpus with one vocabulary. A child process may be adding to them.
 
-    shard-N.npz holds the rows for training, the held-out rows and, in `info`, counts and the position in
-    the corpus that follows. A file named `complete` says that there will be no more.
+    shard-N.npz holds the rows for training, the held-out rows and, in `info`, counts and the position in the
+    corpus at which the shard ends. A file named `complete` says that there will be no more.
     """
 
     def __init__(self, config, wordpiece):
-        self.config, self.wordpiece, self.shards = config, wordpiece, []
+        self.config, self.wordpiece = config, wordpiece
+        self.shards, self.is_complete = [], False  # the info of each shard, as of the last refresh
         self.identities = [identify(file) for file in find_files(config)]
         self.fingerprint = {
             "format": [2, SHARD_CHARACTERS, HELDOUT_SHARE],
             "files": digest(self.identities),
             "one_document_per_file": config.one_document_per_file,
-            "vocab_sha256": wordpiece.sha256,
+            "vocab": wordpiece.sha256[:12],
             "do_lower_case": wordpiece.do_lower_case,
             "strip_accents": wordpiece.strip_accents,
             "max_length": config.max_length,
             "seed": config.seed,
         }
         self.folder = Path(config.cache) / f"{source_name(config)}-{digest(self.fingerprint)}"
+        self.refresh()
 
     def path(self, number):
         return self.folder / f"shard-{number:06d}.npz"
@@ -643,58 +643,55 @@ class Cache:
         with atomic_write(self.path(number)) as file:
             np.savez(file, train=train, heldout=heldout, info=json.dumps(info))
 
-    def has_shards(self, number):
-        """Whether there are so many shards, or all that there will ever be."""
-        complete = (self.folder / "complete").exists()  # before the shards are counted
-        while len(self.shards) < number and self.path(len(self.shards)).exists():
+    def refresh(self):
+        """Look for shards that were added."""
+        self.is_complete = (self.folder / "complete").exists()  # first, or the last shard could be missed
+        while self.path(len(self.shards)).exists():
             self.shards.append(json.loads(str(self.load("info", len(self.shards)))))
-        return complete or len(self.shards) >= number
 
-    def has_all(self):
-        return self.has_shards(math.inf)
-
-    def load(self, kind, number):
+    def load(self, name, number):
         """The `train` or `heldout` rows of a shard, uint16 (rows, max_length), or its `info`."""
         try:
             with open(self.path(number), "rb") as file, np.load(file) as shard:
-                return shard[kind]
+                return shard[name]
         except (ValueError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{self.path(number)} is damaged ({error}); delete its folder, and it is made "
                             "again") from None
 
     def heldout(self, limit):
         """The first `limit` held-out rows, all if there are fewer, or None while they have not arrived."""
-        rows, number = np.zeros((0, self.config.max_length), dtype=np.uint16), 0
-        while len(rows) < limit:
-            if not self.has_shards(number + 1):
-                return None
-            if number == len(self.shards):
-                break
-            rows = np.concatenate([rows, self.load("heldout", number)])
-            number += 1
-        return rows[:limit].astype(np.int64)
+        self.refresh()
+        rows = np.zeros((0, self.config.max_length), dtype=np.uint16)
+        for number, shard in enumerate(self.shards):
+            if len(rows) < limit and shard["heldout_rows"]:
+                rows = np.concatenate([rows, self.load("heldout", number)])
+        return rows[:limit].astype(np.int64) if self.is_complete or len(rows) >= limit else None
 
     def describe(self):
-        """What the cache holds, with a warning if much of the text is dropped."""
-        total = {name: sum(shard[name] for shard in self.shards) for name in self.shards[0] if name != "next"}
-        share = total["tokens_dropped"] / max(1, total["tokens_kept"] + total["tokens_dropped"])
-        text = (f"{self.folder}{'' if self.has_all() else ', so far'}: {total['documents']:,} documents, "
-                f"{total['rows']:,} rows to train on, {total['heldout_rows']:,} held out; {share:.0%} of the "
-                "tokens overflow a row and are dropped")
-        if share > 0.4:
+        """What the cache holds, with a warning if much of the text is lost, or rows are mostly padding."""
+        names = ("documents", "rows", "heldout_rows", "tokens_kept", "tokens_dropped")
+        documents, rows, heldout, kept, dropped = (
+            sum(shard[name] for shard in self.shards) for name in names)
+        lost = dropped / max(1, kept + dropped)
+        text = (f"{self.folder}{'' if self.is_complete else ', so far'}: {documents:,} documents, {rows:,} "
+                f"rows to train on, {heldout:,} held out; {lost:.0%} of the tokens overflow a row: dropped")
+        if lost > 0.4:
             text += ("\nwarning: that is a lot. ELECTRA takes a line for a sentence or a paragraph: break "
                      "long lines, or raise --max-length")
+        if kept < 0.4 * (rows + heldout) * self.config.max_length:
+            text += ("\nwarning: rows are mostly padding. A blank line ends a document: if it should not, "
+                     "use --one-document-per-file, else lower --max-length")
         return text
 
 
 @contextmanager
 def producing(cache):
-    """Fill a cache in a child process meanwhile. Yields a function that returns the child's error, or None.
+    """Fill a cache in a child process. Yields a function that returns the child's error, or None.
 
-    The child ends with its parent, however that ends, since its standard input closes then. It prints its
-    error to standard output, and what it waits for to the terminal.
+    It yields once there is a shard. The child exits when its standard input closes, so it cannot outlive its
+    parent. Its error goes to standard output, and what it waits for to the terminal.
     """
-    if cache.has_all():
+    if cache.is_complete:
         yield lambda: None
         return
     command = [sys.executable, __file__, json.dumps(asdict(cache.config))]
@@ -702,16 +699,46 @@ def producing(cache):
     with subprocess.Popen(command, **pipes, start_new_session=True) as child:  # only the parent gets Ctrl-C
 
         def error():
-            if not child.poll():
+            status = child.poll()
+            cache.refresh()
+            if status is None or cache.is_complete:
                 return None
             message = child.stdout.read().decode(errors="replace").strip()
-            return message or (f"preparing the text ended with status {child.returncode}; the same command "
-                               "resumes")
+            return message or f"preparing the text ended with status {status}; run the same command again"
 
         try:
+            while not cache.shards:
+                if message := error():
+                    raise UserError(message)
+                time.sleep(0.05)
             yield error
         finally:
             child.kill()
+
+
+def produce():
+    """What the child process does. Returns its exit status."""
+
+    def end_with_parent():
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        prepare(DataConfig(**json.loads(sys.argv[1])), progress=False)
+    except (UserError, OSError) as error:
+        print(error)
+        return 1
+    return 0
+
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+
+
+def source_name(config):
+    return re.sub(r"[^\w.-]", "_", Path(config.data[0]).name) or "text"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -729,14 +756,15 @@ class Order:
         self.cache, self.batch_size, self.seed = cache, batch_size, cache.config.seed
         self.groups = self.list_groups()
         self.rows = np.zeros((0, cache.config.max_length), dtype=np.uint16)
-        self.epoch, self.end = 0, 0  # of the last row in self.rows; its number in the sequence, plus 1
+        self.epoch, self.end = 0, 0  # epoch of the last row; number of rows up to it
 
     def batch(self, step):
         """(epoch, ids (batch_size, max_length) int64) of a step, or None while its rows have not arrived.
 
-        Steps may be skipped, but not asked for backwards.
+        Steps must not decrease.
         """
         start = step * self.batch_size
+        assert start >= self.end - len(self.rows)
         while self.end < start + self.batch_size:
             group = next(self.groups)
             if group is None:
@@ -744,7 +772,7 @@ class Order:
             self.epoch, number, shards = group
             size = sum(self.cache.shards[shard]["rows"] for shard in shards)
             self.end += size
-            if self.end > start:  # else the run was resumed behind this group
+            if self.end > start:  # otherwise the run resumes after this group
                 order = rng(self.seed, "rows", self.epoch, number).permutation(size)
                 rows = np.concatenate([self.cache.load("train", shard) for shard in shards])
                 self.rows = np.concatenate([self.rows, rows[order]])
@@ -757,8 +785,9 @@ class Order:
             start = 0
             for number in itertools.count():
                 stop = start + min(2**number, MAX_GROUP)
-                while not self.cache.has_shards(stop):
+                while len(self.cache.shards) < stop and not self.cache.is_complete:
                     yield None
+                    self.cache.refresh()
                 shards = range(len(self.cache.shards))
                 if start >= len(shards):
                     break
@@ -791,8 +820,8 @@ def find_model(name, cache):
 
 
 def download_model(name, folder):
-    """Download a model from the hub, config.json last: where that is, all is."""
-    otherwise = f"or check the name: there is no folder {name} here either"
+    """Download a model from the hub. config.json comes last and marks a complete download."""
+    otherwise = f"check the name: there is no folder {name} here either"
 
     def get(file):
         download(folder / file, f"hub:/{name}/resolve/main/{file}", otherwise)
@@ -823,7 +852,7 @@ def read_tokenizer(folder):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files that survive a kill
+# Files that survive a kill: helpers, also for train.py, glue.py and finetune.py
 
 
 @contextmanager
@@ -845,7 +874,7 @@ def atomic_write(path):
 
 
 def append_json(file, entry):
-    """Add a line of JSON to an open binary file, and see it to the disk."""
+    """Append a line of JSON to an open binary file, and flush it to disk."""
     file.write(json.dumps(entry).encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())
@@ -861,9 +890,9 @@ def parse_json(text, source):
 
 @contextmanager
 def lock(path, waiting=None):
-    """Hold a lock, which the kernel releases when the process ends. Yields whether it is held.
+    """Hold a lock, which the kernel releases when the process ends. Yields True.
 
-    If another process has it, say `waiting` and wait. Without that message, yield False.
+    If another process holds it: print `waiting` and wait, or yield False if there is no message.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
@@ -873,7 +902,7 @@ def lock(path, waiting=None):
             if not waiting:
                 yield False
                 return
-            say(waiting)
+            tqdm.write(waiting, file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield True
 
@@ -884,46 +913,6 @@ def make_once(path, make):
         with lock(path.with_suffix(".lock"), f"waiting for another process to make {path}"):
             if not path.exists():
                 make()
-
-
-def prefetch(items):
-    """Iterate over `items`, with the next one made in a thread meanwhile. Its exceptions are raised here."""
-    end, iterator = object(), iter(items)
-    with ThreadPoolExecutor(1) as thread:
-        future = thread.submit(next, iterator, end)
-        while (item := future.result()) is not end:
-            future = thread.submit(next, iterator, end)
-            yield item
-
-
-def say(message):
-    """Print to standard error, over a progress bar if there is one."""
-    print(("\r\033[K" if sys.stderr.isatty() else "") + message, file=sys.stderr, flush=True)
-
-
-def digest(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
-
-
-def source_name(config):
-    return re.sub(r"[^\w.-]", "_", Path(config.data[0]).name) or "text"
-
-
-def produce():
-    """The child process of `producing`. It ends when its standard input closes; finished shards stay."""
-
-    def end_with_parent():
-        while os.read(0, 1):
-            pass
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    try:
-        prepare(DataConfig(**json.loads(sys.argv[1])), progress=False)
-    except (UserError, OSError) as error:
-        print(error)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":

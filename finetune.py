@@ -1,10 +1,8 @@
 """Fine-tune on GLUE and score: `python finetune.py --task mrpc --seeds 10`.
 
-Read `finetune` first: one run of one task with one seed. Above all tasks and seeds stands `Sweep`, which
-keeps a line for each in out/glue/results.jsonl and never repeats a finished one. The table is what papers
-print; --submit writes the zip for gluebenchmark.com.
-
-A seed gives the same result alone or among others.
+Read `finetune` first: one run of one task with one seed. `Sweep` runs all tasks and seeds. Each finished run
+is a line of out/glue/results.jsonl and is never repeated. The table is what papers print; --submit writes the
+zip for gluebenchmark.com. The result of a seed does not depend on what else runs.
 """
 
 import os
@@ -13,7 +11,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in train.py
 
 import hashlib
 import math
-import platform
 import re
 import sys
 import time
@@ -22,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tokenizers
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -40,7 +36,6 @@ from data import (
     parse_json,
     read_tokenizer,
     rng,
-    say,
 )
 from glue import (
     AVERAGED_BY_ELECTRA,
@@ -54,8 +49,8 @@ from glue import (
     write_submission,
 )
 from model import (
+    ElectraConfig,
     Encoder,
-    TransformerConfig,
     glorot_uniform_,
     in_fp32,
     load_config,
@@ -63,12 +58,11 @@ from model import (
     mask_and_types,
 )
 from train import (
-    Parser,
     StepConfig,
     autocast,
     build_optimizer,
-    configure,
     learning_rate,
+    parse,
     resolve_device,
     run_command,
 )
@@ -89,7 +83,7 @@ class FinetuneConfig(StepConfig):
     random_weights: bool = False  # start from random weights of the model's shape, as a baseline
     glue_dir: str = ""  # folder laid out as the official zips are; without it the tasks are downloaded
     learning_rate: float = 0.0  # peak learning rate; 0 is that for the model's size
-    layerwise_lr_decay: float = 0.0  # of the learning rate, from a layer to the one below; 0 is the size's
+    layerwise_lr_decay: float = 0.0  # factor from each layer to the one below; 0 is that for the size
     num_train_epochs: int = 0  # passes over the task; 0 is 10 for RTE and STS-B, 3 for the others
     batch_size: int = 32  # examples in a step
     max_length: int = 128  # tokens to which an example is cut
@@ -116,51 +110,62 @@ class FinetuneConfig(StepConfig):
         return list(dict.fromkeys(sum(names, [])))
 
 
+def resolve(config, name, hidden_size):
+    """The config of one task: what was typed, else the recipe of the task and of the model's size."""
+    sizes = [size for size in RECIPES if size >= hidden_size]
+    peak, decay = RECIPES[min(sizes, default=max(RECIPES))]
+    return replace(config, learning_rate=config.learning_rate or peak,
+                   layerwise_lr_decay=config.layerwise_lr_decay or decay,
+                   num_train_epochs=config.num_train_epochs or TASKS[name].num_train_epochs)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # One fine-tuning run
 
 
-def finetune(name, seed, data, pretrained, config, progress):
+def finetune(name, seed, splits, pretrained, config):
     """Train a classifier on a task, and predict: predictions by split, NumPy arrays (N,).
 
-    `data` has (rows, labels) by split; `progress(epoch, examples)` is called at every step.
+    `splits` has the (rows, labels) of each split.
     """
-    task, (rows, labels) = TASKS[name], data["train"]
+    task, (rows, labels) = TASKS[name], splits["train"]
     torch.manual_seed(int(rng(seed, f"{name} classifier").integers(2**63)))  # of dropout, too
-    network = Classifier(pretrained.shape, len(task.labels) or 1)
-    if pretrained.encoder is not None:
-        network.encoder.load_state_dict(pretrained.encoder)
+    network = Classifier(pretrained.config, len(task.labels) or 1)
+    if pretrained.encoder_state is not None:
+        network.encoder.load_state_dict(pretrained.encoder_state)
     network = network.to(config.device).train()
-    layers, decay = pretrained.shape.num_hidden_layers, config.layerwise_lr_decay
+    layers, decay = pretrained.config.num_hidden_layers, config.layerwise_lr_decay
     optimizer = build_optimizer(network.named_parameters(), config, lambda key: lr_scale(key, layers, decay))
     labels = torch.tensor(labels, dtype=torch.long if task.labels else torch.float32, device=config.device)
     total, step = num_steps(len(rows), config.batch_size, config.num_train_epochs), 0
-    for epoch in range(config.num_train_epochs):
-        order = rng(seed, f"{name} order", epoch).permutation(len(rows))
-        for chosen in np.split(order, range(config.batch_size, len(rows), config.batch_size)):
-            lr = learning_rate(step, config.learning_rate, total, config.warmup_proportion * total)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-            logits = forward(network, [rows[i] for i in chosen], pretrained.wordpiece, config)
-            losses(logits, labels[torch.from_numpy(chosen)], task).sum().backward()  # [D34] not the mean
-            torch.nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            progress(epoch, len(chosen))
+    title = f"{task.title}, seed {seed}"
+    with tqdm(total=total, desc=title, unit=" steps", leave=False, disable=None) as bar:
+        for epoch in range(config.num_train_epochs):
+            order = rng(seed, f"{name} order", epoch).permutation(len(rows))
+            for chosen in np.split(order, range(config.batch_size, len(rows), config.batch_size)):
+                lr = learning_rate(step, config.learning_rate, total, config.warmup_proportion * total)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group["lr_scale"]
+                logits = forward(network, [rows[i] for i in chosen], pretrained.wordpiece, config)
+                losses(logits, labels[torch.from_numpy(chosen)], task).sum().backward()  # [D34] not the mean
+                torch.nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                step += 1
+                bar.update()
     # The last step is scored: no best epoch is picked.
-    return {split: predict(network, data[split][0], task, pretrained.wordpiece, config)
-            for split in data if split != "train"}
+    return {split: predict(network, rows, task, pretrained.wordpiece, config)
+            for split, (rows, _) in splits.items() if split != "train"}
 
 
 class Classifier(nn.Module):
-    """The pre-trained encoder without its head, and on [CLS] dropout and one new layer. [D29]"""
+    """The pre-trained encoder, then dropout and one linear layer on [CLS]. [D29]"""
 
-    def __init__(self, shape, num_outputs):
+    def __init__(self, config, num_outputs):
         super().__init__()
-        self.encoder = Encoder(shape)
+        self.encoder = Encoder(config)
         self.dropout = nn.Dropout(0.1)
-        self.classifier = nn.Linear(shape.hidden_size, num_outputs)
+        self.classifier = nn.Linear(config.hidden_size, num_outputs)
         glorot_uniform_(self.classifier)
 
     def forward(self, input_ids, sep_token_id):
@@ -212,7 +217,7 @@ def predict(network, rows, task, wordpiece, config):
     parts = np.split(order, range(EVAL_BATCH_SIZE, len(rows), EVAL_BATCH_SIZE))
     logits = torch.cat([forward(network, [rows[i] for i in part], wordpiece, config) for part in parts])
     logits = logits.cpu().numpy()
-    if not np.isfinite(logits).all():  # one answer for all, so that a sweep goes on
+    if not np.isfinite(logits).all():  # predict class 0 everywhere, so that the sweep continues
         tqdm.write(f"{task.title}: the predictions are not finite; try a lower --learning-rate")
         logits = np.zeros_like(logits)
     predictions = np.empty(len(rows), dtype=np.int64 if task.labels else np.float32)
@@ -224,7 +229,7 @@ def predict(network, rows, task, wordpiece, config):
 # From examples to rows
 
 
-def build_rows(examples, wordpiece, max_length, both_orders=False):
+def tokenize_examples(examples, wordpiece, max_length, both_orders=False):
     """(Rows, labels): a list of arrays of ids, and an array. With both_orders, the swapped pairs follow."""
     firsts, seconds = (wordpiece.encode([example[side] for example in examples]) for side in (0, 1))
     pairs = list(zip(firsts, seconds, strict=True))
@@ -260,36 +265,37 @@ def truncate(first, second, length):
 
 
 class Pretrained(NamedTuple):
-    """What is fine-tuned."""
+    """A model to fine-tune."""
 
     folder: Path
-    shape: TransformerConfig  # with the dropout of fine-tuning
+    config: ElectraConfig  # with the dropout of fine-tuning
     wordpiece: WordPiece
-    encoder: dict | None  # the encoder's weights; None for random ones
-    weights: str  # a hash of the encoder's weights, or "random"
+    encoder_state: dict | None  # None for random weights
+    weights_sha256: str  # or "random"
 
 
 def load_pretrained(config):
     folder = find_model(config.model, config.cache)
-    shape = replace(load_config(folder), hidden_dropout_prob=config.dropout,
-                    attention_probs_dropout_prob=config.dropout)
+    model_config = replace(load_config(folder), hidden_dropout_prob=config.dropout,
+                           attention_probs_dropout_prob=config.dropout)
     wordpiece, trained_length = read_tokenizer(folder)
-    if len(wordpiece.tokens) != shape.vocab_size:
-        raise UserError(f"{folder} contradicts itself: vocab.txt has {len(wordpiece.tokens):,} tokens, and "
-                        f"config.json says {shape.vocab_size:,}")
-    if config.max_length > shape.max_position_embeddings:
-        raise UserError(f"{folder} has {shape.max_position_embeddings} positions; use --max-length "
-                        f"{shape.max_position_embeddings} or less")
+    if len(wordpiece.tokens) != model_config.vocab_size:
+        raise UserError(f"{folder} is inconsistent: vocab.txt has {len(wordpiece.tokens):,} tokens, and "
+                        f"config.json says {model_config.vocab_size:,}")
+    positions = model_config.max_position_embeddings
+    if config.max_length > positions:
+        raise UserError(f"{folder} has {positions} positions; use --max-length {positions} or less")
     if trained_length and config.max_length > trained_length:
-        say(f"warning: {folder} was pre-trained on rows of {trained_length} tokens, and later positions were "
-            f"never trained; --max-length {trained_length} avoids them")
-    network = Classifier(shape, 1)
+        print(f"warning: {folder} was pre-trained on rows of {trained_length} tokens, so later positions are "
+              f"untrained; --max-length {trained_length} avoids them")
+    network, sha256 = Classifier(model_config, 1), hashlib.sha256()
     load_weights(network, folder, encoder_only=True)
     if config.random_weights:
-        return Pretrained(folder, shape, wordpiece, None, "random")
-    encoder = network.encoder.state_dict()
-    content = b"".join(tensor.numpy().tobytes() for tensor in encoder.values())
-    return Pretrained(folder, shape, wordpiece, encoder, hashlib.sha256(content).hexdigest())
+        return Pretrained(folder, model_config, wordpiece, None, "random")
+    encoder_state = network.encoder.state_dict()
+    for tensor in encoder_state.values():
+        sha256.update(tensor.numpy())
+    return Pretrained(folder, model_config, wordpiece, encoder_state, sha256.hexdigest())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -306,27 +312,21 @@ class Sweep:
         self.config, self.pretrained, self.folder = config, pretrained, Path(config.out)
         self.path = self.folder / "results.jsonl"
         self.keeps_predictions = config.predict or config.submit
-        # The config of each task: what was typed, else the recipe of the task and of the model's size.
-        widths = [width for width in RECIPES if width >= pretrained.shape.hidden_size]
-        peak, decay = RECIPES[min(widths, default=max(RECIPES))]
-        self.configs = {name: replace(
-            config, learning_rate=config.learning_rate or peak,
-            layerwise_lr_decay=config.layerwise_lr_decay or decay,
-            num_train_epochs=config.num_train_epochs or TASKS[name].num_train_epochs,
-        ) for name in config.tasks}
+        self.jobs = [(name, seed) for name in config.tasks for seed in range(config.seeds)]
+        self.configs = {name: resolve(config, name, pretrained.config.hidden_size) for name in config.tasks}
 
     def settings(self, name):
-        """All that decides the result of a task, but the seed."""
+        """Everything that decides a task's result, except the seed."""
         model = self.pretrained
-        elsewhere = ("task", "seeds", "model", "random_weights", "glue_dir", "predict", "submit", "cache",
-                     "out", "device")
-        settings = {key: value for key, value in asdict(self.configs[name]).items() if key not in elsewhere}
+        others = ("task", "seeds", "model", "random_weights", "glue_dir", "predict", "submit", "cache", "out",
+                  "device")
+        settings = {key: value for key, value in asdict(self.configs[name]).items() if key not in others}
         return settings | dict(
-            shape=asdict(model.shape), weights=model.weights, vocab=model.wordpiece.sha256,
+            shape=asdict(model.config), weights=model.weights_sha256, vocab=model.wordpiece.sha256,
             do_lower_case=model.wordpiece.do_lower_case, strip_accents=model.wordpiece.strip_accents)
 
     def key(self, name, seed):
-        """What the files of a (task, seed) are called."""
+        """The name under which the files of a (task, seed) are kept."""
         return f"{name}-{seed}-{digest(self.settings(name))}"
 
     def predictions_path(self, name, seed):
@@ -353,55 +353,38 @@ class Sweep:
             append_json(file, entry)
 
     def run(self):
-        """Do all that is not done. Returns the (task, seed) pairs that other processes are working on."""
-        jobs = [(name, seed) for name in self.config.tasks for seed in range(self.config.seeds)]
-        done, busy, read, data = self.results(), [], None, None
-        for name in dict.fromkeys(name for name, seed in jobs if (name, seed) not in done):
-            for _ in self.read(name):
-                pass  # a missing or damaged file is reported now, and not in the middle of the night
-        total = sum(self.num_examples(name) for name, seed in jobs if (name, seed) not in done)
-        with tqdm(total=total, unit=" examples", unit_scale=True, disable=None) as bar:
-            for name, seed in jobs:
-                with lock(self.folder / "locks" / self.key(name, seed)) as is_ours:
-                    if not is_ours:
-                        busy.append((name, seed))
-                    elif (name, seed) not in self.results():  # another process may have finished it
-                        if read != name:
-                            read, data = name, self.tokenize(name)
-                        self.run_one(name, seed, data, bar)
-        return busy
-
-    def num_examples(self, name):
-        """Of a whole run, all epochs together."""
-        task = TASKS[name]
-        return task.rows["train"] * (1 + task.both_orders) * self.configs[name].num_train_epochs
+        """Run everything that is not finished, except what another process is working on."""
+        done, loaded, splits = self.results(), None, None
+        for name in dict.fromkeys(name for name, seed in self.jobs if (name, seed) not in done):
+            self.read(name)  # a missing or damaged file is reported now, not in the middle of the night
+        for name, seed in self.jobs:
+            with lock(self.folder / "locks" / self.key(name, seed)) as is_ours:
+                if is_ours and (name, seed) not in self.results():  # another process may have finished it
+                    if loaded != name:
+                        loaded, splits = name, self.tokenize(name)
+                    self.run_one(name, seed, splits)
 
     def read(self, name):
-        """Yield (split, its examples) of all that is needed of a task."""
-        splits = [(TASKS[name], split) for split in ("train", *TASKS[name].dev_splits)]
+        """The examples of all splits that are needed of a task."""
+        needed = [(TASKS[name], split) for split in ("train", *TASKS[name].dev_splits)]
         if self.keeps_predictions:
-            splits += submission_splits(name)
-        for task, split in splits:
-            yield split, read_examples(task, split, self.config.cache, self.config.glue_dir)
+            needed += submission_splits(name)
+        return {split: read_examples(task, split, self.config.cache, self.config.glue_dir)
+                for task, split in needed}
 
     def tokenize(self, name):
         """(Rows, labels) by split."""
         wordpiece, length = self.pretrained.wordpiece, self.config.max_length
-        return {split: build_rows(examples, wordpiece, length, TASKS[name].both_orders and split == "train")
-                for split, examples in self.read(name)}
+        return {split: tokenize_examples(examples, wordpiece, length,
+                                         TASKS[name].both_orders and split == "train")
+                for split, examples in self.read(name).items()}
 
-    def run_one(self, name, seed, data, bar):
+    def run_one(self, name, seed, splits):
         """Fine-tune a task with a seed, and add its line to the results."""
         task, config, began = TASKS[name], self.configs[name], time.perf_counter()
-
-        def progress(epoch, examples):
-            place = f"epoch {epoch + 1} of {config.num_train_epochs}"
-            bar.set_description(f"{task.title}, seed {seed}, {place}", refresh=False)
-            bar.update(examples)
-
-        predictions = finetune(name, seed, data, self.pretrained, config, progress)
-        seconds = time.perf_counter() - began
-        metrics = score(task, predictions, {split: data[split][1] for split in task.dev_splits})
+        predictions = finetune(name, seed, splits, self.pretrained, config)
+        seconds = round(time.perf_counter() - began, 1)
+        metrics = score(task, predictions, {split: splits[split][1] for split in task.dev_splits})
         if self.keeps_predictions:
             files = {owner.submissions[split]: predictions[split] for owner, split in submission_splits(name)}
             with atomic_write(self.predictions_path(name, seed)) as file:
@@ -409,15 +392,12 @@ class Sweep:
         self.add(dict(
             task=name, seed=seed, metrics=metrics,
             is_constant=bool(np.ptp(predictions[task.dev_splits[0]]) < 1e-5),
-            examples={split: len(rows) for split, (rows, _) in data.items()},
-            seconds=round(seconds, 1), examples_per_second=round(self.num_examples(name) / seconds),
-            model=str(self.pretrained.folder), finished=time.strftime("%Y-%m-%d %H:%M:%S"),
-            device=config.device, threads=torch.get_num_threads(), python=platform.python_version(),
-            torch=str(torch.__version__), numpy=np.__version__, tokenizers=tokenizers.__version__,
-            settings=self.settings(name),
-        ))
+            examples={split: len(rows) for split, (rows, _) in splits.items()}, seconds=seconds,
+            finished=time.strftime("%Y-%m-%d %H:%M:%S"), model=str(self.pretrained.folder),
+            device=config.device, threads=torch.get_num_threads(), torch=str(torch.__version__),
+            settings=self.settings(name)))
         scores = ", ".join(f"{metric} {100 * value:.1f}" for metric, value in metrics.items())
-        tqdm.write(f"{task.title}, seed {seed}: {scores} ({seconds:.0f} s)")
+        print(f"{task.title}, seed {seed}: {scores} ({seconds:.0f} s)")
 
     def submit(self, results):
         """Write the zip from each task's best seed, and say which that is."""
@@ -440,17 +420,14 @@ def format_table(results, tasks):
     means, medians, notes = {}, {}, []
     for name in tasks:
         task, entries = TASKS[name], [entry for (other, _), entry in results.items() if other == name]
-        if not entries:
-            continue
-        values = {metric: 100 * np.array([entry["metrics"][metric] for entry in entries])
-                  for metric in entries[0]["metrics"]}
-        means[name] = {metric: np.mean(column) for metric, column in values.items()}
-        medians[name] = {metric: np.median(column) for metric, column in values.items()}
-        for metric, column in values.items():
-            deviation = f"{np.std(column, ddof=1):.2f}" if len(column) > 1 else "-"
+        means[name], medians[name] = {}, {}
+        for metric in entries[0]["metrics"] if entries else ():
+            values = 100 * np.array([entry["metrics"][metric] for entry in entries])
+            means[name][metric], medians[name][metric] = np.mean(values), np.median(values)
+            deviation = f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "-"
             mark = "*" if metric == task.metrics[0] and name in AVERAGED_BY_ELECTRA else ""
-            lines.append(f"{task.title:10}{metric + mark:22}{len(column):6}{np.mean(column):8.2f}"
-                         f"{deviation:>7}{np.median(column):8.2f}{np.max(column):7.2f}")
+            lines.append(f"{task.title:10}{metric + mark:22}{len(values):6}{np.mean(values):8.2f}"
+                         f"{deviation:>7}{np.median(values):8.2f}{np.max(values):7.2f}")
         if constant := [str(entry["seed"]) for entry in entries if entry["is_constant"]]:
             notes.append(f"{task.title}: seed {', '.join(constant)} gave every example the same answer; it "
                          "counts")
@@ -459,27 +436,26 @@ def format_table(results, tasks):
             ("ELECTRA's average of 8 (* of each, no WNLI)", average_of_8, AVERAGED_BY_ELECTRA),
             ("GLUE's average of 9 (a task's metrics averaged first)", average_of_9, tuple(TASKS)),
         ):
-            lacking = [TASKS[name].title for name in needed if name not in means]
-            notes.append(f"{title}: needs {', '.join(lacking)}" if lacking else
+            missing = [TASKS[name].title for name in needed if not means.get(name)]
+            notes.append(f"{title}: needs {', '.join(missing)}" if missing else
                          f"{title}: {average(means):.2f} from means, {average(medians):.2f} from medians")
-    if "wnli" in means:
-        notes.append("WNLI's dev set is adversarial: the majority class scores 56.3, a trained model seldom "
-                     "more")
+    if "wnli" in tasks:
+        notes.append("WNLI's dev set is adversarial: the majority class scores 56.3, models rarely more")
     return "\n".join(lines + notes)
 
 
 def main(argv=None):
-    parser = Parser("Fine-tune on GLUE and score. The same command resumes; a finished seed is not repeated.")
-    parser.add_config(FinetuneConfig, {})
-    config = resolve_device(configure(FinetuneConfig, parser.parse_args(argv), {}))
+    description = "Fine-tune on GLUE and score. The same command resumes; a finished seed is not repeated."
+    [config] = parse(argv, description, [FinetuneConfig], {})
+    config = resolve_device(config)
     sweep = Sweep(config, load_pretrained(config))
-    busy = sweep.run()
+    sweep.run()
     results = sweep.results()
     print(format_table(results, config.tasks))
     print(f"every seed's metrics are in {sweep.path}")
-    if busy:
-        skipped = ", ".join(f"{TASKS[name].title} seed {seed}" for name, seed in busy)
-        print(f"not in the table, as another process is working on it: {skipped}")
+    missing = [f"{TASKS[name].title} seed {seed}" for name, seed in sweep.jobs if (name, seed) not in results]
+    if missing:
+        print(f"not in the table, because another process is working on it: {', '.join(missing)}")
     elif config.submit:
         print(sweep.submit(results))
 

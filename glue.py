@@ -1,9 +1,10 @@
 """GLUE: nine tasks and a diagnostic set. Where they come from, how they are read, scored and submitted.
 
 An example is (first sentence, second sentence or "", label). Read the table of tasks, then `read_examples`.
-Every file is read to the official number of rows or refused, and what is downloaded has the published hash.
+Every file must have the official number of rows, every download its published SHA-256.
 """
 
+import functools
 import hashlib
 import zipfile
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Task:
     both_orders: bool = False  # [D30] trained on both orders of the sentences
     header: bool = True  # of train and dev; test always has one
     skips_short_rows: bool = False  # QQP has some rows that lack fields
-    raw_rows: int = None  # of QQP's training file as first published, which is read, too
+    raw_rows: int = None  # training rows of the original QQP.zip, which is accepted as well
 
     @property
     def dev_splits(self):
@@ -167,7 +168,7 @@ def submission_splits(name):
 
 
 def read_examples(task, split, cache, glue_dir=None):
-    """The examples of a split in the order of its file, which is in `glue_dir`, or downloaded to `cache`.
+    """The examples of a split, in file order, from `glue_dir` or else downloaded to `cache`.
 
     Only "\\n" ends a line and only "\\t" a field. Quotes are characters like any other.
     """
@@ -183,14 +184,14 @@ def read_examples(task, split, cache, glue_dir=None):
         if len(fields) < width and task.skips_short_rows:
             skipped += 1
             continue
-        if len(fields) != width or width <= max(columns):
+        if len(fields) != width or width <= max(*columns, 0 if is_test else task.label):
             raise UserError(f"{source}, line {number}, has {len(fields)} fields; it was damaged or edited")
         sentences = [fields[column] for column in columns]
         label = None if is_test else read_label(task, fields[task.label], f"{source}, line {number}")
         examples.append(Example(sentences[0], sentences[1] if len(sentences) == 2 else "", label))
-    official = [task.rows[split], task.raw_rows if split == "train" else None]
-    if len(examples) not in official:
-        raise UserError(f"{source} has {len(examples):,} rows and not {official[0]:,}: it was cut or edited")
+    if len(examples) not in (task.rows[split], task.raw_rows):
+        raise UserError(f"{source} has {len(examples):,} rows and not {task.rows[split]:,}: it was cut or "
+                        "edited")
     if skipped:
         print(f"{source}: skipped {skipped} rows that lack fields")
     return examples
@@ -212,7 +213,7 @@ def read_file(task, split, folder):
     """(Bytes, name) of a split in a folder that is laid out as the official zips are."""
     path = Path(folder) / task.title / f"{split}.tsv"
     if not path.is_file():
-        raise UserError(f"there is no {path}; --glue-dir takes a folder laid out as the official zips are")
+        raise UserError(f"there is no {path}; --glue-dir takes a folder with CoLA/train.tsv and so on")
     return path.read_bytes(), str(path)
 
 
@@ -240,6 +241,7 @@ def split_mrpc(split, cache):
     return b"\n".join([header, *chosen])
 
 
+@functools.cache
 def fetch_official(source, cache):
     """The path of an official file: downloaded, unless it is there, and checked."""
     address, size, sha256 = source
@@ -253,7 +255,7 @@ def fetch_official(source, cache):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Metrics, as fractions of 1. Where one is 0 / 0 it is 0: a constant prediction has learned nothing.
+# Metrics, as fractions of 1. 0 / 0 counts as 0, so a constant prediction scores 0.
 
 
 def accuracy(predictions, labels):
@@ -292,12 +294,12 @@ def score(task, predictions, labels):
 
 
 def average_of_8(metrics):
-    """ELECTRA's: of each task but WNLI the metric it reports. `metrics` are by task and name."""
+    """ELECTRA's average: the main metric of every task except WNLI. `metrics` are by task and name."""
     return float(np.mean([metrics[name][TASKS[name].metrics[0]] for name in AVERAGED_BY_ELECTRA]))
 
 
 def average_of_9(metrics):
-    """The GLUE leaderboard's: of each task the mean of its metrics."""
+    """The GLUE leaderboard's average: of every task the mean of its metrics."""
     return float(np.mean([np.mean(list(metrics[name].values())) for name in TASKS]))
 
 

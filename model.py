@@ -15,8 +15,8 @@ that DETAILS.md explains and links to the official code and to its test.
 """
 
 import json
+import math
 import pickle
-import re
 import struct
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -33,8 +33,11 @@ class ModelError(ValueError):
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
-    """The shape of one network: the fields of its config.json, under HuggingFace's names."""
+class ElectraConfig:
+    """The shape of a network, under HuggingFace's names, and the objective. The defaults are small's.
+
+    The shape is the discriminator's; `generator_config` derives the generator's.
+    """
 
     vocab_size: int = 30522
     embedding_size: int = 128  # width of the embeddings, which both networks share
@@ -48,23 +51,6 @@ class TransformerConfig:
     attention_probs_dropout_prob: float = 0.1  # dropout on the attention probabilities
     layer_norm_eps: float = 1e-12  # epsilon of every LayerNorm
     initializer_range: float = 0.02  # standard deviation of the initial weights, before truncation
-
-    def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and value < 1:
-                raise ModelError(f"{field.name} is {value}; it must be at least 1")
-            if field.name.endswith("dropout_prob") and not 0 <= value < 1:
-                raise ModelError(f"{field.name} is {value}; it must be from 0 to below 1")
-        if self.hidden_size % self.num_attention_heads:
-            raise ModelError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                             f"{self.num_attention_heads}")
-
-
-@dataclass(frozen=True)
-class ElectraConfig(TransformerConfig):
-    """The discriminator's shape, the generator's size relative to it, and the objective."""
-
     generator_size: float = 0.25  # width of the generator as a share of the discriminator's
     mask_prob: float = 0.15  # share of the tokens that the generator predicts
     discriminator_weight: float = 50.0  # weight of the discriminator's loss; the generator's is 1
@@ -73,16 +59,15 @@ class ElectraConfig(TransformerConfig):
     mask_token_id: int = 103
 
     def __post_init__(self):
-        super().__post_init__()
-        if not (0 < self.mask_prob <= 1 and self.generator_size > 0):
-            raise ModelError(f"mask_prob is {self.mask_prob} and generator_size {self.generator_size}; both "
-                             "must be above 0, and mask_prob at most 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise ModelError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                             f"{self.num_attention_heads}")
+        if not 0 < self.mask_prob <= 1:
+            raise ModelError(f"mask_prob is {self.mask_prob}; it must be above 0 and at most 1")
 
     def generator_config(self):
         hidden = max(1, round(self.hidden_size * self.generator_size))  # [D18] narrower, not shallower
-        heads = max(1, hidden // 64)
-        while hidden % heads:  # only for widths that the official code rejects
-            heads -= 1
+        heads = math.gcd(hidden, max(1, hidden // 64))  # the official code takes multiples of 64 only
         return replace(self, hidden_size=hidden, intermediate_size=4 * hidden, num_attention_heads=heads)
 
     def num_slots(self, length):
@@ -111,8 +96,8 @@ SIZES = {
 class Output(NamedTuple):
     """The result of a forward pass.
 
-    Losses and correct predictions are sums over these rows, the losses divided by the counts of the whole
-    batch, so that the outputs of micro-batches add up to that of the batch.
+    Each loss is summed over these rows and divided by the count of the whole batch, so that the outputs of
+    micro-batches add up to the batch's.
     """
 
     loss: torch.Tensor  # () to call backward() on
@@ -138,20 +123,19 @@ class Electra(nn.Module):
         self.discriminator = Discriminator(config, embeddings)
 
     def forward(self, input_ids, uniforms=None, counts=None):
-        """One pass of the objective over rows of token ids (B, L), zero-padded.
+        """One pass of the objective over rows of token ids (B, L) that begin with [CLS], zero-padded.
 
         `uniforms` (B, L + 2K) float32 in [0, 1) is all the randomness apart from dropout; by default it is
-        drawn here. `counts` are the (predictions, tokens) of the whole batch, if these rows are only a part
-        of it.
+        drawn here. `counts` (2,) is `count` of the whole batch, if these rows are only a part of it.
         """
         K = self.config.num_slots(input_ids.shape[1])
         if uniforms is None:
             uniforms = torch.rand(len(input_ids), input_ids.shape[1] + 2 * K, device=input_ids.device)
         if counts is None:
             counts = count(input_ids, self.config)
-        num_predictions, num_tokens = counts + 1e-6
+        mlm_count, token_count = counts + 1e-6
         mask_uniforms, sample_uniforms = uniforms[:, :-K], uniforms[:, -K:]  # (B, L + K), (B, K)
-        # The generator may sample [PAD] or [SEP], so these are taken once, from the original ids.
+        # Computed once, from the original ids: a sampled [PAD] or [SEP] must not change them.
         attention_mask, token_type_ids = mask_and_types(input_ids, self.config.sep_token_id)
 
         # [D10] The mask is drawn anew at every step.
@@ -170,8 +154,8 @@ class Electra(nn.Module):
         targets = is_replaced.to(disc_logits.dtype)
         disc_losses = F.binary_cross_entropy_with_logits(disc_logits, targets, reduction="none")  # (B, L)
 
-        mlm_loss = (mlm_losses.view_as(labels) * weights).sum() / num_predictions
-        disc_loss = (disc_losses * attention_mask).sum() / num_tokens  # [D14] [CLS] and [SEP] too
+        mlm_loss = (mlm_losses.view_as(labels) * weights).sum() / mlm_count
+        disc_loss = (disc_losses * attention_mask).sum() / token_count  # [D14] [CLS] and [SEP] too
         return Output(
             loss=mlm_loss + self.config.discriminator_weight * disc_loss,  # [D15]
             mlm_loss=mlm_loss.detach(),
@@ -202,7 +186,7 @@ def mask_and_types(input_ids, sep_token_id):
 
 
 def count(input_ids, config):
-    """The numbers of predictions and of tokens in a batch, (2,) float32: what its two losses are divided by.
+    """(Predictions, tokens) of a batch, (2,) float32: the denominators of the two losses.
 
     They follow from the ids, so a micro-batch can divide by the counts of the batch it belongs to.
     """
@@ -219,8 +203,8 @@ def num_predictions(input_ids, config):
 
 def selectable(input_ids, config):
     """The tokens that may be masked, (B, L) bool: all but special tokens and padding. [D07]"""
-    special = (0, config.cls_token_id, config.sep_token_id, config.mask_token_id)
-    return torch.stack([input_ids != token for token in special]).all(0)  # [UNK] may be masked
+    is_special = (input_ids == config.cls_token_id) | (input_ids == config.sep_token_id)
+    return (input_ids != 0) & ~is_special & (input_ids != config.mask_token_id)  # [UNK] may be masked
 
 
 def mask(input_ids, uniforms, config):
@@ -236,7 +220,7 @@ def mask(input_ids, uniforms, config):
     """
     L = input_ids.shape[1]
     K = config.num_slots(L)
-    # [D09] Unlike the official code without replacement: the K highest-ranked tokens, each once.
+    # [D09] Unlike the official code, positions are drawn without replacement: the K highest-ranked tokens.
     ranks = uniforms[:, :L].masked_fill(~selectable(input_ids, config), -1.0)
     positions = ranks.topk(K).indices  # (B, K)
     is_used = torch.arange(K, device=input_ids.device) < num_predictions(input_ids, config)[:, None]  # (B, K)
@@ -261,23 +245,18 @@ def sample(logits, uniforms):
     cumulative = logits.softmax(-1).cumsum(-1)  # (B, K, V)
     thresholds = uniforms[..., None] * cumulative[..., -1:]  # the last is 1 up to rounding
     sampled = torch.searchsorted(cumulative, thresholds.to(cumulative), right=True).squeeze(-1)
-    return sampled.clamp(max=logits.shape[-1] - 1)  # NaN lands past the end
+    return sampled.clamp(max=logits.shape[-1] - 1)  # a NaN is found past the last token
 
 
 def corrupt(input_ids, positions, weights, sampled):
     """Replace every predicted token of the original text, not of the masked one, by its sample: (B, L). [D12]
 
-    >>> ids, slots = torch.tensor([[101, 5, 6, 102]]), dict(positions=torch.tensor([[2, 0]]))
-    >>> corrupt(ids, **slots, weights=torch.tensor([[1.0, 0.0]]), sampled=torch.tensor([[9, 8]]))
+    >>> ids, positions, sampled = (torch.tensor([row]) for row in ([101, 5, 6, 102], [2, 0], [9, 8]))
+    >>> corrupt(ids, positions, torch.tensor([[1.0, 0.0]]), sampled)  # the second slot is not used
     tensor([[101,   5,   9, 102]])
     """
     original = input_ids.gather(1, positions)
     return input_ids.scatter(1, positions, torch.where(weights > 0, sampled, original))
-
-
-def in_fp32(logits):
-    """bf16 is too coarse for a softmax over a vocabulary and for a loss. fp64 stays."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -336,7 +315,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, input_ids, attention_mask, token_type_ids):
-        """Token vectors (B, L, H). A sequence is represented by its [CLS] vector [:, 0], unchanged. [D23]"""
+        """Token vectors (B, L, H). A sequence is represented by its [CLS] vector, [:, 0], unchanged. [D23]"""
         hidden = self.embeddings(input_ids, token_type_ids)  # (B, L, E)
         if self.embeddings_project is not None:
             hidden = self.embeddings_project(hidden)  # (B, L, H)
@@ -396,8 +375,13 @@ class Layer(nn.Module):
         return self.output_norm(hidden + self.dropout(fed_forward))
 
 
+def in_fp32(logits):
+    """bf16 is too coarse for a softmax over a vocabulary and for a loss. fp64 stays."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def truncated_normal_(module, config):
-    """[D21] The deviation is 0.02 before truncation at two deviations, and 0.0176 after it."""
+    """Standard deviation 0.02, truncated at two standard deviations, which leaves 0.0176. [D21]"""
     std = config.initializer_range
     nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
     if isinstance(module, nn.Linear):
@@ -413,114 +397,96 @@ def glorot_uniform_(linear):
 # ------------------------------------------------------------------------------------------------------------
 # Weights in and out, as HuggingFace folders
 
-HUGGINGFACE_NAMES = [  # our module, as a pattern -> its HuggingFace names; the fused one has three
-    (r"encoder\.embeddings\.norm", ["electra.embeddings.LayerNorm"]),
-    (r"encoder\.embeddings", ["electra.embeddings"]),
-    (r"encoder\.embeddings_project", ["electra.embeddings_project"]),
-    (r"encoder\.layers\.(\d+)\.query_key_value",
-     [rf"electra.encoder.layer.\1.attention.self.{part}" for part in ("query", "key", "value")]),
-    (r"encoder\.layers\.(\d+)\.attention_output", [r"electra.encoder.layer.\1.attention.output.dense"]),
-    (r"encoder\.layers\.(\d+)\.attention_norm", [r"electra.encoder.layer.\1.attention.output.LayerNorm"]),
-    (r"encoder\.layers\.(\d+)\.intermediate", [r"electra.encoder.layer.\1.intermediate.dense"]),
-    (r"encoder\.layers\.(\d+)\.output", [r"electra.encoder.layer.\1.output.dense"]),
-    (r"encoder\.layers\.(\d+)\.output_norm", [r"electra.encoder.layer.\1.output.LayerNorm"]),
-    (r"mlm_dense", ["generator_predictions.dense"]),
-    (r"mlm_norm", ["generator_predictions.LayerNorm"]),
-    (r"mlm_bias", ["generator_lm_head.bias"]),
-    (r"disc_dense", ["discriminator_predictions.dense"]),
-    (r"disc_output", ["discriminator_predictions.dense_prediction"]),
-]
-HEADS = ("discriminator_predictions.", "generator_predictions.", "generator_lm_head.")
+RENAMES = {  # ours -> HuggingFace's, replaced one after the other
+    "encoder.embeddings": "electra.embeddings",
+    "encoder.layers": "electra.encoder.layer",
+    "embeddings.norm": "embeddings.LayerNorm",
+    "query_key_value": "attention.self",
+    "attention_norm": "attention.output.LayerNorm",
+    "attention_output": "attention.output.dense",
+    ".intermediate": ".intermediate.dense",
+    ".output_norm": ".output.LayerNorm",
+    ".output.weight": ".output.dense.weight",
+    ".output.bias": ".output.dense.bias",
+    "mlm_dense": "generator_predictions.dense",
+    "mlm_norm": "generator_predictions.LayerNorm",
+    "mlm_bias": "generator_lm_head.bias",
+    "disc_dense": "discriminator_predictions.dense",
+    "disc_output": "discriminator_predictions.dense_prediction",
+}
 ARCHITECTURES = {Discriminator: "ElectraForPreTraining", Generator: "ElectraForMaskedLM"}
 
 
-def huggingface_names(name):
-    """HuggingFace's names of one of our tensors, in the order in which their rows are stacked.
-
-    >>> huggingface_names("encoder.layers.0.output.bias")
-    ['electra.encoder.layer.0.output.dense.bias']
-    """
-    for pattern, names in HUGGINGFACE_NAMES:
-        if match := re.match(rf"{pattern}(?=\.|$)", name):
-            return [match.expand(full) + name[match.end() :] for full in names]
-    raise KeyError(name)
+def huggingface_tensors(network):
+    """The tensors of a network under HuggingFace's names. They are views: copying into them fills it."""
+    tensors = {}
+    for name, tensor in network.state_dict().items():
+        for ours, theirs in RENAMES.items():
+            name = name.replace(ours, theirs)
+        if "attention.self." in name:  # one matrix here, three there
+            for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                tensors[name.replace("self.", f"self.{part}.")] = rows
+        else:
+            tensors[name] = tensor
+    return tensors
 
 
 def save_pretrained(network, folder):
     """Write config and weights of a Generator or Discriminator, for `transformers` and for us to load."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {field.name: getattr(network.config, field.name) for field in fields(TransformerConfig)} | {
+    config = asdict(network.config) | {
         "model_type": "electra", "architectures": [ARCHITECTURES[type(network)]], "hidden_act": "gelu",
         "pad_token_id": 0, "tie_word_embeddings": True,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors = {}
-    for name, tensor in network.state_dict().items():
-        names = huggingface_names(name)
-        tensors.update(zip(names, tensor.float().cpu().chunk(len(names)), strict=True))
+    tensors = {name: tensor.float().cpu() for name, tensor in huggingface_tensors(network).items()}
     write_safetensors(folder / "model.safetensors", tensors)
 
 
-def load_electra(discriminator, generator, **special_token_ids):
-    """An Electra from the folders of its two networks. The embeddings are the discriminator's."""
-    shape, generator_shape = load_config(discriminator), load_config(generator)
-    config = ElectraConfig(**asdict(shape), **special_token_ids,
-                           generator_size=generator_shape.hidden_size / shape.hidden_size)
-    electra = Electra(config)
-    load_weights(electra.generator, generator)
-    load_weights(electra.discriminator, discriminator)
-    return electra
-
-
 def load_config(folder):
-    """The TransformerConfig of a HuggingFace ELECTRA folder. Other fields of its config.json are ignored."""
+    """The ElectraConfig of a HuggingFace folder. Other fields of its config.json are ignored."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ModelError(f"{folder} is not a model folder: it has no config.json")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         kind, activation = content.get("model_type"), content.get("hidden_act", "gelu")
-        shape = {field.name: field.type(content[field.name])
-                 for field in fields(TransformerConfig) if field.name in content}
+        config = {field.name: field.type(content[field.name])
+                  for field in fields(ElectraConfig) if field.name in content}
     except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is not the config of a model ({error})") from None
     if (kind, activation) != ("electra", "gelu"):
         raise ModelError(f"{path} describes a model of type {kind!r} with activation {activation!r}; only "
                          "'electra' with 'gelu' can be loaded")
-    return TransformerConfig(**shape)
+    return ElectraConfig(**config)
+
+
+def load_electra(discriminator_folder, generator_folder):
+    """An Electra from the folders of its two networks. The embeddings are the discriminator's."""
+    config, generator_config = load_config(discriminator_folder), load_config(generator_folder)
+    electra = Electra(replace(config, generator_size=generator_config.hidden_size / config.hidden_size))
+    load_weights(electra.generator, generator_folder)
+    load_weights(electra.discriminator, discriminator_folder)
+    return electra
 
 
 def load_weights(network, folder, encoder_only=False):
-    """Fill a Generator, a Discriminator or, with encoder_only, any module with an `.encoder`, from a folder.
+    """Fill a Generator, a Discriminator or, with encoder_only, the `.encoder` of any module, from a folder.
 
-    Every tensor must be there, have its shape and be finite, and none may be left over, except for
-    `position_ids`, the tied generator_lm_head.weight and, with encoder_only, the pre-training heads.
+    Every tensor must be there, have its shape and be finite. Others in the folder are ignored.
     """
     tensors, path = read_weights(folder)
-    ours = network.state_dict()
-    ignored = ("electra.embeddings.position_ids", "generator_lm_head.weight")
-    if encoder_only:
-        ours = {name: tensor for name, tensor in ours.items() if name.startswith("encoder.")}
-        ignored += HEADS
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(ignored)}
-
-    problems = []
-    for name, tensor in ours.items():
-        names = huggingface_names(name)
-        for full, part in zip(names, tensor.chunk(len(names)), strict=True):
-            if full not in tensors:
-                problems.append(f"{full} is missing")
-            elif tensors[full].shape != part.shape:
-                problems.append(f"{full} has shape {list(tensors[full].shape)} instead of {list(part.shape)}")
-            elif not tensors[full].isfinite().all():
-                problems.append(f"{full} is not finite")
-    expected = {full for name in ours for full in huggingface_names(name)}
-    problems += [f"{full} does not belong to it" for full in sorted(tensors.keys() - expected)]
-    if problems:
-        raise ModelError(f"{path} does not fit this {type(network).__name__}: {'; '.join(problems)}")
-    state = {name: torch.cat([tensors[full] for full in huggingface_names(name)]) for name in ours}
-    network.load_state_dict(state, strict=not encoder_only)
+    for name, ours in huggingface_tensors(network).items():
+        if encoder_only and not name.startswith("electra."):
+            continue
+        if name not in tensors or tensors[name].shape != ours.shape:
+            found = f"has shape {list(tensors[name].shape)}" if name in tensors else "is missing"
+            raise ModelError(f"{path} does not fit this {type(network).__name__}: {name} {found}, and should "
+                             f"have {list(ours.shape)}")
+        if not tensors[name].isfinite().all():
+            raise ModelError(f"{path} is not usable: {name} is not finite")
+        ours.copy_(tensors[name])
 
 
 def read_weights(folder):
@@ -533,9 +499,9 @@ def read_weights(folder):
         raise ModelError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        return {name: tensor.float() for name, tensor in tensors.items()}, path
+    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
         raise ModelError(f"{path} is damaged, or not a file of weights ({type(error).__name__})") from None
-    return {name: tensor.float() for name, tensor in tensors.items()}, path
 
 
 # The format: the header's length in 8 bytes, little-endian; the header, JSON {name: {dtype, shape,
@@ -560,17 +526,15 @@ def write_safetensors(path, tensors):
 
 def read_safetensors(path):
     """Read tensors by name, as fp32."""
-    data = np.fromfile(path, dtype=np.uint8)
+    data = path.read_bytes()
     try:
-        end = 8 + int(data[:8].view("<u8")[0])
-        header, body = json.loads(data[8:end].tobytes()), torch.from_numpy(data[end:])
+        begin = 8 + struct.unpack_from("<Q", data)[0]
+        header, tensors = json.loads(data[8:begin]), {}
         header.pop("__metadata__", None)
-        if len(body) != max(entry["data_offsets"][1] for entry in header.values()):
-            raise ValueError("it is not as long as its header says")
-        tensors = {}
         for name, entry in header.items():
-            raw = body[slice(*entry["data_offsets"])].clone()  # aligned, so that its dtype can change
-            tensors[name] = raw.view(DTYPES[entry["dtype"]]).view(entry["shape"]).float()
+            start, end = entry["data_offsets"]
+            raw = bytearray(data[begin + start : begin + end])
+            tensors[name] = torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]]).view(entry["shape"]).float()
         return tensors
-    except (ValueError, KeyError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, struct.error) as error:
         raise ModelError(f"{path} is damaged, or not a safetensors file ({error})") from None

@@ -32,6 +32,7 @@ import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -258,12 +259,12 @@ def test_D05_D30_pairs_are_swapped_and_then_the_longer_sentence_is_cut_first():
     # An empty second sentence makes it an example of one.
     pairs = ("ba do", "ku"), ("ba do ku", ""), ("ba do ku ba do ku", "do do do"), ("ba do ku ba do ku ba", "")
     examples = [glue.Example(*pair, label) for label, pair in enumerate(pairs)]
-    rows, labels = finetune.build_rows(examples, WordPiece(SMALL_VOCAB), 8)
+    rows, labels = finetune.tokenize_examples(examples, WordPiece(SMALL_VOCAB), 8)
     assert [row.tolist() for row in rows] == [
         [2, a, b, 3, c, 3], [2, a, b, c, 3], [2, a, b, c, 3, b, b, 3], [2, a, b, c, a, b, c, 3]]
     assert labels.tolist() == [0, 1, 2, 3]
     examples = [glue.Example("ba ba ba", "do do ku", 0.2)]
-    rows, labels = finetune.build_rows(examples, WordPiece(SMALL_VOCAB), 8, both_orders=True)
+    rows, labels = finetune.tokenize_examples(examples, WordPiece(SMALL_VOCAB), 8, both_orders=True)
     assert [row.tolist() for row in rows] == [[2, a, a, a, 3, b, b, 3], [2, b, b, c, 3, a, a, 3]]
     assert labels.tolist() == [0.2, 0.2]
     assert [name for name, task in glue.TASKS.items() if task.both_orders] == ["mrpc", "stsb"]
@@ -329,10 +330,8 @@ def test_D10_masks_are_drawn_anew_at_every_step(corpus, monkeypatch):
     watch(monkeypatch, model, "mask", lambda ids, uniforms, config: drawn.append(uniforms.clone()))
     for out in "ab":
         pretrain(f"--num-train-steps 3 --eval-every 9 --out {out}")
-    steps = [uniforms for uniforms in drawn if len(uniforms) == 8]
-    assert len(steps) == 6
-    assert all(torch.equal(one, other) for one, other in zip(steps[:3], steps[3:], strict=True))
-    assert not torch.equal(steps[0], steps[1]) and not torch.equal(steps[1], steps[2])
+    one, other = torch.stack([uniforms for uniforms in drawn if len(uniforms) == 8]).chunk(2)
+    assert torch.equal(one, other) and len(one) == 3 == len(one.unique(dim=0))
 
 
 def test_D11_samples_follow_the_softmax():
@@ -673,13 +672,15 @@ def test_D32_epochs_batches_and_warm_up(toy_glue, monkeypatch):
     assert steps == dict(cola=804, sst2=6315, mrpc=690, stsb=3600, qqp=34113, mnli=36816, qnli=9822, rte=780,
                          wnli=60)
     assert finetune.FinetuneConfig().batch_size == 32
-    rates, sizes = [], []
+    rates, batches = [], []
     watch(monkeypatch, torch.optim.AdamW, "step", lambda optimizer: rates.append(
         max(group["lr"] for group in optimizer.param_groups)))
-    watch(monkeypatch, finetune, "losses", lambda logits, labels, task: sizes.append(len(labels)))
+    watch(monkeypatch, finetune, "losses", lambda logits, labels, task: batches.append(labels.tolist()))
     finetune.main(f"{TOY} --task cola --batch-size 7".split())
     assert rates == pytest.approx([3e-4 * (1 - step / 21) * min(1, step / 2.1) for step in range(21)])
-    assert sizes == [7, 7, 7, 7, 7, 7, 6] * 3
+    assert [len(labels) for labels in batches] == [7, 7, 7, 7, 7, 7, 6] * 3
+    first, second, third = (sum(batches[step : step + 7], []) for step in (0, 7, 14))
+    assert first != second != third and sorted(first) == sorted(second) == sorted(third)  # a new order
 
 
 def test_D34_the_loss_is_summed_over_the_batch(toy_glue, monkeypatch):
@@ -708,23 +709,23 @@ def test_D35_attention_mask_and_token_types_follow_from_the_ids():
 # Part II: it is ELECTRA, it learns, it resumes, it agrees with transformers
 
 
-def official_names(name):
-    """Names in the official graph: HuggingFace's, but for these. A fused matrix has three."""
-    network, name = name.split(".", 1)
-    for full in model.huggingface_names(name):
-        if network == "generator" and not full.startswith("electra.embeddings."):
-            full = full.replace("electra.", "generator.")
-        full = full.replace("generator_lm_head.bias", "generator_predictions.output_bias")
-        full = full.replace("dense_prediction.", "dense_1.").replace(".layer.", ".layer_")
-        full = full.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-        full = re.sub(r"_embeddings\.weight$", "_embeddings", full)
-        yield re.sub(r"\.weight$", ".kernel", full).replace(".", "/")
-
-
-def official_tensor(record, prefix, name):
-    """A recorded tensor in our layout: kernels are (in, out) there and (out, in) here."""
-    parts = [(full, torch.from_numpy(record[f"{prefix}|{full}"])) for full in official_names(name)]
-    return torch.cat([part.T if full.endswith("kernel") else part for full, part in parts])
+def official_views(electra, of):
+    """{name in the official graph: `of(parameter)` in its layout, where kernels are (in, out)}."""
+    views = {}
+    for network in "generator", "discriminator":
+        tensors = {name: of(parameter) for name, parameter in getattr(electra, network).named_parameters()}
+        holder = SimpleNamespace(state_dict=lambda tensors=tensors: tensors)
+        for name, tensor in model.huggingface_tensors(holder).items():
+            if network == "generator" and not name.startswith("electra.embeddings."):
+                name = name.replace("electra.", "generator.")
+            name = name.replace("generator_lm_head.bias", "generator_predictions.output_bias")
+            name = name.replace("dense_prediction.", "dense_1.").replace(".layer.", ".layer_")
+            name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+            name = name.replace("LayerNorm.bias", "LayerNorm.beta")
+            name = re.sub(r"_embeddings\.weight$", "_embeddings", name)
+            name = re.sub(r"\.weight$", ".kernel", name).replace(".", "/")
+            views[name] = tensor.T if name.endswith("kernel") else tensor
+    return views
 
 
 def test_official_step_is_reproduced(monkeypatch):
@@ -734,9 +735,10 @@ def test_official_step_is_reproduced(monkeypatch):
     config, recipe = (kind(**{field.name: facts[field.name] for field in fields(kind) if field.name in facts})
                       for kind in (ElectraConfig, train.TrainConfig))
     electra = Electra(config)
-    with torch.no_grad():
-        for name, parameter in electra.named_parameters():
-            parameter.copy_(official_tensor(record, "before", name))
+    weights = official_views(electra, lambda parameter: parameter.data)
+    assert {f"before|{name}" for name in weights} == {key for key in record if key.startswith("before|")}
+    for name, tensor in weights.items():
+        tensor.copy_(torch.from_numpy(record[f"before|{name}"]))
     optimizer = train.build_optimizer(electra.named_parameters(), recipe)
     input_ids = torch.from_numpy(record["input_ids"]).long()
     for step in range(facts["optimizer_steps"]):
@@ -754,9 +756,9 @@ def test_official_step_is_reproduced(monkeypatch):
         assert output.disc_loss.item() == pytest.approx(step_record["disc_loss"].item(), rel=1e-6)
         output.loss.backward()
         if step == 0:
-            for name, parameter in electra.named_parameters():
-                expected = official_tensor(record, "gradient", name)
-                assert (parameter.grad - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-8, name
+            for name, gradient in official_views(electra, lambda parameter: parameter.grad).items():
+                expected = torch.from_numpy(record[f"gradient|{name}"])
+                assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-8, name
         lr = train.learning_rate(facts["first_step"] + step, recipe.learning_rate, recipe.num_train_steps,
                                  recipe.num_warmup_steps)
         assert lr == pytest.approx(facts["learning_rates"][step], rel=1e-12)
@@ -765,8 +767,8 @@ def test_official_step_is_reproduced(monkeypatch):
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-    for name, parameter in electra.named_parameters():
-        assert (parameter - official_tensor(record, "after", name)).abs().max() <= 1e-6, name
+    for name, tensor in weights.items():
+        assert (tensor - torch.from_numpy(record[f"after|{name}"])).abs().max() <= 1e-6, name
 
 
 def test_initial_losses():
@@ -827,8 +829,8 @@ def test_transformers_and_we_load_what_the_other_saves(name, architecture, embed
     transformers = pytest.importorskip("transformers")
     transformers.logging.set_verbosity_error()
     ours = getattr(make_electra(replace(CONFIG, embedding_size=embedding_size)), name).eval()
-    for parameter in ours.parameters():  # biases and [PAD], too
-        nn.init.normal_(parameter, std=0.05)
+    for parameter in ours.parameters():  # biases and [PAD], too; with 0.02 attention is nearly uniform
+        parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(ours, tmp_path / "ours")
     loader = getattr(transformers, architecture)
     theirs, report = loader.from_pretrained(tmp_path / "ours", output_loading_info=True)
@@ -890,7 +892,9 @@ def test_printable_ascii_needs_no_normalizer(do_lower_case):
     lines = ["".join(random_.choices(others[32:127] + others * (number % 2), k=60)) for number in range(400)]
     tokens = [*data.SPECIAL_TOKENS, *{c for line in lines for c in line if c.isprintable() and c != " "}]
     wordpiece = WordPiece(tokens + [f"##{token}" for token in tokens[5:]], do_lower_case)
+    wordpiece.tokenizer.normalizer = wordpiece.normalizer
     library = wordpiece.tokenizer.encode_batch(lines, add_special_tokens=False)
+    wordpiece.tokenizer.normalizer = None
     assert wordpiece.encode(lines) == [encoding.ids for encoding in library]
     assert sum(map(str.isascii, lines)) > 200 and wordpiece.encode([]) == []
 
@@ -1067,11 +1071,11 @@ def test_rows_of_a_document_do_not_depend_on_its_neighbours():
 def test_order_is_a_permutation_of_groups_in_every_epoch(corpus, monkeypatch):
     """Groups of 1, 2, 4, ... shards are shuffled; every epoch has every row once."""
     monkeypatch.setattr(data, "MAX_GROUP", 4)
+    monkeypatch.setattr(data, "SHARD_CHARACTERS", 4_000)
     cache = data.prepare(data_config())
     groups = list(itertools.takewhile(lambda group: group[0] < 3, Order(cache, 8).list_groups()))
     shards = [[members for epoch, _, members in groups if epoch == number] for number in range(3)]
-    assert [len(members) for members in shards[0][:3]] == [1, 2, 4]
-    assert all(len(members) <= 4 for epoch in shards for members in epoch)
+    assert [len(members) for members in shards[0][:5]] == [1, 2, 4, 4, 4]
     first, second, third = (sum(members, []) for members in shards)
     assert first == list(range(len(cache.shards))) == sorted(second) == sorted(third)
     assert first != second != third
@@ -1082,6 +1086,10 @@ def test_order_is_a_permutation_of_groups_in_every_epoch(corpus, monkeypatch):
     assert sorted(flat[: len(rows)]) == sorted(flat[len(rows) : 2 * len(rows)]) == sorted(rows)
     size = cache.shards[0]["rows"]
     assert sorted(flat[:size]) == sorted(rows[:size]) and flat[:size] != rows[:size]
+    monkeypatch.setattr(data, "SHARD_CHARACTERS", 10**9)  # a group of one shard in every epoch
+    cache = data.prepare(data_config())
+    first, second = (Order(cache, cache.shards[0]["rows"]).batch(step)[1] for step in (0, 1))
+    assert sorted(first.tolist()) == sorted(second.tolist()) and not np.array_equal(first, second)
 
 
 def test_order_of_any_step_is_a_function_of_the_step(corpus):
@@ -1193,7 +1201,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(corpus, monkeypatch):
 
     with monkeypatch.context() as patch:
         watch(patch, train, "learning_rate", interrupt)
-        with pytest.raises(UserError, match="stopped and saved after step 7; the same command resumes"):
+        with pytest.raises(UserError, match="stopped after step 7; the same command resumes"):
             pretrain()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     for _ in range(2):  # the second time it only shows its end again
@@ -1212,7 +1220,7 @@ def test_what_changes_only_the_rounding_may_change_and_is_logged(corpus):
     assert micro == pytest.approx(plain, rel=1e-3) and bf16 == pytest.approx(plain, rel=0.1)
     assert plain != micro and plain != bf16
     # Resumes the bf16 run. All these flags may change.
-    pretrain(calm + "--micro-batch-size 4 --workers 1 --cache cache2 --log-every 3 --eval-every 3 "
+    pretrain(calm + "--micro-batch-size 4 --cache cache2 --log-every 3 --eval-every 3 "
              "--save-every 3 --device cpu")
     numerics = [line["numerics"] for line in read_log() if "numerics" in line]
     assert numerics[0] | dict(micro_batch_size=4, dtype="fp32") == numerics[1]
@@ -1251,15 +1259,15 @@ def test_checkpoints_come_at_least_every_ten_minutes(corpus, monkeypatch):
     saved = []
     watch(monkeypatch, train.Run, "save", lambda run: saved.append(run.step))
     pretrain("--save-every 1000")
-    assert saved == list(range(25))
+    assert saved == list(range(1, 25))
 
 
 def test_prepare_only_shows_rows_and_warns_of_long_lines(corpus, capsys):
     """--prepare-only makes the cache that training uses, and --show prints rows of it."""
-    pretrain("--prepare-only --show 2 --workers 1")
+    pretrain("--prepare-only --show 2")
     printed = capsys.readouterr().out
     assert "300 documents" in printed and printed.count("[CLS]") == 2 and "warning" not in printed
-    assert os.environ["RAYON_NUM_THREADS"] == "1" and not Path("out").exists()
+    assert not Path("out").exists()
     Path("long.txt").write_text("\n\n".join(text.replace("\n", " ") * 3 for text in make_text(20)))
     pretrain("--prepare-only --data long.txt")
     assert "warning: that is a lot" in capsys.readouterr().out
@@ -1272,13 +1280,15 @@ def test_prepare_only_shows_rows_and_warns_of_long_lines(corpus, capsys):
 def test_metrics_of_a_batch_by_hand():
     """The metrics of micro-batches are those of the batch, over non-padding tokens."""
     electra, ids = make_electra().double().eval(), make_rows(8)
+    ids[ids > 150] = 150
+    electra.generator.mlm_bias.data[150] = 4.0  # the best guess, and now and then the sample
     uniforms, counts = make_uniforms(ids), model.count(ids, CONFIG)
     with torch.no_grad():
         whole = electra(ids, uniforms, counts)
         parts = [electra(*part, counts) for part in zip(ids.split(2), uniforms.split(2), strict=True)]
     fakes, flagged = whole.is_replaced[ids != 0].numpy(), whole.disc_logits[ids != 0].numpy() > 0
     caught, rate, predictions = (fakes & flagged).sum(), fakes.mean(), counts[0].item()
-    assert caught > 0
+    assert caught > 0 and whole.mlm_correct > whole.sampled_correct > 0
     assert train.compute_metrics(parts, ids, counts) == pytest.approx(dict(
         loss=whole.loss.item(), mlm_loss=whole.mlm_loss.item(), disc_loss=whole.disc_loss.item(),
         mlm_accuracy=whole.mlm_correct.item() / predictions,
@@ -1423,13 +1433,16 @@ def test_a_separable_task_is_learned_to_100_percent(toy_glue, capsys):
 def test_a_seed_gives_the_same_result_alone_or_among_others(toy_glue):
     """The result of a (task, seed) does not depend on what else a sweep does."""
     tune("--predict --seeds 2 --task all")
-    tune("--predict --seeds 2 --task stsb --out alone")
+    tune("--seeds 2 --task stsb --out alone")
+    tune("--predict --seeds 2 --task stsb --out alone")  # a result that lacks predictions is made again
     together, alone = read_results(), read_results("alone")
     assert len(together) == 18 and set(alone) == {("stsb", 0), ("stsb", 1)}
     assert alone["stsb", 0]["metrics"] != alone["stsb", 1]["metrics"]
     assert alone.items() <= together.items()
-    for path in Path("alone/predictions").iterdir():
-        assert path.read_bytes() == (Path("out/glue/predictions") / path.name).read_bytes()
+    paths = list(Path("alone/predictions").iterdir())
+    assert len(paths) == 2
+    for path in paths:
+        assert path.read_bytes() == Path("out/glue/predictions", path.name).read_bytes()
 
 
 def test_padding_to_the_longest_row_changes_no_logit():
@@ -1452,13 +1465,13 @@ def test_fine_tuning_has_a_dropout_of_its_own(toy_glue, capsys):
     config = finetune.FinetuneConfig(max_length=64)
     assert config.dropout == 0.1
     for dropout in (0.1, 0.3):
-        shape = finetune.load_pretrained(replace(config, dropout=dropout)).shape
-        assert shape.hidden_dropout_prob == shape.attention_probs_dropout_prob == dropout
+        loaded = finetune.load_pretrained(replace(config, dropout=dropout)).config
+        assert loaded.hidden_dropout_prob == loaded.attention_probs_dropout_prob == dropout
     WordPiece(SMALL_VOCAB).save(Path("out/small/discriminator"), 24)
     finetune.load_pretrained(replace(config, max_length=24))
-    assert "warning" not in capsys.readouterr().err
+    assert "warning" not in capsys.readouterr().out
     finetune.load_pretrained(replace(config, max_length=32))
-    assert "pre-trained on rows of 24 tokens" in capsys.readouterr().err
+    assert "pre-trained on rows of 24 tokens" in capsys.readouterr().out
 
 
 def test_other_settings_are_other_results(toy_glue):
@@ -1606,7 +1619,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.wfile.write(body[start : start + len(body) // 4 + 1])
                 wait(0.02 if trouble == "slow" else 0)
         if trouble == "stall":
-            wait(1)  # longer than the client's patience
+            wait(60)  # longer than the client's patience
         if trouble == "reset":  # RST instead of FIN
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())
@@ -1644,7 +1657,7 @@ def test_a_download_survives_what_goes_wrong_on_the_way(corpus, quick, capfd):
     """Cut, reset, slow and stalled bodies, 429, 503 and redirects: the documents are the same."""
     texts, content = make_openwebtext(1500)
     kinds, random_ = ["cut", "reset", "slow", "stall", 429, 503, "redirect", None], random.Random(0)
-    happened = []
+    happened, began = [], time.monotonic()
 
     def fault():
         happened.append(random_.choice(kinds))
@@ -1654,6 +1667,7 @@ def test_a_download_survives_what_goes_wrong_on_the_way(corpus, quick, capfd):
         while set(happened) != set(kinds):
             assert read_texts(f"{server.url}/owt.tar", one_document_per_file=True) == texts
         assert len(set(server.ranges_asked) - {""}) >= 2  # it continued at bytes that are not the first
+    assert time.monotonic() - began < 50  # it did not wait for a stalled body
     said = capfd.readouterr().err
     assert re.search(r"owt.tar: \w+, at byte [\d,]+; trying again in 0 s", said)
     assert "it answers 429 Too Many Requests, at byte" in said and "trying again in 1 s" in said
@@ -1677,7 +1691,7 @@ def test_files_that_change_or_cannot_be_continued_are_refused(corpus, quick):
         reading = data.read_documents(data_config(data=(f"{server.url}/owt.tar",)))
         next(reading)
         files["/owt.tar"] = flip(content, 0)
-        changed = "owt.tar cannot be continued at byte [1-9].*: it has changed, or"
+        changed = "owt.tar cannot be resumed at byte [1-9].*: it has changed, or"
         with pytest.raises(UserError, match=changed):
             list(reading)
     files["/owt.tar"] = content
@@ -1708,7 +1722,7 @@ def test_damaged_archives_are_refused_by_name(corpus):
     compressed = make_tar({f"{n}.txt": text.encode() for n, text in enumerate(texts)}, "w:gz")
     page = b"<!DOCTYPE html><html>Please log in</html>" * 40
     for name, damaged, message, documents_before in [
-        ("flipped.tar", flip(content, second.offset_data + second.size // 2),
+        ("flipped.tar", flip(content, second.offset_data + second.size - 6),  # seen only at its end
          r"subset00-20_data.xz in flipped.tar is damaged or cut short", 20),
         ("cut.tar", content[: second.offset_data + 99], "cut.tar is damaged or cut short", 20),
         ("header.tar", flip(content, second.offset + 10), "header.tar is .* cut short .no end mark, but", 20),
@@ -1860,7 +1874,7 @@ def test_damaged_files_of_ours_and_a_folder_in_use_are_reported(corpus):
             pretrain(f"--num-train-steps 2 {flags}")
 
 
-def test_a_loss_or_weight_that_is_not_finite_stops_the_run_before_it_is_saved(corpus, monkeypatch):
+def test_what_is_not_finite_stops_the_run_before_it_is_saved(corpus, monkeypatch):
     """The last finite checkpoint stays, and the likely cause is named."""
 
     def spoil(optimizer):
@@ -1869,7 +1883,7 @@ def test_a_loss_or_weight_that_is_not_finite_stops_the_run_before_it_is_saved(co
             parameter.data.fill_(math.nan)
 
     watch(monkeypatch, torch.optim.AdamW, "step", spoil)
-    message = "is not finite after step 1[0-2]; .* --restart with a lower --learning-rate"
+    message = "the weights are not finite after step 12; .* --restart with a lower --learning-rate"
     with pytest.raises(UserError, match=message):
         pretrain()
     state = torch.load("out/small/checkpoint.pt", weights_only=True)
@@ -1888,14 +1902,13 @@ def test_text_without_held_out_documents_trains_without_evaluation(corpus, capsy
 def test_an_unhealthy_run_and_a_slow_machine_are_reported(corpus, monkeypatch, capsys):
     """A stuck generator, a collapsed discriminator, and a run that would take weeks each get a sentence."""
 
-    def diagnosis(mlm_loss, disc_loss, last=25_000):
-        line = dict(mlm_loss=mlm_loss, disc_loss=disc_loss, all_original=0.4)
-        return train.diagnose([line | dict(step=step) for step in range(100, last + 1, 100)], 10_000)
+    def sentence(mlm_loss, disc_loss, is_late=True):
+        metrics = dict(mlm_loss=mlm_loss, disc_loss=disc_loss, all_original=0.4, auc=0.5)
+        return train.describe(metrics, is_late)
 
-    assert diagnosis(3.0, 0.3) is None
-    assert "generator is stuck" in diagnosis(6.5, 0.3)
-    assert "knows little but the share" in diagnosis(3.0, 0.39)
-    assert diagnosis(6.5, 0.39, last=15_000) is None  # early is no cause for alarm
+    assert "warning" not in sentence(3.0, 0.3) + sentence(6.5, 0.39, is_late=False)
+    assert "generator is stuck" in sentence(6.5, 0.3)
+    assert "discriminator is stuck" in sentence(3.0, 0.39)
     monkeypatch.setattr(train, "SLOW_DAYS", 1e-9)
     pretrain("--num-train-steps 101")
     assert "at this rate the rest takes 0 days; `--size tiny`" in capsys.readouterr().out
@@ -1930,10 +1943,10 @@ def test_a_full_disk_loses_nothing_and_the_same_command_resumes(corpus, monkeypa
     ("--max-length 4", None, "max_length is 4; a row needs at least 8"),
     ("--micro-batch-size 3", None, "a batch of 8 rows does not split into micro-batches of 3"),
     ("--batch-size 0", None, "batch_size is 0; it must be at least 1"),
-    ("--hidden-dropout-prob 2", None, "hidden_dropout_prob is 2.0; it must be from 0 to below 1"),
+    ("--seed -1", None, "seed is -1; it must be 0 or more"),
     ("--hidden-size 33", None, "hidden_size 33 is not a multiple of num_attention_heads 2"),
     ("--size huge", None, "there is no size huge; there are tiny, small, base, large"),
-    ("--learning 1", None, "unrecognized arguments: --learning 1; --help lists the flags"),
+    ("--learning 1", None, "there is no --learning 1; --help lists the flags"),
     ("--batch-size many", None, "invalid int value: 'many'"), ("--mask-prob -1", None, "mask_prob is -1.0"),
     ("--dtype fp8", None, "there is no dtype fp8"), ("--device tpu", None, "there is no device tpu here"),
 ])
@@ -1974,10 +1987,9 @@ CUT_SHORT = struct.pack("<Q", 61) + b'{"a": {"dtype": "F32", "shape": [2], "data
     ("", {TOKENIZER: b'{"tokenize_chinese_chars": false}'}, "that this tokenizer lacks"),
     ("", {WEIGHTS: None}, "has neither model.safetensors nor pytorch_model.bin"),
     ("", {WEIGHTS: b"x" * 99}, "is damaged, or not a safetensors file"),
-    ("", {WEIGHTS: CUT_SHORT}, "it is not as long as its header says"),
+    ("", {WEIGHTS: CUT_SHORT}, "is damaged, or not a safetensors file"),
     ("", {WEIGHTS: None, "pytorch_model.bin": b"x" * 99}, "is damaged, or not a file of weights"),
-    ("", {"extra": torch.zeros(1)}, "extra does not belong to it"),
-    ("", {QUERY: torch.zeros(3, 4)}, f"{QUERY} has shape .3, 4. instead of .48, 48."),
+    ("", {QUERY: torch.zeros(3, 4)}, f"{QUERY} has shape .3, 4., and should have .48, 48."),
     ("", {QUERY: torch.full((48, 48), math.inf)}, f"{QUERY} is not finite"),
 ])
 def test_bad_input_to_fine_tuning(toy_glue, flags, changes, message):
@@ -2030,12 +2042,10 @@ def test_glue_is_downloaded_once_and_checked(corpus, monkeypatch, quick):
         good = replace(glue.TASKS["wnli"], source=source(server, "/WNLI.zip", archive), rows=dict(dev=1))
         wrong = replace(good, source=source(server, "/WNLI.zip", archive[:-1] + b"x"))
         missing = replace(good, source=(f"{server.url}/none.zip", 1, ""))
-        for task, message in [
-            (wrong, r"SHA-256 [0-9a-f]{64} instead of [0-9a-f]{64}; try again, put WNLI.zip"),
-            (missing, "none.zip answers 404"),
-        ]:
-            with pytest.raises(UserError, match=message):
-                glue.read_examples(task, "dev", "cache")
+        with pytest.raises(UserError, match=r"SHA-256 \w{64} instead of \w{64}; try again, or put WNLI.zip"):
+            glue.read_examples(wrong, "dev", "cache")
+        with pytest.raises(UserError, match="none.zip answers 404"):
+            glue.read_examples(missing, "dev", "cache")
         assert {path.suffix for path in Path("cache/glue").iterdir()} == {".lock"}  # nothing half-written
         assert len(glue.read_examples(good, "dev", "cache")) == 1
         mrpc = replace(glue.TASKS["mrpc"], source=source(server, "/train.txt", files["/train.txt"]),
@@ -2048,6 +2058,7 @@ def test_glue_is_downloaded_once_and_checked(corpus, monkeypatch, quick):
         assert glue.read_examples(mrpc, "test", "cache") == [("X", "Y", None)]
     assert len(glue.read_examples(good, "dev", "cache")) == 1  # the server is gone
     Path("cache/glue/WNLI.zip").write_bytes(archive[: len(archive) // 2])
+    glue.fetch_official.cache_clear()  # a new process
     with pytest.raises(UserError, match=r"WNLI.zip has SHA-256 \w{64} instead of \w{64}; delete it"):
         glue.read_examples(good, "dev", "cache")
 
@@ -2080,7 +2091,7 @@ def test_a_model_of_the_hub_is_downloaded_once(toy_glue, monkeypatch, quick, nam
     flags = "--task wnli --model google/electra-toy "
     with Server({}) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
-        with pytest.raises(UserError, match="404 .*or check the name: there is no folder google/electra-toy"):
+        with pytest.raises(UserError, match="404 .*check the name: there is no folder google/electra-toy"):
             tune(flags)
         server.files = files
         tune(flags)
@@ -2187,4 +2198,4 @@ def test_the_readmes_session_runs(corpus, monkeypatch):
     monkeypatch.syspath_prepend(str(HERE))
     namespace = {}
     exec(session, namespace)  # noqa: S102
-    assert namespace["output"].is_replaced.shape == namespace["ids"].shape
+    assert namespace["output"].is_replaced.shape == (1, len(namespace["ids"]) + 2)

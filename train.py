@@ -1,22 +1,20 @@
-"""Pre-train ELECTRA: `python train.py --size small`. Optimizer, schedule, the loop, checkpoints.
+"""Pre-train ELECTRA: `python train.py --size small`. The loop, optimizer and schedule, checkpoints.
 
-Read `train` first: the loop. out/<size> receives log.jsonl, checkpoint.pt and, at the end, the two networks
-as HuggingFace folders, discriminator/ and generator/. The same command resumes a run that was stopped.
+Read `train` first. Everything a run writes is in out/SIZE: log.jsonl, checkpoint.pt and, at the end,
+discriminator/ and generator/, two HuggingFace folders. The same command resumes a run that was stopped.
 
-On a CPU, with the same threads and versions, a run that is killed at any moment and resumed ends in the same
-bits as one that never was: rows, masks, samples and dropout of a step are functions of (seed, step), and no
-random state is kept.
+On a CPU with the same threads and versions, a run that was killed and resumed gives bit for bit the result of
+an uninterrupted one. Every random number is a function of (seed, step), so no random state is saved.
 """
 
 import os
 
-# OpenMP threads spin at barriers. On a machine with other work to do, the default makes training crawl.
+# OpenMP threads busy-wait at barriers: by default, one other process on the machine makes training crawl.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import inspect
 import io
-import math
 import pickle
 import re
 import shutil
@@ -40,7 +38,6 @@ from data import (
     atomic_write,
     load_wordpiece,
     lock,
-    parse_json,
     prepare,
     producing,
     rng,
@@ -50,14 +47,14 @@ from model import SIZES, Electra, ElectraConfig, ModelError, count, save_pretrai
 HELDOUT_ROWS = 1024  # rows of every evaluation, always with the same masks and samples
 SAVE_SECONDS = 600  # the most work that a kill can cost
 SHOWN_ROWS, SHOWN_TOKENS = 5, 40  # what is shown at the end
-SLOW_DAYS = 14  # a run that takes longer is a mistake
+SLOW_DAYS = 14  # warn about a run that takes longer
 
 
 @dataclass(frozen=True)
 class StepConfig:
-    """What an optimizer step of pre-training and one of fine-tuning have in common."""
+    """Flags shared by pre-training and fine-tuning."""
 
-    weight_decay: float = 0.01  # decoupled weight decay, not of LayerNorms and biases
+    weight_decay: float = 0.01  # decoupled weight decay; LayerNorms and biases are exempt
     adam_beta1: float = 0.9  # decay of Adam's first moment
     adam_beta2: float = 0.999  # decay of Adam's second moment
     adam_epsilon: float = 1e-6  # added to the root of Adam's second moment
@@ -72,18 +69,18 @@ class TrainConfig(StepConfig):
 
     size: str = "small"  # tiny, small, base or large: the model and its recipe
     batch_size: int = 128  # rows in a step
-    num_train_steps: int = 1_000_000  # steps, after which the learning rate is 0
+    num_train_steps: int = 1_000_000  # steps in all; the learning rate decays to 0
     learning_rate: float = 5e-4  # peak learning rate
     num_warmup_steps: int = 10_000  # steps over which the learning rate rises from 0
     micro_batch_size: int = 0  # rows in a forward pass, to save memory; 0 is batch_size
     compile: bool = None  # use torch.compile; None is on a GPU only
-    out: str = "out"  # folder for runs; this one goes to its subfolder SIZE
+    out: str = "out"  # parent folder; the run goes to OUT/SIZE
     log_every: int = 100  # steps between lines of log.jsonl
     eval_every: int = 1000  # steps between evaluations on held-out text
     save_every: int = 1000  # steps between checkpoints; there is one every ten minutes, too
     restart: bool = False  # delete the run in the folder and start over
     prepare_only: bool = False  # prepare the text, and do not train
-    show: int = 0  # with --prepare-only: print so many rows
+    show: int = 0  # with --prepare-only: print this many rows
 
     def __post_init__(self):
         if self.size not in SIZES:
@@ -91,12 +88,14 @@ class TrainConfig(StepConfig):
         for name in ("batch_size", "num_train_steps", "log_every", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_warmup_steps < 0 or self.micro_batch_size < 0:
+            raise UserError("num_warmup_steps and micro_batch_size must be 0 or more")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise UserError(f"a batch of {self.batch_size} rows does not split into micro-batches of "
                             f"{self.micro_batch_size}")
 
 
-# What differs from the defaults, here and in DataConfig, which are small's.
+# What each size changes. The defaults, above and in DataConfig, are small's.
 RECIPES = {
     "tiny": dict(data=["python-docs"], vocab="train:2048", max_length=32, batch_size=32, num_train_steps=6000,
                  learning_rate=1e-3, num_warmup_steps=500, log_every=50, eval_every=500, save_every=1000),
@@ -114,11 +113,11 @@ MAY_CHANGE = {"micro_batch_size", "dtype", "device", "compile", "workers", "cach
 # The loop
 
 
-def train(run, cache, producer_error):
-    """Take steps until the last one, a signal or an error of the producer. All that is done is then saved."""
-    config, model, optimizer, device = run.config, run.model, run.optimizer, run.config.device
+def train(run, producer_error):
+    """Train to the last step, or stop at a signal or an error of the producer, and save."""
+    config, model, optimizer = run.config, run.model, run.optimizer
     forward = torch.compile(model, fullgraph=True) if config.compile else model
-    order, heldout, error, warning = Order(cache, config.batch_size), None, None, None
+    order, heldout, error = Order(run.cache, config.batch_size), None, None
     saved_at = logged_at = time.perf_counter()
     first_step = logged_step = run.step
     with (stop_signals() as signals,
@@ -127,30 +126,29 @@ def train(run, cache, producer_error):
             is_last = run.step + 1 == config.num_train_steps
             evaluates = is_last or (run.step + 1) % config.eval_every == 0
 
-            # Rows: they may still be on their way.
+            # Get the rows. They may not be prepared yet, and neither may those that are held out.
             batch = order.batch(run.step)
             if evaluates and heldout is None:
-                heldout = run.load_heldout(cache)
+                heldout = run.load_heldout()
             if batch is None or (evaluates and heldout is None):
                 bar.set_description("waiting for text")
                 error = producer_error()
                 time.sleep(0.05)
                 continue
-            epoch, input_ids = batch
-            uniforms = run.draw("train", run.step, len(input_ids))
-            input_ids, uniforms = (tensor.to(device) for tensor in (torch.from_numpy(input_ids), uniforms))
+            epoch, rows = batch
+            input_ids, uniforms = run.to_device(rows, "train", run.step)
 
-            # Forward and backward, in micro-batches whose gradients add up to that of the batch.
+            # Forward and backward, in micro-batches whose gradients add up to the batch's.
             lr = learning_rate(run.step, config.learning_rate, config.num_train_steps,
                                config.num_warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             torch.manual_seed(int(rng(run.seed, "dropout", run.step).integers(2**63)))
-            counts = count(input_ids, model.config)
-            size, outputs = config.micro_batch_size, []
-            for ids, numbers in zip(input_ids.split(size), uniforms.split(size), strict=True):
+            counts, outputs = count(input_ids, model.config), []
+            parts = (tensor.split(config.micro_batch_size) for tensor in (input_ids, uniforms))
+            for part in zip(*parts, strict=True):
                 with autocast(config):
-                    output = forward(ids, numbers, counts)
+                    output = forward(*part, counts)
                 output.loss.backward()
                 outputs.append(output._replace(loss=output.loss.detach()))
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)  # [D27]
@@ -159,35 +157,163 @@ def train(run, cache, producer_error):
             run.step += 1
             bar.update()
 
-            # Log, evaluate, save. A log line is about its own step, so checkpoints leave no trace in the log.
-            saves = is_last or run.step % config.save_every == 0
-            if evaluates or saves or run.step == 1 or run.step % config.log_every == 0:
+            # Log, evaluate, save. A checkpoint leaves no trace in the log.
+            is_logged = evaluates or run.step == 1 or run.step % config.log_every == 0
+            if is_logged:
                 metrics = compute_metrics(outputs, input_ids, counts)  # waits for the device
                 seconds = (time.perf_counter() - logged_at) / (run.step - logged_step)
-                line = run.log("train", epoch, lr=lr, **metrics, grad_norm=grad_norm.item(),
-                               tokens_per_second=round(input_ids.numel() / seconds))
-                bar.set_description(f"loss {line['loss']:.3f}, {line['tokens_per_second']:,} tokens/s")
-                if warning is None and (warning := diagnose(run.lines, config.num_warmup_steps)):
-                    tqdm.write(f"warning: {warning}")
+                rate = round(input_ids.numel() / seconds)
+                run.log("train", epoch, lr=lr, **metrics, grad_norm=grad_norm.item(), tokens_per_second=rate)
+                bar.set_description(f"loss {metrics['loss']:.3f}, {rate:,} tokens/s")
                 days = seconds * (config.num_train_steps - run.step) / 86_400
                 if logged_step < first_step + 100 <= run.step and days > SLOW_DAYS:
                     tqdm.write(f"at this rate the rest takes {days:.0f} days; `--size tiny` takes minutes on "
                                "a CPU, and the other sizes need a GPU")
-                logged_at, logged_step = time.perf_counter(), run.step
             if evaluates and len(heldout):
-                line = run.log("heldout", epoch, **compute_metrics(*run.evaluate(heldout)))
-                share = line["disc_loss"] / line["all_original"]
-                tqdm.write(f"step {run.step}, held-out text: MLM loss {line['mlm_loss']:.3f}, discriminator "
-                           f"loss {share:.3f} x all-original, AUC {line['auc']:.3f}")
-            if saves or time.perf_counter() - saved_at > SAVE_SECONDS:
+                metrics = compute_metrics(*run.evaluate(heldout))
+                run.log("heldout", epoch, **metrics)
+                is_late = run.step >= max(20_000, 2 * config.num_warmup_steps)
+                tqdm.write(f"step {run.step}, held-out text: {describe(metrics, is_late)}")
+            if is_last or run.step % config.save_every == 0 or time.perf_counter() - saved_at > SAVE_SECONDS:
                 run.save()
                 saved_at = time.perf_counter()
-            if run.step == first_step + 1:  # the first step compiles; rates are of the others
+            if is_logged or run.step == first_step + 1:  # rates leave out compiling, evaluating and saving
                 logged_at, logged_step = time.perf_counter(), run.step
     if run.step < config.num_train_steps:
-        run.save()
+        if run.step > first_step:
+            run.save()
         again = "the same command" + " without --restart" * config.restart
-        raise UserError(error or f"stopped and saved after step {run.step}; {again} resumes")
+        raise UserError(error or f"stopped after step {run.step}; {again} resumes")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The run and its folder
+
+
+class Run:
+    """Model, optimizer and step of a run, and its folder with log and checkpoint."""
+
+    def __init__(self, config, model_config, cache):
+        self.config, self.cache, self.seed, self.max_length = (
+            config, cache, cache.config.seed, cache.config.max_length)
+        self.folder = Path(config.out) / config.size
+        self.checkpoint, self.log_path = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
+        everything = asdict(config) | asdict(model_config) | cache.fingerprint
+        self.settings = {name: value for name, value in everything.items() if name not in MAY_CHANGE}
+        # These may change on resume. They change the rounding, so they are logged.
+        self.numerics = dict(device=config.device, dtype=config.dtype, compile=config.compile,
+                             micro_batch_size=config.micro_batch_size, threads=torch.get_num_threads(),
+                             torch=str(torch.__version__))
+        torch.manual_seed(self.seed)
+        self.model = Electra(model_config).to(config.device).train()
+        self.optimizer = build_optimizer(self.model.named_parameters(), config)
+        self.step = 0
+
+    def resume(self):
+        """Continue from the checkpoint, or start over. What was logged after the checkpoint is cut off."""
+        if self.config.restart:
+            self.checkpoint.unlink(missing_ok=True)  # first: it must not stand beside another run's log
+        if not self.checkpoint.exists():
+            for name in ("discriminator", "generator"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            with open(self.log_path, "wb") as log:
+                append_json(log, dict(settings=self.settings, numerics=self.numerics))
+            return
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            old, new = state["settings"], self.settings
+        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError):
+            raise UserError(f"{self.checkpoint} is damaged; --restart starts over") from None
+        changed = [f"{name} was {old.get(name)} and is now {new.get(name)}"
+                   for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+        if changed:
+            raise UserError(f"{self.folder} holds another run ({'; '.join(changed)}); use its settings, "
+                            "another --out, or --restart")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        with open(self.log_path, "r+b") as log:
+            log.truncate(state["log_bytes"])
+            log.seek(0, os.SEEK_END)
+            if state["numerics"] != self.numerics:
+                append_json(log, dict(step=self.step, numerics=self.numerics))
+        print(f"resuming after step {self.step} of {self.config.num_train_steps}")
+
+    def to_device(self, rows, purpose, step):
+        """ids (B, L) and the uniform numbers (B, L + 2K) of their masks and samples."""
+        width = self.max_length + 2 * self.model.config.num_slots(self.max_length)
+        uniforms = rng(self.seed, purpose, step).random((len(rows), width), dtype=np.float32)
+        return [torch.from_numpy(array).to(self.config.device) for array in (rows, uniforms)]
+
+    def load_heldout(self):
+        """The held-out rows, or None while they have not arrived. Prints the baseline of the MLM loss."""
+        heldout = self.cache.heldout(HELDOUT_ROWS)
+        if heldout is not None and len(heldout):
+            unigram = unigram_entropy(heldout, self.model.config)
+            tqdm.write(f"{len(heldout):,} rows are held out; word frequencies alone give them an MLM loss of "
+                       f"{unigram:.3f}")
+        elif heldout is not None:
+            tqdm.write("no evaluation: one document in a hundred is held out, and this text has too few")
+        return heldout
+
+    @torch.no_grad()
+    def evaluate(self, rows):
+        """(Outputs, ids, counts) of rows, without dropout, with the same masks and samples every time."""
+        self.model.eval()
+        ids, uniforms = self.to_device(rows, "heldout", 0)
+        counts = count(ids, self.model.config)
+        parts = (tensor.split(self.config.micro_batch_size) for tensor in (ids, uniforms))
+        with autocast(self.config):
+            outputs = [self.model(*part, counts) for part in zip(*parts, strict=True)]
+        self.model.train()
+        return outputs, ids, counts
+
+    def log(self, split, epoch, **values):
+        """Append a line to log.jsonl."""
+        positions = self.step * self.config.batch_size * self.max_length  # padding included
+        with open(self.log_path, "ab") as log:
+            append_json(log, dict(split=split, step=self.step, tokens=positions, epoch=epoch, **values))
+
+    def save(self):
+        """Write the checkpoint. The one before it stays until this one is whole."""
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise UserError(f"the weights are not finite after step {self.step}; the checkpoint before is "
+                            "intact; use --restart with a lower --learning-rate")
+        state = dict(step=self.step, settings=self.settings, numerics=self.numerics,
+                     model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+                     log_bytes=self.log_path.stat().st_size)
+        buffer = io.BytesIO()  # torch.save hides a full disk behind an error of its own
+        torch.save(state, buffer)
+        with atomic_write(self.checkpoint) as file:
+            file.write(buffer.getbuffer())
+
+    def export(self):
+        """Write discriminator/ and generator/. The old folder is kept until the new one is complete."""
+        for name in ("discriminator", "generator"):
+            folder, new = self.folder / name, self.folder / f"{name}.tmp"
+            shutil.rmtree(new, ignore_errors=True)
+            save_pretrained(getattr(self.model, name), new)
+            self.cache.wordpiece.save(new, self.max_length)
+            shutil.rmtree(folder, ignore_errors=True)
+            new.rename(folder)
+
+
+@contextmanager
+def stop_signals():
+    """Yields a list that the first Ctrl-C or SIGTERM is added to. A second one kills."""
+    received = []
+
+    def receive(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        tqdm.write("stopping after this step, and saving; once more kills", file=sys.stderr)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -295,174 +421,28 @@ def unigram_entropy(rows, model_config):
     return entropy(frequencies / frequencies.sum())
 
 
-def diagnose(lines, num_warmup_steps):
-    """A sentence about the last 5,000 steps of a log if they look unhealthy, else None."""
-    last = lines[-1]["step"]
-    if last < max(20_000, 2 * num_warmup_steps):
-        return None
-    recent = [line for line in lines if line["step"] > last - 5_000]
-    if min(line["mlm_loss"] for line in recent) > 6:
-        return f"the generator is stuck at an MLM loss above 6 at step {last}; try a lower learning rate"
-    if all(line["disc_loss"] >= 0.97 * line["all_original"] for line in recent):
-        return (f"the discriminator knows little but the share of replaced tokens at step {last}; try a "
-                "smaller generator, or a lower learning rate")
-    return None
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The run and its folder
-
-
-class Run:
-    """Model, optimizer and step of a run, and its folder with log and checkpoint."""
-
-    def __init__(self, config, data_config, model_config, cache):
-        self.config, self.seed, self.max_length = config, data_config.seed, data_config.max_length
-        self.wordpiece, self.folder = cache.wordpiece, Path(config.out) / config.size
-        self.checkpoint, self.log_path = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
-        everything = asdict(config) | asdict(model_config) | cache.fingerprint
-        self.settings = {name: value for name, value in everything.items() if name not in MAY_CHANGE}
-        # What may change on resume but changes the rounding, and so is logged.
-        self.numerics = dict(device=config.device, dtype=config.dtype, compile=config.compile,
-                             micro_batch_size=config.micro_batch_size, threads=torch.get_num_threads(),
-                             torch=str(torch.__version__))
-        torch.manual_seed(self.seed)
-        self.model = Electra(model_config).to(config.device).train()
-        self.optimizer = build_optimizer(self.model.named_parameters(), config)
-        self.step, self.lines = 0, []  # the lines of the log about training steps
-
-    def draw(self, purpose, step, num_rows):
-        """The uniform numbers (B, L + 2K) of a step's masks and samples."""
-        width = self.max_length + 2 * self.model.config.num_slots(self.max_length)
-        return torch.from_numpy(rng(self.seed, purpose, step).random((num_rows, width), dtype=np.float32))
-
-    def load_heldout(self, cache):
-        """The held-out rows, or None while they have not arrived. Prints the baseline of the MLM loss."""
-        heldout = cache.heldout(HELDOUT_ROWS)
-        if heldout is not None and len(heldout):
-            unigram = unigram_entropy(heldout, self.model.config)
-            tqdm.write(f"{len(heldout):,} rows are held out; word frequencies alone give them an MLM loss of "
-                       f"{unigram:.3f}")
-        elif heldout is not None:
-            tqdm.write("no evaluation: one document in a hundred is held out, and this text has too few")
-        return heldout
-
-    @torch.no_grad()
-    def evaluate(self, rows):
-        """(Outputs, ids, counts) of rows, without dropout, with the same masks and samples every time."""
-        self.model.eval()
-        uniforms, ids = self.draw("heldout", 0, len(rows)), torch.from_numpy(rows)
-        ids, uniforms = ids.to(self.config.device), uniforms.to(self.config.device)
-        counts, size = count(ids, self.model.config), self.config.micro_batch_size
-        parts = zip(ids.split(size), uniforms.split(size), strict=True)
-        with autocast(self.config):
-            outputs = [self.model(*part, counts) for part in parts]
-        self.model.train()
-        return outputs, ids, counts
-
-    def log(self, split, epoch, **values):
-        """Add a line to log.jsonl and return it. A value that is not finite stops the run."""
-        if not all(map(math.isfinite, values.values())):
-            self.stop_diverged("the loss or the gradient")
-        tokens = self.step * self.config.batch_size * self.max_length
-        line = dict(split=split, step=self.step, tokens=tokens, epoch=epoch, **values)
-        with open(self.log_path, "ab") as log:
-            append_json(log, line)
-        if split == "train":
-            self.lines.append(line)
-        return line
-
-    def save(self):
-        """Write the checkpoint. The one before it stays until this one is whole."""
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            self.stop_diverged("a weight")
-        state = dict(step=self.step, settings=self.settings, numerics=self.numerics,
-                     model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                     log_bytes=self.log_path.stat().st_size)
-        buffer = io.BytesIO()  # on a full disk torch.save reports an error of its own, not the disk's
-        torch.save(state, buffer)
-        with atomic_write(self.checkpoint) as file:
-            file.write(buffer.getbuffer())
-
-    def stop_diverged(self, what):
-        raise UserError(f"{what} is not finite after step {self.step}; the checkpoint before it is kept; use "
-                        "--restart with a lower --learning-rate")
-
-    def load_checkpoint(self):
-        """The state to resume from, or None. A checkpoint of another run is refused."""
-        if self.config.restart or not self.checkpoint.exists():
-            return None
-        try:
-            state = torch.load(self.checkpoint, map_location=self.config.device, weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError):
-            raise UserError(f"{self.checkpoint} is damaged; --restart starts over") from None
-        old, new = state["settings"], self.settings
-        changed = [f"{name} was {old.get(name)} and is now {new.get(name)}"
-                   for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-        if changed:
-            raise UserError(f"{self.folder} holds another run ({'; '.join(changed)}); use its settings, "
-                            "another --out, or --restart")
-        return state
-
-    def start(self, state):
-        """Start over, or resume from a state: what was logged after it is cut off."""
-        if state is None:
-            self.checkpoint.unlink(missing_ok=True)  # first, so that it never stands beside another run's log
-            for name in ("discriminator", "generator"):
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-            with open(self.log_path, "wb") as log:
-                append_json(log, dict(settings=self.settings, numerics=self.numerics))
-            self.save()
-            return
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-        with open(self.log_path, "r+b") as log:
-            log.truncate(state["log_bytes"])
-            entries = [parse_json(line, self.log_path) for line in log]
-            if state["numerics"] != self.numerics:
-                append_json(log, dict(step=self.step, numerics=self.numerics))
-        self.lines = [entry for entry in entries if entry.get("split") == "train"]
-        print(f"resuming after step {self.step} of {self.config.num_train_steps}")
-
-    def export(self):
-        """Write discriminator/ and generator/. A folder that is there stays until the new one is whole."""
-        for name in ("discriminator", "generator"):
-            folder, new = self.folder / name, self.folder / f"{name}.tmp"
-            shutil.rmtree(new, ignore_errors=True)
-            save_pretrained(getattr(self.model, name), new)
-            self.wordpiece.save(new, self.max_length)
-            shutil.rmtree(folder, ignore_errors=True)
-            new.rename(folder)
-
-
-@contextmanager
-def stop_signals():
-    """A list to which the first Ctrl-C or SIGTERM adds itself. The second one kills."""
-    received = []
-
-    def receive(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def describe(metrics, is_late):
+    """A sentence about held-out text. Late in training it warns of networks that have not learned."""
+    share = metrics["disc_loss"] / metrics["all_original"]
+    text = (f"MLM loss {metrics['mlm_loss']:.3f}, discriminator loss {share:.3f} x all-original, AUC "
+            f"{metrics['auc']:.3f}")
+    if is_late and metrics["mlm_loss"] > 6:
+        text += "; warning: the generator is stuck; try a lower learning rate"
+    if is_late and share >= 0.97:
+        text += "; warning: the discriminator is stuck; try a smaller generator or a lower learning rate"
+    return text
 
 
 # ------------------------------------------------------------------------------------------------------------
 # A look at what it has learned
 
 LEGEND = """
-Held-out sentences, as both networks see them. The discriminator flags as many tokens as were replaced.
+Held-out sentences, as both networks see them. The discriminator flags as many tokens as were replaced, since
+a young one is never sure.
   [word =]        masked; the generator put the same word back
   [word→other ✓]  masked; the generator put another word, and the discriminator flagged it
   [word→other ✗]  masked; the generator put another word, and the discriminator did not flag it
   [word !]        flagged, but not replaced"""
-COLOURS = {"=": 36, "✓": 32, "✗": 31, "!": 33}
 
 
 def choose_readable(rows, wordpiece):
@@ -482,62 +462,58 @@ def show(run, rows):
         torch.cat([getattr(output, name) for output in outputs]).cpu()
         for name in ("positions", "weights", "corrupted_ids", "is_replaced", "disc_logits"))
     suspicions = logits[ids.cpu() != 0].sort(descending=True).values
-    is_flagged = logits > suspicions[is_replaced.sum()]
+    is_suspect = logits > suspicions[is_replaced.sum()]
     is_masked = torch.zeros_like(is_replaced).scatter(1, positions, weights > 0)
-    in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    tokens = run.cache.wordpiece.tokens
     print(LEGEND)
-    arrays = rows, corrupted_ids, is_masked, is_flagged
+    arrays = rows, corrupted_ids, is_masked, is_suspect
     for row in zip(*(array.tolist() for array in arrays), strict=True):
-        text = ""
-        for original, seen, masked, flagged in list(zip(*row, strict=True))[:SHOWN_TOKENS]:
+        words = []
+        for original, seen, masked, suspect in list(zip(*row, strict=True))[:SHOWN_TOKENS]:
             if not original:
                 break
-            word, sign = run.wordpiece.tokens[original], ""
             if seen != original:
-                word, sign = f"{word}→{run.wordpiece.tokens[seen]}", "✓" if flagged else "✗"
-            elif flagged:
-                sign = "!"
-            elif masked:
-                sign = "="
-            if sign:
-                word = f"[{word} {sign}]"
-                text += f" \033[{COLOURS[sign]}m{word}\033[0m" if in_colour else f" {word}"
+                words.append(f"[{tokens[original]}→{tokens[seen]} {'✓' if suspect else '✗'}]")
+            elif suspect or masked:
+                words.append(f"[{tokens[original]} {'!' if suspect else '='}]")
             else:
-                text += word[2:] if word.startswith("##") else f" {word}"
-        print(f"\n{text.strip()}")
+                words.append(tokens[original])
+        print("\n" + " ".join(words).replace(" ##", ""))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Command line
 
 
-class Parser(argparse.ArgumentParser):
-    """Makes a flag of every field of a dataclass that has a comment, which becomes its help."""
+def parse(argv, description, config_classes, sizes):
+    """A config of each class from the command line.
 
-    def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-
-    def error(self, message):
-        raise UserError(f"{message}; --help lists the flags")
-
-    def add_config(self, config_class, sizes):
+    A field that has a comment is a flag, with the comment as its help. What is not typed is as in `sizes`, a
+    table of what differs from the defaults, and else the default.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS, exit_on_error=False)
+    for config_class in config_classes:
         source = "".join(map(inspect.getsource, config_class.__mro__[-2::-1]))
         comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
         for field in fields(config_class):
-            if field.name in comments:
-                defaults = [str(field.default)] + [f"{size}: {row[field.name]}" for size, row in sizes.items()
-                                                   if field.name in row]
-                help = f"{comments[field.name]} ({'; '.join(defaults)})".replace("%", "%%")
-                kind = {bool: dict(action=argparse.BooleanOptionalAction), list: dict(nargs="+")}
-                self.add_argument(f"--{field.name.replace('_', '-')}", help=help,
-                                  **kind.get(field.type, dict(type=field.type)))
-
-
-def configure(config_class, typed, defaults):
-    """A config: what was typed, else the defaults of a size, else those of the class."""
-    values = defaults | vars(typed)
-    names = [field.name for field in fields(config_class) if field.name in values]
-    return config_class(**{name: values[name] for name in names})
+            if field.name not in comments:
+                continue
+            defaults = [str(field.default)] + [f"{size}: {row[field.name]}" for size, row in sizes.items()
+                                               if field.name in row]
+            help = f"{comments[field.name]} ({'; '.join(defaults)})".replace("%", "%%")
+            kinds = {bool: dict(action=argparse.BooleanOptionalAction), list: dict(nargs="+")}
+            parser.add_argument(f"--{field.name.replace('_', '-')}", help=help,
+                                **kinds.get(field.type, dict(type=field.type)))
+    try:
+        typed, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; --help lists the flags") from None
+    if unknown:
+        raise UserError(f"there is no {' '.join(unknown)}; --help lists the flags")
+    values = sizes.get(getattr(typed, "size", "small"), {}) | vars(typed)
+    return [config_class(**{field.name: values[field.name] for field in fields(config_class)
+                            if field.name in values}) for config_class in config_classes]
 
 
 def resolve_device(config):
@@ -551,12 +527,13 @@ def resolve_device(config):
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bf16" if device == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else "fp32"
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; a CPU is not affected
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
     return replace(config, device=device, dtype=dtype)
 
 
 def run_command(main):
-    """Run a `main`. What the user can mend becomes one line on standard error. The exit status."""
+    """Run `main` and return the exit status. An error that the user can fix is printed as one line."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # the terminal may not know every character
     try:
@@ -565,19 +542,15 @@ def run_command(main):
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command resumes", file=sys.stderr, flush=True)
-        os._exit(130)  # at once: a thread may be waiting for a server
+        print("stopped; the same command resumes", file=sys.stderr)
+        return 130
     return 0
 
 
 def main(argv=None):
-    parser = Parser("Pre-train ELECTRA. After a stop or a kill the same command resumes.")
-    for config_class in (TrainConfig, DataConfig, ElectraConfig):
-        parser.add_config(config_class, DEFAULTS)
-    typed = parser.parse_args(argv)
-    defaults = DEFAULTS.get(getattr(typed, "size", TrainConfig.size), {})
-    config, data_config, model_config = (configure(config_class, typed, defaults)
-                                         for config_class in (TrainConfig, DataConfig, ElectraConfig))
+    description = "Pre-train ELECTRA. After a stop or a kill the same command resumes."
+    configs = parse(argv, description, (TrainConfig, DataConfig, ElectraConfig), DEFAULTS)
+    config, data_config, model_config = configs
     if config.prepare_only:
         cache = prepare(data_config)
         print(cache.describe())
@@ -591,29 +564,25 @@ def main(argv=None):
     config = resolve_device(config)
     config = replace(config, micro_batch_size=config.micro_batch_size or config.batch_size,
                      compile=config.device == "cuda" if config.compile is None else config.compile)
-    cache = Cache(data_config, load_wordpiece(data_config))
-    wordpiece = cache.wordpiece
-    model_config = replace(model_config, vocab_size=len(wordpiece.tokens), **wordpiece.special_token_ids)
+    wordpiece = load_wordpiece(data_config)
+    model_config = replace(
+        model_config, vocab_size=len(wordpiece.tokens), cls_token_id=wordpiece.cls_token_id,
+        sep_token_id=wordpiece.sep_token_id, mask_token_id=wordpiece.mask_token_id)
     folder = Path(config.out) / config.size
     with lock(folder / "lock") as is_ours:
         if not is_ours:
             raise UserError(f"another process is training in {folder}; use another --out")
-        run = Run(config, data_config, model_config, cache)
-        state = run.load_checkpoint()  # before the text is prepared, which may take long
-        with producing(cache) as producer_error:
-            while not cache.has_shards(1):
-                if error := producer_error():
-                    raise UserError(error)
-                time.sleep(0.05)
-            run.start(state)  # after that, so that bad input leaves the run in the folder alone
-            print(cache.describe())
-            train(run, cache, producer_error)
+        run = Run(config, model_config, Cache(data_config, wordpiece))
+        with producing(run.cache) as producer_error:
+            run.resume()  # with text at hand, so that bad input leaves the run in the folder alone
+            print(run.cache.describe())
+            train(run, producer_error)
         run.export()
-        heldout = cache.heldout(HELDOUT_ROWS)
+        heldout = run.cache.heldout(HELDOUT_ROWS)
         if heldout is not None and len(heldout):
             show(run, choose_readable(heldout, wordpiece))
     print(f"\ntransformers can load {folder}/discriminator and {folder}/generator; to fine-tune:\n"
-          f"python finetune.py --model {folder} --task mrpc --max-length {run.max_length}")
+          f"python finetune.py --model {folder} --task mrpc --max-length {data_config.max_length}")
 
 
 if __name__ == "__main__":
