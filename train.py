@@ -97,7 +97,7 @@ class TrainConfig(StepConfig):
 
 # What each size changes. The defaults, above and in DataConfig, are small's.
 RECIPES = {
-    "tiny": dict(data=["python-docs"], vocab="train:2048", max_length=32, batch_size=32, num_train_steps=6000,
+    "tiny": dict(data=["python-docs"], vocab="train:2048", max_length=32, batch_size=32, num_train_steps=8000,
                  learning_rate=1e-3, num_warmup_steps=500, log_every=50, eval_every=500, save_every=1000),
     "small": dict(),
     "base": dict(max_length=512, batch_size=256, num_train_steps=766_000, learning_rate=2e-4),
