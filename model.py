@@ -80,7 +80,7 @@ SIZES = {
     # Narrow layers need larger initial weights: with 0.02 hardly any context reaches a token.
     "tiny": dict(embedding_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
                  intermediate_size=256, max_position_embeddings=32, hidden_dropout_prob=0.0,
-                 attention_probs_dropout_prob=0.0, initializer_range=0.1, generator_size=0.625),
+                 attention_probs_dropout_prob=0.0, initializer_range=0.1, generator_size=0.5),
     "small": dict(),
     "base": dict(embedding_size=768, hidden_size=768, num_attention_heads=12, intermediate_size=3072,
                  generator_size=1 / 3),

@@ -97,7 +97,7 @@ class TrainConfig(StepConfig):
 
 # What each size changes. The defaults, above and in DataConfig, are small's.
 RECIPES = {
-    "tiny": dict(data=["python-docs"], vocab="train:2048", max_length=32, batch_size=32, num_train_steps=8000,
+    "tiny": dict(data=["python-docs"], vocab="train:2048", max_length=32, batch_size=32, num_train_steps=9000,
                  learning_rate=1e-3, num_warmup_steps=500, log_every=50, eval_every=500, save_every=1000),
     "small": dict(),
     "base": dict(max_length=512, batch_size=256, num_train_steps=766_000, learning_rate=2e-4),
@@ -105,8 +105,8 @@ RECIPES = {
 }
 DEFAULTS = {size: RECIPES[size] | SIZES[size] for size in SIZES}
 # Flags that a resumed run may change. All others decide its result.
-MAY_CHANGE = {"micro_batch_size", "dtype", "device", "compile", "workers", "cache", "out", "log_every",
-              "eval_every", "save_every", "restart", "prepare_only", "show"}
+MAY_CHANGE = {"micro_batch_size", "dtype", "device", "compile", "out", "log_every", "eval_every",
+              "save_every", "restart", "prepare_only", "show"}
 
 
 # ------------------------------------------------------------------------------------------------------------
