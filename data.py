@@ -212,12 +212,15 @@ def fetch(address, position=0, otherwise="use --data PATH or --data python-docs"
                 if status not in (200, 206):
                     kind = NotFound if status == 404 else UserError
                     raise kind(f"{url} answers {status} {response.reason}; {otherwise}")
-                rest = int(response.headers.get("Content-Length", -1))  # without it, the body ends itself
-                if status != (206 if position else 200) or (length is not None and position + rest != length):
+                is_rest = status == (206 if position else 200)
+                if response.headers.get("Transfer-Encoding") != "chunked":  # which tells its end by itself
+                    whole = position + int(response.headers.get("Content-Length", -1))
+                    is_rest = is_rest and whole >= position and length in (None, whole)
+                    length = whole
+                if not is_rest:
                     raise UserError(f"{url} cannot be resumed at byte {position:,}: it has changed, or the "
                                     "server cannot send a part; download it and use --data PATH")
                 etag = response.headers.get("ETag", "")
-                length = position + rest if rest >= 0 else None
                 for chunk in response.iter_content(1 << 14):
                     position, failures, waited = position + len(chunk), 0, 0.0
                     yield chunk
@@ -597,11 +600,11 @@ def build_rows(documents, number, wordpiece, config):
     """
     train, heldout, kept, dropped = [], [], 0, 0
     cls, sep = [wordpiece.cls_token_id], [wordpiece.sep_token_id]
-    for index, (is_heldout_, lines) in enumerate(documents):
+    for index, (held_out, lines) in enumerate(documents):
         uniform = random.Random(f"{config.seed} {number} {index}").random
         for first, second, overflow in segment(lines, config.max_length, uniform):
             row = cls + first + sep + (second + sep if second else [])
-            (heldout if is_heldout_ else train).append(row + [0] * (config.max_length - len(row)))
+            (heldout if held_out else train).append(row + [0] * (config.max_length - len(row)))
             kept, dropped = kept + len(first) + len(second), dropped + overflow
     arrays = [np.array(rows, dtype=np.uint16).reshape(-1, config.max_length) for rows in (train, heldout)]
     return *arrays, dict(documents=len(documents), tokens_kept=kept, tokens_dropped=dropped)
