@@ -538,8 +538,11 @@ def run_command(main):
         stream.reconfigure(errors="replace")  # the terminal may not know every character
     try:
         main()
-    except (UserError, ModelError, OSError) as error:
+    except (UserError, ModelError) as error:
         print(error, file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, a file that must not be read
+        print(f"{error}; fix that, and the same command resumes", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)

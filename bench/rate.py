@@ -7,6 +7,7 @@ prepared, and the peak memory of this process is printed.
 """
 
 import argparse
+import os
 import resource
 import shutil
 import statistics
@@ -27,8 +28,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     work = tempfile.mkdtemp(prefix="rate-")
-    config = data.DataConfig(data=options.data, vocab=options.vocab, workers=options.workers, cache=work,
-                             one_document_per_file=True)
+    os.environ["RAYON_NUM_THREADS"] = str(options.workers)
+    config = data.DataConfig(data=options.data, vocab=options.vocab, cache=work, one_document_per_file=True)
     if not options.rounds:
         cache = data.prepare(config, progress=False)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -37,13 +38,15 @@ def main():
         return
     wordpiece = data.load_wordpiece(config)
     texts = [text for _, text in data.read_documents(config)]
-    lines = [line[: data.MAX_LINE] for text in texts for line in text.split("\n") if line.strip()]
+    lines = [line for text in texts for line in text.split("\n") if line.strip()]
+    tokenizer = data.blank_tokenizer(config.do_lower_case, config.strip_accents)
+    tokenizer.model = wordpiece.tokenizer.model
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     bare, whole = [], []
     for _ in range(options.rounds):
         began = time.perf_counter()
         for start in range(0, len(lines), 10_000):
-            wordpiece.tokenizer.encode_batch(lines[start : start + 10_000], add_special_tokens=False)
+            tokenizer.encode_batch(lines[start : start + 10_000], add_special_tokens=False)
         bare.append(megabytes / (time.perf_counter() - began))
         began = time.perf_counter()
         cache = data.prepare(config, progress=False)
