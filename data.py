@@ -236,9 +236,10 @@ def fetch(address, position=0, otherwise="use --data PATH or --data python-docs"
                 reason = f"it answers {error.response.status_code} {error.response.reason}"
                 retry_after = error.response.headers.get("Retry-After", "")
             failures += 1
-            seconds = min(60, int(retry_after) if retry_after.isdecimal() else BACKOFF * 2**failures)
+            asked = int(retry_after) if retry_after.isdecimal() else 0
+            seconds = min(60, max(asked, BACKOFF * 2**failures))
             waited += seconds
-            gives_up = waited > PATIENCE if retry_after else failures > ATTEMPTS
+            gives_up = waited > PATIENCE if asked else failures > ATTEMPTS
             if gives_up:
                 raise UserError(f"{url} cannot be read: {reason}, {failures} times in a row; the same "
                                 f"command resumes later; or {otherwise}") from None
@@ -677,7 +678,7 @@ class Cache:
             sum(shard[name] for shard in self.shards) for name in names)
         lost = dropped / max(1, kept + dropped)
         text = (f"{self.folder}{'' if self.is_complete else ', so far'}: {documents:,} documents, {rows:,} "
-                f"rows to train on, {heldout:,} held out; {lost:.0%} of the tokens overflow a row: dropped")
+                f"rows to train on, {heldout:,} held out; {lost:.0%} of the tokens overflow and are dropped")
         if lost > 0.4:
             text += ("\nwarning: that is a lot. ELECTRA takes a line for a sentence or a paragraph: break "
                      "long lines, or raise --max-length")
@@ -721,6 +722,7 @@ def producing(cache):
 
 def produce():
     """What the child process does. Returns its exit status."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
 
     def end_with_parent():
         while os.read(0, 1):

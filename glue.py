@@ -213,7 +213,7 @@ def read_file(task, split, folder):
     """(Bytes, name) of a split in a folder that is laid out as the official zips are."""
     path = Path(folder) / task.title / f"{split}.tsv"
     if not path.is_file():
-        raise UserError(f"there is no {path}; --glue-dir takes a folder with CoLA/train.tsv and so on")
+        raise UserError(f"there is no {path}; --glue-dir takes a folder laid out as the official zips are")
     return path.read_bytes(), str(path)
 
 

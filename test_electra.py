@@ -382,7 +382,7 @@ def test_D13_a_sample_that_equals_the_original_counts_as_original():
     """A sample that equals the original token counts as original."""
     electra, ids = make_electra(), make_rows()
     always_sample(electra, 150)
-    ids[:, 1:4] = 150
+    ids[:, 1:16][ids[:, 1:16] > MASK] = 150
     output = run_electra(electra, ids)
     labels, used = ids.gather(1, output.positions), output.weights > 0
     assert (labels[used] == 150).any()
@@ -649,6 +649,24 @@ def test_D29_the_classifier_is_dropout_and_one_layer_on_cls(tmp_path):
     network.train()
     network.encoder.eval()
     assert any(not torch.equal(network(ids, 3), expected) for _ in range(5))  # it is dropout that differs
+
+
+def test_D27_D29_D33_fine_tuning_starts_from_the_folders_encoder_clips_and_decays(toy_glue, monkeypatch):
+    """The encoder's weights are the folder's, gradients are clipped, and the flag of weight decay counts."""
+    starts, norms, decays = [], [], []
+
+    def look(optimizer):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(math.sqrt(sum((gradient**2).sum().item() for gradient in gradients)))
+        decays.append({group["weight_decay"] for group in optimizer.param_groups})
+
+    watch(monkeypatch, torch.optim.AdamW, "step", look)
+    watch(monkeypatch, finetune, "forward", lambda network, *args: starts.append(
+        network.encoder.layers[1].output.weight.detach().clone()))
+    tune("--task cola --max-grad-norm 0.5 --weight-decay 0.2")
+    tensors, _ = model.read_weights("out/small/discriminator")
+    assert torch.equal(starts[0], tensors["electra.encoder.layer.1.output.dense.weight"])
+    assert norms == pytest.approx([0.5] * 6, rel=1e-3) and decays == [{0.2, 0.0}] * 6
 
 
 def test_D31_scores_are_trained_on_a_scale_from_0_to_1():

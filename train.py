@@ -126,7 +126,7 @@ def train(run, producer_error):
             is_last = run.step + 1 == config.num_train_steps
             evaluates = is_last or (run.step + 1) % config.eval_every == 0
 
-            # Get the rows. They may not be prepared yet, and neither may those that are held out.
+            # Get the rows. Neither they nor the held-out rows may be ready yet.
             batch = order.batch(run.step)
             if evaluates and heldout is None:
                 heldout = run.load_heldout()
@@ -237,7 +237,10 @@ class Run:
             log.seek(0, os.SEEK_END)
             if state["numerics"] != self.numerics:
                 append_json(log, dict(step=self.step, numerics=self.numerics))
-        print(f"resuming after step {self.step} of {self.config.num_train_steps}")
+        if self.step == self.config.num_train_steps:
+            print(f"all {self.step} steps are done already")
+        else:
+            print(f"resuming after step {self.step} of {self.config.num_train_steps}")
 
     def to_device(self, rows, purpose, step):
         """ids (B, L) and the uniform numbers (B, L + 2K) of their masks and samples."""
@@ -437,8 +440,8 @@ def describe(metrics, is_late):
 # A look at what it has learned
 
 LEGEND = """
-Held-out sentences, as both networks see them. The discriminator flags as many tokens as were replaced, since
-a young one is never sure.
+Held-out sentences, as both networks see them. The tokens with the highest scores are flagged, as many as were
+replaced: early in training few scores exceed one half.
   [word =]        masked; the generator put the same word back
   [word→other ✓]  masked; the generator put another word, and the discriminator flagged it
   [word→other ✗]  masked; the generator put another word, and the discriminator did not flag it
@@ -496,8 +499,8 @@ def parse(argv, description, config_classes, sizes):
     for config_class in config_classes:
         source = "".join(map(inspect.getsource, config_class.__mro__[-2::-1]))
         comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
-        for field in fields(config_class):
-            if field.name not in comments:
+        for field in sorted(fields(config_class), key=lambda field: field.name not in vars(config_class)):
+            if field.name not in comments:  # a class's own fields come first, then those it inherits
                 continue
             defaults = [str(field.default)] + [f"{size}: {row[field.name]}" for size, row in sizes.items()
                                                if field.name in row]
