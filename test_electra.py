@@ -308,6 +308,7 @@ def test_D08_the_number_of_predictions():
         assert weights.shape == (1, 19) and weights.sum() == predictions
         assert model.count(ids, CONFIG).tolist() == [predictions, length]
         assert (positions[weights == 0] == 0).all() and masked_ids[0, 0] == CLS
+        assert (ids[0, positions[weights > 0]] == 150).all()  # none is [SEP] or padding
     full = torch.full((1, 32), 150)  # 0.15 x 32 = 4.8 -> 5, but K = 4
     assert model.count(full, CONFIG)[0] == run_mask(full)[1].sum() == 4
 
