@@ -712,7 +712,8 @@ def producing(cache):
 
         try:
             while not cache.shards:
-                if message := error():
+                message = error()
+                if message and not cache.shards:  # with a shard, training begins, and saves before it ends
                     raise UserError(message)
                 time.sleep(0.05)
             yield error
