@@ -712,9 +712,10 @@ def producing(cache):
 
         try:
             while not cache.shards:
-                message = error()
-                if message and not cache.shards:  # with a shard, training begins, and saves before it ends
-                    raise UserError(message)
+                has_ended = child.poll() is not None
+                cache.refresh()
+                if has_ended and not cache.shards:  # with a shard, training begins, and saves before it ends
+                    raise UserError(error())
                 time.sleep(0.05)
             yield error
         finally:
