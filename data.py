@@ -58,8 +58,7 @@ MAX_GROUP = 128  # most shards that are shuffled together, about 100 MB
 HELDOUT_SHARE = 100  # one document in 100 is held out
 TIMEOUT = 30  # seconds without an answer
 BACKOFF = 0.5  # seconds before a new attempt, doubled each time, at most a minute
-ATTEMPTS = 6  # failed attempts in a row before giving up
-PATIENCE = 600  # seconds to wait for a server that says when to come back
+PATIENCE = 600  # seconds of waiting before giving up; a tenth of it for a server that never answered
 
 
 class UserError(ValueError):
@@ -93,7 +92,7 @@ def prepare(config, progress=True):
         cache.refresh()
         if cache.is_complete:
             return cache
-        start = cache.shards[-1]["end"] if cache.shards else (0, 0, 0)  # see read_documents
+        start = cache.shards[-1]["end"] if cache.shards else (0, 0)  # see read_documents
         with tqdm(desc="preparing", unit=" rows", disable=None if progress else True) as bar:
             for number, (texts, end) in enumerate(read_units(config, start), len(cache.shards)):
                 documents = tokenize(texts, cache.wordpiece)
@@ -166,13 +165,9 @@ def identify(file):
     return [file, status.st_size, status.st_mtime_ns]
 
 
-def open_source(file, offset):
-    """A file or address as a binary stream from byte `offset` on."""
-    if is_address(file):
-        return io.BufferedReader(ChunkStream(fetch(file, offset)), 1 << 20)
-    stream = open(file, "rb")
-    stream.seek(offset)
-    return stream
+def open_source(file):
+    """A file or address as a binary stream."""
+    return io.BufferedReader(ChunkStream(fetch(file)), 1 << 20) if is_address(file) else open(file, "rb")
 
 
 class ChunkStream(io.RawIOBase):
@@ -195,10 +190,10 @@ class NotFound(UserError):
     """There is nothing at an address."""
 
 
-def fetch(address, position=0, otherwise="use --data PATH or --data python-docs"):
-    """Yield the bytes at an address from `position` on. A dropped connection resumes where it broke off."""
-    url, length, etag, failures, waited = url_of(address), None, "", 0, 0.0
-    while position != length:
+def fetch(address, otherwise="use --data PATH or --data python-docs"):
+    """Yield the bytes at an address. A dropped connection resumes at the byte where it broke off."""
+    url, position, etag, failures, waited = url_of(address), 0, "", 0, 0.0
+    while True:
         headers = {"Accept-Encoding": "identity"}
         if position:
             headers["Range"] = f"bytes={position}-"
@@ -206,46 +201,31 @@ def fetch(address, position=0, otherwise="use --data PATH or --data python-docs"
             headers["If-Range"] = etag
         try:
             with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-                status = response.status_code
+                status, etag = response.status_code, response.headers.get("ETag", "")
                 if status == 429 or status >= 500:
-                    raise requests.HTTPError(response=response)
+                    response.raise_for_status()
+                if status == 200 and position:
+                    raise UserError(f"{url} cannot be resumed at byte {position:,}: it has changed, or the "
+                                    "server cannot send a part; download it and use --data PATH")
                 if status not in (200, 206):
                     kind = NotFound if status == 404 else UserError
                     raise kind(f"{url} answers {status} {response.reason}; {otherwise}")
-                is_rest = status == (206 if position else 200)
-                if response.headers.get("Transfer-Encoding") != "chunked":  # which tells its end by itself
-                    whole = position + int(response.headers.get("Content-Length", -1))
-                    is_rest = is_rest and whole >= position and length in (None, whole)
-                    length = whole
-                if not is_rest:
-                    raise UserError(f"{url} cannot be resumed at byte {position:,}: it has changed, or the "
-                                    "server cannot send a part; download it and use --data PATH")
-                etag = response.headers.get("ETag", "")
-                for chunk in response.iter_content(1 << 14):
+                for chunk in response.iter_content(1 << 14):  # raises if the body ends early
                     position, failures, waited = position + len(chunk), 0, 0.0
                     yield chunk
-                if length is None:
-                    return
-                if position != length:
-                    raise requests.ConnectionError("the body ended early")
+                return
         except requests.RequestException as error:
-            if isinstance(error, ValueError):
-                raise UserError(f"{url} is not a valid address") from None
-            reason, retry_after = type(error).__name__, ""
-            if error.response is not None:
-                reason = f"it answers {error.response.status_code} {error.response.reason}"
-                retry_after = error.response.headers.get("Retry-After", "")
-            failures += 1
-            asked = int(retry_after) if retry_after.isdecimal() else 0
-            seconds = min(60, max(asked, BACKOFF * 2**failures))
-            waited += seconds
-            gives_up = waited > PATIENCE if asked else failures > ATTEMPTS
-            if gives_up:
-                raise UserError(f"{url} cannot be read: {reason}, {failures} times in a row; the same "
+            answer = error.response
+            reason = type(error).__name__ if answer is None else f"it answers {answer.status_code}"
+            if waited >= (PATIENCE if position or answer is not None else PATIENCE / 10):
+                raise UserError(f"{url} cannot be read: {reason}, {failures + 1} times in a row; the same "
                                 f"command resumes later; or {otherwise}") from None
-            message = f"{url}: {reason}, at byte {position:,}; trying again in {seconds:.0f} s"
-            tqdm.write(message, file=sys.stderr)
-            time.sleep(seconds)
+        failures += 1
+        seconds = min(60, BACKOFF * 2**failures)
+        waited += seconds
+        message = f"{url}: {reason}, at byte {position:,}; trying again in {seconds:.0f} s"
+        tqdm.write(message, file=sys.stderr)
+        time.sleep(seconds)
 
 
 def download(path, address, otherwise, size=None, sha256=None):
@@ -282,36 +262,33 @@ def read_units(config, start):
         yield texts, position
 
 
-def read_documents(config, start=(0, 0, 0)):
+def read_documents(config, start=(0, 0)):
     """Yield (position after it, text) for each document from position `start` on.
 
-    A position is (file, offset, count): the number of the file; the byte at which a member of an uncompressed
-    tar begins, 0 in any other file; and the number of documents from there on.
+    A position is (number of the file, number of its documents so far). Resuming reads a file from its
+    beginning again.
     """
     for number, file in enumerate(find_files(config)):
         if number < start[0]:
             continue
-        offset, skipped = start[1:] if number == start[0] else (0, 0)
-        if file == "python-docs":
-            stream, documents = nullcontext(), ((0, text) for text in python_docs())
-        else:
-            stream = open_source(file, offset)
-            path = urlsplit(file).path if is_address(file) else file
-            whole = config.one_document_per_file or file in OPENWEBTEXT
-            documents = read_file(stream, path, file, whole)
-        with stream:
-            for member, group in itertools.groupby(documents, key=lambda document: document[0]):
-                for count, (_, text) in enumerate(group, 1):
-                    text = text.replace("\r\n", "\n").strip()
-                    if text and (member > 0 or count > skipped):
-                        yield (number, offset + member, count), text
+        for count, text in enumerate(read_source(file, config), 1):
+            text = text.replace("\r\n", "\n").strip()
+            if text and (number, count) > tuple(start):
+                yield (number, count), text
+
+
+def read_source(file, config):
+    """Yield the documents of a file or an address."""
+    if file == "python-docs":
+        yield from python_docs()
+        return
+    path = urlsplit(file).path if is_address(file) else file
+    with open_source(file) as stream:
+        yield from read_file(stream, path, file, config.one_document_per_file or file in OPENWEBTEXT)
 
 
 def read_file(stream, path, source, whole):
-    """Yield (offset, text) for each document of a file of any kind, archives in archives included.
-
-    The offset is that of a member in an uncompressed tar, else 0. `source` names the file in errors.
-    """
+    """Yield the documents of a file of any kind, archives in archives included. Errors name `source`."""
     match = KINDS.search(path)
     if not match:
         raise UserError(f"{source} cannot be read; .txt, .jsonl, .json and .tar can, plain, .gz or .xz")
@@ -319,41 +296,26 @@ def read_file(stream, path, source, whole):
     try:
         with OPENERS[compression](stream) as file:
             if kind == ".txt":
-                yield from ((0, text) for text in read_txt(file, source, whole))
+                yield from read_txt(file, source, whole)
             elif kind in (".json", ".jsonl"):
-                yield from ((0, text) for text in read_jsonl(file, source))
+                yield from read_jsonl(file, source)
             else:
-                for offset, member, content in read_tar(file):
-                    documents = read_file(content, member, f"{member} in {source}", whole)
-                    if member.lower().endswith((".gz", ".xz")):
-                        documents = list(documents)  # read it all first: the checksum is at the end
-                    for _, text in documents:
-                        yield (0 if compression else offset), text
+                for name, content in read_tar(file):
+                    yield from read_file(content, name, f"{name} in {source}", whole)
                 while compression and file.read(1 << 20):
-                    pass  # read on to the checksum, after the end mark
+                    pass  # the checksum comes after the end mark
     except DAMAGE as error:
         raise UserError(f"{source} is damaged or cut short ({error}); make or fetch it again") from error
 
 
-class Member(tarfile.TarInfo):
-    """Makes an archive that lacks its end mark an error. By itself, tarfile takes a cut archive for whole."""
-
-    @classmethod
-    def fromtarfile(cls, tar):
-        try:
-            return super().fromtarfile(tar)
-        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:
-            raise tarfile.ReadError(f"no end mark, but {error}") from error
-
-
 def read_tar(file):
-    """Yield (offset, name, content as a file) for each readable member. Nothing is unpacked to disk."""
-    with tarfile.open(fileobj=file, mode="r|", tarinfo=Member) as tar:
+    """Yield (name, content as a file) for each readable member. Nothing is unpacked to disk."""
+    with tarfile.open(fileobj=file, mode="r|") as tar:
         while member := tar.next():
             tar.members.clear()  # it would grow with the archive
             is_hidden = Path(member.name).name.startswith(".")  # macOS adds ._NAME for each NAME
             if member.isfile() and KINDS.search(member.name) and not is_hidden:
-                yield member.offset, member.name, tar.extractfile(member)
+                yield member.name, tar.extractfile(member)
 
 
 def read_txt(file, source, whole):

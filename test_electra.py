@@ -1621,7 +1621,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body, trouble = server.files.get(self.path.split("?")[0]), server.fault()
         etag = f'"{hashlib.md5(body or b"").hexdigest()}"'
         if trouble in (429, 503) or body is None:
-            self.answer(trouble or 404, headers={"Retry-After": server.retry_after} if trouble == 429 else {})
+            self.answer(trouble or 404)
         elif trouble == "redirect" and "?" not in self.path:
             self.answer(302, headers={"Location": f"{self.path}?again"})
         elif asked and server.has_ranges and self.headers.get("If-Range", etag) == etag:
@@ -1660,10 +1660,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, files, fault=lambda: None, has_ranges=True, retry_after="1", is_chunked=False):
+    def __init__(self, files, fault=lambda: None, has_ranges=True, is_chunked=False):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.is_chunked = is_chunked
-        self.files, self.fault, self.has_ranges, self.retry_after = files, fault, has_ranges, retry_after
+        self.files, self.fault, self.has_ranges, self.is_chunked = files, fault, has_ranges, is_chunked
         self.url, self.ranges_asked = f"http://127.0.0.1:{self.server_port}", []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -1698,17 +1697,21 @@ def test_a_download_survives_what_goes_wrong_on_the_way(corpus, quick, capfd):
     assert time.monotonic() - began < 50  # it did not wait for a stalled body
     said = capfd.readouterr().err
     assert re.search(r"owt.tar: \w+, at byte [\d,]+; trying again in 0 s", said)
-    assert "it answers 429 Too Many Requests, at byte" in said and "trying again in 1 s" in said
+    assert "it answers 429, at byte" in said
 
 
-def test_a_server_that_asks_to_wait_is_waited_for_in_the_open(corpus, monkeypatch, capfd):
-    """Retry-After: 3600 is waited for a minute at a time, at most ten, and each wait is reported."""
+def test_a_download_gives_up_after_ten_minutes(corpus, monkeypatch, capfd):
+    """It waits longer from attempt to attempt, a minute at most, and says so; who never answers gets less."""
     slept = []
     monkeypatch.setattr(data.time, "sleep", slept.append)
-    with Server({"/a.txt": b""}, lambda: 429, retry_after="3600") as server:
-        with pytest.raises(UserError, match="it answers 429 .*, 11 times in a row; the same command resumes"):
+    with Server({"/a.txt": b""}, lambda: 429) as server:
+        with pytest.raises(UserError, match="it answers 429, 16 times in a row; the same command resumes"):
             read_texts(f"{server.url}/a.txt")
-    assert slept == [60] * 10 and capfd.readouterr().err.count("trying again in 60 s") == 10
+    assert slept == [1, 2, 4, 8, 16, 32, *[60] * 9]
+    assert capfd.readouterr().err.count("it answers 429, at byte 0; trying again in 60 s") == 9
+    with pytest.raises(UserError, match="cannot be read: ConnectionError, 7 times"):
+        read_texts(f"{server.url}/a.txt")
+    assert sum(slept[15:]) == 63
 
 
 def test_files_that_change_or_cannot_be_continued_are_refused(corpus, quick):
@@ -1747,27 +1750,22 @@ def flip(content, place):
 
 
 def test_damaged_archives_are_refused_by_name(corpus):
-    """Cut archives, flipped bits, web pages: named, and nothing of a damaged part is used."""
+    """Cut archives, flipped bits, web pages: the error names them."""
     texts, content = make_openwebtext()
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         second = next(member for member in tar if "00-20_data" in member.name)
     compressed = make_tar({f"{n}.txt": text.encode() for n, text in enumerate(texts)}, "w:gz")
-    page = b"<!DOCTYPE html><html>Please log in</html>" * 40
-    for name, damaged, message, documents_before in [
+    for name, damaged, message in [
         ("flipped.tar", flip(content, second.offset_data + second.size - 6),  # seen only at its end
-         r"subset00-20_data.xz in flipped.tar is damaged or cut short", 20),
-        ("cut.tar", content[: second.offset_data + 99], "cut.tar is damaged or cut short", 20),
-        ("header.tar", flip(content, second.offset + 10), "header.tar is .* cut short .no end mark, but", 20),
-        ("no-end.tar", content.rstrip(b"\0"), "no-end.tar is damaged or cut short", 120),
-        ("page.tar", page, "page.tar is damaged or cut short", 0),
-        ("flipped.tar.gz", flip(compressed, len(compressed) - 6), "flipped.tar.gz is damaged", 120),
+         r"subset00-20_data.xz in flipped.tar is damaged or cut short"),
+        ("cut.tar", content[: second.offset_data + 99], "cut.tar is damaged or cut short"),
+        ("page.tar", b"<!DOCTYPE html><html>Please log in</html>" * 40, "page.tar is damaged or cut short"),
+        ("flipped.tar.gz", flip(compressed, len(compressed) - 6), "flipped.tar.gz is damaged"),
+        ("cut.tar.gz", compressed[: len(compressed) // 2], "cut.tar.gz is damaged or cut short"),
     ]:
         Path(name).write_bytes(damaged)
-        read = []
         with pytest.raises(UserError, match=message):
-            for _, text in data.read_documents(data_config(data=(name,))):
-                read.append(text)
-        assert read == texts[:documents_before], name
+            read_texts(name)
 
 
 def use_small_shards(command, popen=subprocess.Popen, **kwargs):
@@ -1976,7 +1974,6 @@ def test_a_full_disk_loses_nothing_and_the_same_command_resumes(corpus, monkeypa
     ("--micro-batch-size 3", None, "a batch of 8 rows does not split into micro-batches of 3"),
     ("--batch-size 0", None, "batch_size is 0; it must be at least 1"),
     ("--seed -1", None, "seed is -1; it must be 0 or more"),
-    ("--data http:///x.txt", None, "http:///x.txt is not a valid address"),
     ("--hidden-size 33", None, "hidden_size 33 is not a multiple of num_attention_heads 2"),
     ("--size huge", None, "there is no size huge; there are tiny, small, base, large"),
     ("--learning 1", None, "there is no --learning 1; --help lists the flags"),
