@@ -71,6 +71,7 @@ class DataConfig:
 
     data: list = ("openwebtext",)  # files, folders, addresses of text, openwebtext, or python-docs
     one_document_per_file: bool = False  # each .txt is one document; else blank lines separate documents
+    split_long_lines: bool = False  # cut lines that are longer than a row; else their ends are lost
     vocab: str = "bert"  # a vocab.txt; train:SIZE, trained on the text; or bert, downloaded once
     do_lower_case: bool = True  # lower-case the text
     strip_accents: bool = True  # strip accents from lower-cased text
@@ -531,6 +532,18 @@ def segment(lines, max_length, uniform):
         yield split(lines_so_far, target, max_length, uniform)
 
 
+def split_line(line, max_length):
+    """Cut a line that is longer than a row into quarters of a row, of which whole rows can be made.
+
+    >>> split_line([1, 2, 3, 4, 5, 6, 7, 8, 9], 8), split_line([1, 2, 3], 8)
+    ([[1, 2], [3, 4], [5, 6], [7, 8], [9]], [[1, 2, 3]])
+    """
+    if len(line) <= max_length:
+        return [line]
+    size = max_length // 4
+    return [line[start : start + size] for start in range(0, len(line), size)]
+
+
 def draw_target(max_length, uniform):
     """The number of ids to collect: max_length or, with probability 0.05, anything from 5 to it. [D03]
 
@@ -561,15 +574,17 @@ def build_rows(documents, number, wordpiece, config):
 
     The random numbers of a document follow from the seed, the unit's number and the document's index in it.
     """
-    train, heldout, kept, dropped = [], [], 0, 0
+    train, heldout, kept, dropped, length = [], [], 0, 0, config.max_length
     cls, sep = [wordpiece.cls_token_id], [wordpiece.sep_token_id]
     for index, (held_out, lines) in enumerate(documents):
         uniform = random.Random(f"{config.seed} {number} {index}").random
-        for first, second, overflow in segment(lines, config.max_length, uniform):
+        if config.split_long_lines:
+            lines = [piece for line in lines for piece in split_line(line, length)]
+        for first, second, overflow in segment(lines, length, uniform):
             row = cls + first + sep + (second + sep if second else [])
-            (heldout if held_out else train).append(row + [0] * (config.max_length - len(row)))
+            (heldout if held_out else train).append(row + [0] * (length - len(row)))
             kept, dropped = kept + len(first) + len(second), dropped + overflow
-    arrays = [np.array(rows, dtype=np.uint16).reshape(-1, config.max_length) for rows in (train, heldout)]
+    arrays = [np.array(rows, dtype=np.uint16).reshape(-1, length) for rows in (train, heldout)]
     return *arrays, dict(documents=len(documents), tokens_kept=kept, tokens_dropped=dropped)
 
 
@@ -592,6 +607,7 @@ class Cache:
             "format": [2, SHARD_CHARACTERS, HELDOUT_SHARE],
             "files": digest(self.identities),
             "one_document_per_file": config.one_document_per_file,
+            "split_long_lines": config.split_long_lines,
             "vocab": wordpiece.sha256[:12],
             "do_lower_case": wordpiece.do_lower_case,
             "strip_accents": wordpiece.strip_accents,
@@ -642,8 +658,8 @@ class Cache:
         text = (f"{self.folder}{'' if self.is_complete else ', so far'}: {documents:,} documents, {rows:,} "
                 f"rows to train on, {heldout:,} held out; {lost:.0%} of the tokens overflow and are dropped")
         if lost > 0.4:
-            text += ("\nwarning: that is a lot. ELECTRA takes a line for a sentence or a paragraph: break "
-                     "long lines, or raise --max-length")
+            text += ("\nwarning: that is a lot. ELECTRA takes a line for a sentence or a paragraph: use "
+                     "--split-long-lines, or raise --max-length")
         if kept < 0.4 * (rows + heldout) * self.config.max_length:
             text += ("\nwarning: rows are mostly padding. A blank line ends a document: if it should not, "
                      "use --one-document-per-file, else lower --max-length")
@@ -654,8 +670,8 @@ class Cache:
 def producing(cache):
     """Fill a cache in a child process. Yields a function that returns the child's error, or None.
 
-    It yields once there is a shard. The child exits when its standard input closes, so it cannot outlive its
-    parent. Its error goes to standard output, and what it waits for to the terminal.
+    The child exits when its standard input closes, so it cannot outlive its parent. It prints its error, and
+    what it waits for goes to the terminal.
     """
     if cache.is_complete:
         yield lambda: None
@@ -673,12 +689,6 @@ def producing(cache):
             return message or f"preparing the text ended with status {status}; run the same command again"
 
         try:
-            while not cache.shards:
-                has_ended = child.poll() is not None
-                cache.refresh()
-                if has_ended and not cache.shards:  # with a shard, training begins, and saves before it ends
-                    raise UserError(error())
-                time.sleep(0.05)
             yield error
         finally:
             child.kill()
@@ -776,8 +786,8 @@ def rng(seed, purpose, *numbers):
 
 
 def find_model(name, cache):
-    """The folder of a model: `name` itself, the discriminator of a run, or a download from the hub."""
-    for folder in Path(name), Path(name) / "discriminator":
+    """The folder of a model: `name` itself, a network of a run, or a download from the hub."""
+    for folder in Path(name), Path(name) / "discriminator", Path(name) / "generator":
         if (folder / "config.json").is_file():
             return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("out/") or Path(name).exists():

@@ -136,6 +136,7 @@ def finetune(name, seed, splits, pretrained, config):
     network = network.to(config.device).train()
     layers, decay = pretrained.config.num_hidden_layers, config.layerwise_lr_decay
     optimizer = build_optimizer(network.named_parameters(), config, lambda key: lr_scale(key, layers, decay))
+    scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
     labels = torch.tensor(labels, dtype=torch.long if task.labels else torch.float32, device=config.device)
     total, step = num_steps(len(rows), config.batch_size, config.num_train_epochs), 0
     title = f"{task.title}, seed {seed}"
@@ -147,9 +148,12 @@ def finetune(name, seed, splits, pretrained, config):
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["lr_scale"]
                 logits = forward(network, [rows[i] for i in chosen], pretrained.wordpiece, config)
-                losses(logits, labels[torch.from_numpy(chosen)], task).sum().backward()  # [D34] not the mean
+                loss = losses(logits, labels[torch.from_numpy(chosen)], task).sum()  # [D34] not the mean
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 step += 1
                 bar.update()
@@ -446,7 +450,7 @@ def format_table(results, tasks):
 
 def main(argv=None):
     description = "Fine-tune on GLUE and score. The same command resumes; a finished seed is not repeated."
-    [config] = parse(argv, description, [FinetuneConfig], {})
+    [config], _ = parse(argv, description, [FinetuneConfig], {})
     config = resolve_device(config)
     sweep = Sweep(config, load_pretrained(config))
     sweep.run()

@@ -54,6 +54,7 @@ class ElectraConfig:
     generator_size: float = 0.25  # width of the generator as a share of the discriminator's
     mask_prob: float = 0.15  # share of the tokens that the generator predicts
     discriminator_weight: float = 50.0  # weight of the discriminator's loss; the generator's is 1
+    objective: str = "electra"  # electra, or mlm: only a generator, as wide as the discriminator would be
     cls_token_id: int = 101
     sep_token_id: int = 102
     mask_token_id: int = 103
@@ -64,8 +65,12 @@ class ElectraConfig:
                              f"{self.num_attention_heads}")
         if not 0 < self.mask_prob <= 1:
             raise ModelError(f"mask_prob is {self.mask_prob}; it must be above 0 and at most 1")
+        if self.objective not in ("electra", "mlm"):
+            raise ModelError(f"there is no objective {self.objective}; there are electra and mlm")
 
     def generator_config(self):
+        if self.objective == "mlm":
+            return self
         hidden = max(1, round(self.hidden_size * self.generator_size))  # [D18] narrower, not shallower
         heads = math.gcd(hidden, max(1, hidden // 64))  # the official code takes multiples of 64 only
         return replace(self, hidden_size=hidden, intermediate_size=4 * hidden, num_attention_heads=heads)
@@ -102,14 +107,15 @@ class Output(NamedTuple):
 
     loss: torch.Tensor  # () to call backward() on
     mlm_loss: torch.Tensor  # () the generator's part of it
-    disc_loss: torch.Tensor  # () the discriminator's part, before its weight
     mlm_correct: torch.Tensor  # () predictions whose most likely token is the original
     sampled_correct: torch.Tensor  # () predictions whose sampled token is the original
     positions: torch.Tensor  # (B, K) the masked positions; 0 in unused slots
     weights: torch.Tensor  # (B, K) 1 for a prediction, 0 for an unused slot
-    corrupted_ids: torch.Tensor  # (B, L) what the discriminator read
-    is_replaced: torch.Tensor  # (B, L) bool, what it should have said
-    disc_logits: torch.Tensor  # (B, L) what it said: above 0 means replaced
+    corrupted_ids: torch.Tensor  # (B, L) the text with the samples in it
+    is_replaced: torch.Tensor  # (B, L) bool, where it differs
+    # Without a discriminator:
+    disc_loss: torch.Tensor = None  # () the discriminator's part, before its weight
+    disc_logits: torch.Tensor = None  # (B, L) above 0 for "replaced"
 
 
 class Electra(nn.Module):
@@ -120,7 +126,7 @@ class Electra(nn.Module):
         self.config = config
         embeddings = Embeddings(config)  # [D16] one object in both networks, LayerNorm included
         self.generator = Generator(config.generator_config(), embeddings)
-        self.discriminator = Discriminator(config, embeddings)
+        self.discriminator = Discriminator(config, embeddings) if config.objective == "electra" else None
 
     def forward(self, input_ids, uniforms=None, counts=None):
         """One pass of the objective over rows of token ids (B, L) that begin with [CLS], zero-padded.
@@ -150,22 +156,27 @@ class Electra(nn.Module):
         corrupted_ids = corrupt(input_ids, positions, weights, sampled)  # (B, L)
         is_replaced = corrupted_ids != input_ids  # [D13] a sample that equals the original is original
 
-        disc_logits = self.discriminator(corrupted_ids, attention_mask, token_type_ids)  # (B, L)
-        targets = is_replaced.to(disc_logits.dtype)
-        disc_losses = F.binary_cross_entropy_with_logits(disc_logits, targets, reduction="none")  # (B, L)
-
         mlm_loss = (mlm_losses.view_as(labels) * weights).sum() / mlm_count
-        disc_loss = (disc_losses * attention_mask).sum() / token_count  # [D14] [CLS] and [SEP] too
-        return Output(
-            loss=mlm_loss + self.config.discriminator_weight * disc_loss,  # [D15]
+        output = Output(
+            loss=mlm_loss,
             mlm_loss=mlm_loss.detach(),
-            disc_loss=disc_loss.detach(),
             mlm_correct=((mlm_logits.argmax(-1) == labels) * weights).sum(),
             sampled_correct=((sampled == labels) * weights).sum(),
             positions=positions,
             weights=weights,
             corrupted_ids=corrupted_ids,
             is_replaced=is_replaced,
+        )
+        if self.discriminator is None:  # the baseline, a masked language model
+            return output
+
+        disc_logits = self.discriminator(corrupted_ids, attention_mask, token_type_ids)  # (B, L)
+        targets = is_replaced.to(disc_logits.dtype)
+        disc_losses = F.binary_cross_entropy_with_logits(disc_logits, targets, reduction="none")  # (B, L)
+        disc_loss = (disc_losses * attention_mask).sum() / token_count  # [D14] [CLS] and [SEP] too
+        return output._replace(
+            loss=mlm_loss + self.config.discriminator_weight * disc_loss,  # [D15]
+            disc_loss=disc_loss.detach(),
             disc_logits=disc_logits.detach(),
         )
 
@@ -463,12 +474,27 @@ def load_config(folder):
 
 
 def load_electra(discriminator_folder, generator_folder):
-    """An Electra from the folders of its two networks. The embeddings are the discriminator's."""
+    """An Electra from the folders of its two networks."""
     config, generator_config = load_config(discriminator_folder), load_config(generator_folder)
     electra = Electra(replace(config, generator_size=generator_config.hidden_size / config.hidden_size))
-    load_weights(electra.generator, generator_folder)
-    load_weights(electra.discriminator, discriminator_folder)
+    load_networks(electra, discriminator_folder, generator_folder)
     return electra
+
+
+def load_networks(electra, discriminator_folder, generator_folder):
+    """Fill an Electra from two folders. Returns whether their embeddings, of which it has one, are the same.
+
+    If not, it has the discriminator's.
+    """
+    heads, found = (config.num_attention_heads for config in (electra.generator.config,
+                                                              load_config(generator_folder)))
+    if heads != found:
+        raise ModelError(f"{generator_folder} has {found} attention heads, and the generator {heads}")
+    load_weights(electra.generator, generator_folder)
+    embeddings = electra.generator.encoder.embeddings.state_dict()
+    generators = {name: tensor.clone() for name, tensor in embeddings.items()}
+    load_weights(electra.discriminator, discriminator_folder)
+    return all(torch.equal(tensor, generators[name]) for name, tensor in embeddings.items())
 
 
 def load_weights(network, folder, encoder_only=False):

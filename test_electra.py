@@ -1142,7 +1142,8 @@ def test_a_run_learns_logs_and_leaves_models(corpus, capsys):
     assert [line["step"] for line in heldout] == [*range(8, 151, 8), 150]
     metrics = set("split step tokens epoch loss mlm_loss mlm_accuracy sampled_accuracy disc_loss "
                   "all_original auc precision recall".split())
-    assert set(steps[0]) == metrics | {"lr", "grad_norm"} and set(heldout[0]) == metrics
+    assert set(steps[0]) == metrics | {"lr", "grad_norm"}
+    assert set(heldout[0]) == metrics | {"unigram_entropy"}
     assert steps[0]["tokens"] == 8 * 32 and header["settings"]["batch_size"] == 8
     assert heldout[-1]["mlm_loss"] < heldout[0]["mlm_loss"] - 0.2
     printed = capsys.readouterr().out
@@ -1264,13 +1265,20 @@ def test_compile_and_optimizer_flags_do_what_they_say(corpus, monkeypatch):
 
 
 def test_auto_means_bf16_on_a_gpu_that_has_it(monkeypatch):
-    """auto is CUDA if there is one, and bf16 from compute capability 8.0 on."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for asked, capability, *expected in [("auto", (8, 0), "cuda", "bf16"), ("auto", (7, 5), "cuda", "fp32"),
-                                         ("cpu", (8, 0), "cpu", "fp32")]:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+    """auto is this rank's CUDA device if there is one: bf16 from compute capability 8.0 on, else fp16."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for asked, rank, capability, *expected in [
+        ("auto", 0, (8, 0), "cuda:0", "bf16"), ("auto", 1, (7, 5), "cuda:1", "fp16"),
+        ("cuda:1", 0, (9, 0), "cuda:1", "bf16"), ("cpu", 0, (8, 0), "cpu", "fp32"),
+    ]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        monkeypatch.setattr(train, "LOCAL_RANK", rank)
         config = train.resolve_device(train.TrainConfig(device=asked))
         assert [config.device, config.dtype] == expected
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(UserError, match="cuda:0 does not compute in bf16; --dtype takes fp16, fp32"):
+        train.resolve_device(train.TrainConfig(device="cuda:0", dtype="bf16"))
 
 
 def test_checkpoints_come_at_least_every_ten_minutes(corpus, monkeypatch):
@@ -1294,6 +1302,237 @@ def test_prepare_only_shows_rows_and_warns_of_long_lines(corpus, capsys):
     Path("short.txt").write_text("ba do ku\n\n" * 20)
     pretrain("--prepare-only --data short.txt")
     assert "warning: rows are mostly padding" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Several processes, fp16, weights to start from, the baseline
+
+CALM = "--hidden-dropout-prob 0 --attention-probs-dropout-prob 0 "
+RANKED = """
+import sys, time
+from datetime import timedelta
+import torch, train
+torch.set_default_dtype(torch.float64)
+initialize, learning_rate = train.dist.init_process_group, train.learning_rate
+train.dist.init_process_group = lambda backend: initialize(backend, timeout=timedelta(seconds=3))
+flags = sys.argv[1:]
+if "VOCAB" in flags:  # another one on each rank
+    flags[flags.index("VOCAB")] = f"vocab{train.RANK}.txt"
+def fail(step, *args):
+    if step == 3 and train.RANK == 1:
+        raise ValueError("rank one is broken")
+    return learning_rate(step, *args)
+if "BROKEN" in flags:
+    flags.remove("BROKEN")
+    train.learning_rate = fail
+sys.exit(train.run_command(lambda: train.main(flags)))
+"""
+
+
+def launch(ranks, flags):
+    """`train.py` in fp64 under torchrun: the process. A collective may wait for three seconds."""
+    Path("ranked.py").write_text(RANKED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+               "ranked.py", *(ARGUMENTS + CALM + flags).split()]
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_ranks_follow_the_curve_of_one_process(corpus):
+    """1, 2 and 4 ranks end in the same weights and metrics; text may come later than a collective waits."""
+    slow = Server({"/corpus.txt": Path("corpus.txt").read_bytes()}, lambda: threading.Event().wait(5) and None)
+    states, logs = [], []
+    with slow as server:
+        for ranks, micro in (1, 8), (2, 2), (4, 2):
+            flags = f"--data {server.url}/corpus.txt --num-train-steps 5 --eval-every 3 --log-every 1"
+            process = launch(ranks, f"{flags} --micro-batch-size {micro} --out {ranks} --cache cache-{ranks}")
+            printed = process.communicate(timeout=120)[0]
+            assert process.returncode == 0, printed
+            assert printed.count("to fine-tune:") == 1  # one rank talks
+            states.append(torch.load(f"{ranks}/small/checkpoint.pt", weights_only=True)["model"])
+            logs.append([line for line in read_log(f"{ranks}/small") if "split" in line])
+    for state, log in zip(states[1:], logs[1:], strict=True):
+        for name, tensor in states[0].items():
+            assert tensor.dtype == torch.float64
+            torch.testing.assert_close(state[name], tensor, rtol=0, atol=1e-10)
+        for line, other in zip(log, logs[0], strict=True):
+            assert line == pytest.approx(other, abs=1e-9, rel=1e-9) if 0 else line.keys() == other.keys()
+            assert [*line.values()][2:] == pytest.approx([*other.values()][2:], abs=1e-10)
+
+
+def test_ranks_stop_after_the_same_step_and_any_number_resumes(corpus):
+    """Ctrl-C stops all ranks after one step and saves; another number of ranks continues to the same end."""
+    flags = "--num-train-steps 1000 --save-every 1000 --eval-every 1000 "
+    process = launch(2, flags)
+    log = Path("out/small/log.jsonl")
+    while not log.exists() or log.read_bytes().count(b"\n") < 9:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=120)[0]
+    stops = re.findall(r"stopped after step (\d+)", printed)
+    assert len(stops) == 2 and len(set(stops)) == 1, printed
+    step = int(stops[0])
+    assert torch.load("out/small/checkpoint.pt", weights_only=True)["step"] == step
+    process = launch(1, flags)
+    printed = process.communicate(timeout=240)[0]
+    assert process.returncode == 0 and f"resuming after step {step} of 1000" in printed, printed
+    numerics = [line["numerics"]["ranks"] for line in read_log() if "numerics" in line]
+    assert numerics == [2, 1]
+
+
+def test_ranks_that_cannot_work_together_say_why(corpus, monkeypatch):
+    """A rank that fails ends the job with its own error; other vocabularies and odd numbers are refused."""
+    for number in range(2):
+        Path(f"vocab{number}.txt").write_text("\n".join([*SMALL_VOCAB, f"more{number}"]))
+    for flags, message in [("BROKEN", "ValueError: rank one is broken"),
+                           ("--vocab VOCAB", "the ranks have different text or vocabularies: .* --vocab FILE")]:
+        process = launch(2, flags)
+        printed = process.communicate(timeout=120)[0]
+        assert process.returncode == 1 and re.search(message, printed), printed
+    monkeypatch.setattr(train, "WORLD_SIZE", 3)
+    with pytest.raises(UserError, match="a batch of 8 rows does not split into 3 times micro-batches"):
+        pretrain()
+
+
+def test_fp16_scales_the_loss_skips_what_overflows_and_resumes(corpus, monkeypatch):
+    """fp16 learns as fp32 does; a step whose gradient overflows is skipped, counted and in the schedule."""
+    losses = []
+    for dtype in "fp32", "fp16":
+        pretrain(f"{CALM} --dtype {dtype} --out {dtype}")
+        losses.append([line["loss"] for line in read_log(f"{dtype}/small", "train")])
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.05)
+    pretrain_until_killed("--dtype fp16 --out killed", "checkpoint.pt", 2)
+    pretrain("--dtype fp16 --out killed")
+    pretrain("--dtype fp16 --out whole")
+    assert_same_run("killed", "whole")
+    scaler, steps = torch.amp.GradScaler, []
+    monkeypatch.setattr(torch.amp, "GradScaler",
+                        lambda device, enabled: scaler(device, init_scale=2.0**60, enabled=enabled))
+    watch(monkeypatch, train, "learning_rate", lambda step, *_: steps.append(step))
+    pretrain("--dtype fp16 --log-every 1 --num-train-steps 60")
+    lines = read_log(split="train")
+    skipped = [line["skipped_steps"] for line in lines]
+    assert steps == list(range(60)) and skipped[:3] == [1, 2, 3] and 5 < skipped[-1] == skipped[-5] < 60
+    assert lines[0]["loss_scale"] == 2.0**59 and lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_a_run_starts_from_weights(corpus, capsys):
+    """--init takes a run, two folders or one; shape, vocabulary and case come from them, the rest is new."""
+    pretrain("--no-do-lower-case --generator-size 0.5")
+    shape = re.compile(r"--(vocab|\S+-size|num-[ah]\S+|max-position\S+) \S+")
+    flags = shape.sub("", ARGUMENTS) + "--batch-size 4 --num-train-steps 3 --learning-rate 0 "
+    small = Path("out/small")
+    before = {name: model.read_weights(small / name)[0] for name in ("discriminator", "generator")}
+
+    def assert_starts_from(out, networks):
+        for name in networks:
+            after = model.read_weights(f"{out}/small/{name}")[0]
+            assert after.keys() == before[name].keys()
+            assert all(torch.equal(after[key], before[name][key]) for key in after if "predictions" in key)
+
+    train.main(f"{flags} --init out/small --out again".split())
+    assert_starts_from("again", before)
+    [header, *_] = read_log("again/small")
+    assert header["settings"]["generator_size"] == 0.5 and not header["settings"]["do_lower_case"]
+    train.main(f"{flags} --init {small}/discriminator --out half --generator-size 1".split())
+    assert_starts_from("half", ["discriminator"])
+    assert "--init names no generator" in capsys.readouterr().out
+    generator = model.Generator(model.load_config(small / "generator"))
+    model.save_pretrained(generator, "other")
+    train.main(f"{flags} --init {small} other --out mixed".split())
+    assert "different embeddings; the discriminator's are used" in capsys.readouterr().out
+    table = "electra.embeddings.word_embeddings.weight"
+    for name in before:
+        assert torch.equal(model.read_weights(f"mixed/small/{name}")[0][table], before["discriminator"][table])
+    for more, message in [
+        ("--hidden-size 32 --vocab vocab.txt", "--init prescribes hidden_size, vocab; leave these flags out"),
+        ("--out out", "--init names the run that would be overwritten"),
+        ("a b", "--init takes a discriminator and a generator"),
+        ("--objective mlm", "--objective mlm has no discriminator; --init takes one folder"),
+        (f"{small}/discriminator", "does not fit this Generator: generator_lm_head.bias is missing"),
+    ]:
+        with pytest.raises((UserError, ModelError), match=re.escape(message)):
+            train.main(f"{flags} --out other-run --init out/small {small}/generator {more}".split())
+    with pytest.raises(UserError, match=r"num_train_steps was 24 .* use another --out and --init out/small"):
+        pretrain("--no-do-lower-case --generator-size 0.5 --num-train-steps 30")
+
+
+def test_networks_can_be_used_before_a_run_ends(corpus, monkeypatch):
+    """Each checkpoint refreshes the two folders; at six shares of the steps they are kept."""
+    saved = []
+
+    def look(run):
+        if (folder := run.folder / "discriminator").exists():
+            saved.append(model.read_weights(folder)[0]["electra.embeddings.word_embeddings.weight"])
+
+    watch(monkeypatch, train.Run, "save", look)
+    pretrain("--num-train-steps 40")
+    assert len(saved) > 5 and not torch.equal(saved[0], saved[1])
+    kept = sorted(Path("out/small").glob("step-*/generator/model.safetensors"))
+    assert sorted(int(path.parts[2][5:]) for path in kept) == [2, 5, 10, 20, 30]  # 0.4 steps are none
+    assert len({path.read_bytes() for path in kept}) == 5
+    assert data.find_model("out/small/step-10", "cache") == Path("out/small/step-10/discriminator")
+
+
+def test_the_baseline_is_a_masked_language_model_of_the_discriminators_size(toy_glue, capsys):
+    """--objective mlm trains one network, as wide as the discriminator, and finetune.py takes it."""
+    pretrain("--objective mlm --num-train-steps 150 --learning-rate 0.01 --out mlm")
+    heldout = read_log("mlm/small", "heldout")
+    assert not {"disc_loss", "auc"} & heldout[0].keys()
+    assert heldout[-1]["mlm_loss"] < heldout[0]["mlm_loss"] - 0.2
+    assert not Path("mlm/small/discriminator").exists()
+    shape = model.load_config("mlm/small/generator")
+    assert (shape.hidden_size, shape.intermediate_size, shape.num_attention_heads) == (32, 64, 2)
+    electra = Electra(replace(CONFIG, objective="mlm"))
+    assert not [name for name, _ in electra.named_parameters() if "discriminator" in name]
+    output = run_electra(electra, make_rows())
+    assert output.loss == output.mlm_loss and output.disc_logits is None
+    assert "→" in capsys.readouterr().out
+    tune("--task cola --model mlm/small")
+    assert read_results()["cola", 0]["model"] == "mlm/small/generator"
+
+
+def test_a_saved_run_is_evaluated_again(corpus, capsys):
+    """--eval-only prints what the run printed at its end, and changes nothing."""
+    pretrain()
+    end = capsys.readouterr().out.split("step 24, held-out text")[-1]
+    files = {path: path.read_bytes() for path in Path("out").rglob("*.*") if path.is_file()}
+    pretrain("--eval-only")
+    assert capsys.readouterr().out.split("step 24, held-out text")[-1] == end and "✗" in end
+    assert all(path.read_bytes() == content for path, content in files.items())
+    with pytest.raises(UserError, match="there is no run in elsewhere/small to evaluate"):
+        pretrain("--eval-only --out elsewhere")
+
+
+def test_curves_are_plotted(corpus, monkeypatch):
+    """bench/plot.py draws the evaluations of runs, and the published curve on request."""
+    monkeypatch.syspath_prepend(HERE / "bench")
+    import plot
+
+    pretrain()
+    pretrain("--objective mlm --out mlm")
+    axes = []
+    watch(monkeypatch, plot, "draw", lambda axis, *_, **__: axes.append(axis))
+    plot.plot(["out/small", "mlm/small"], "curves.png", official=True)
+    assert Path("curves.png").read_bytes().startswith(b"\x89PNG")
+    mlm, disc, auc = dict.fromkeys(axes)
+    assert [len(axis.lines) for axis in (mlm, disc, auc)] == [5, 3, 2]
+    official = plot.read_official()
+    assert len(official) == 19 and mlm.lines[-1].get_xdata()[0] == 20_000 * 128 * 128 / 1e6
+    logged = [line["auc"] for line in read_log(split="heldout")]
+    assert auc.lines[0].get_ydata().tolist() == logged
+
+
+def test_long_lines_can_be_split(corpus):
+    """--split-long-lines loses less of long lines, and changes no text whose lines fit."""
+    long = "\n\n".join(text.replace("\n", " ") for text in make_text(100))
+    for text, is_same in (long, False), ("\n\n".join(["ba do ku ."] * 300), True):
+        Path("corpus.txt").write_text(text)
+        plain, split = (data.prepare(data_config(split_long_lines=flag)) for flag in (False, True))
+        lost, still_lost = (sum(shard["tokens_dropped"] for shard in cache.shards) for cache in (plain, split))
+        assert still_lost < 0.3 * lost or is_same
+        assert np.array_equal(plain.load("train", 0), split.load("train", 0)) == is_same
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1971,14 +2210,14 @@ def test_a_full_disk_loses_nothing_and_the_same_command_resumes(corpus, monkeypa
     ("--vocab train:70000", None, "--vocab train:70000 is not possible"),
     ("--max-length 33", None, "max_length 33 is beyond the model's 32 positions"),
     ("--max-length 4", None, "max_length is 4; a row needs at least 8"),
-    ("--micro-batch-size 3", None, "a batch of 8 rows does not split into micro-batches of 3"),
+    ("--micro-batch-size 3", None, "a batch of 8 rows does not split into 1 times micro-batches of 3"),
     ("--batch-size 0", None, "batch_size is 0; it must be at least 1"),
     ("--seed -1", None, "seed is -1; it must be 0 or more"),
     ("--hidden-size 33", None, "hidden_size 33 is not a multiple of num_attention_heads 2"),
     ("--size huge", None, "there is no size huge; there are tiny, small, base, large"),
     ("--learning 1", None, "there is no --learning 1; --help lists the flags"),
     ("--batch-size many", None, "invalid int value: 'many'"), ("--mask-prob -1", None, "mask_prob is -1.0"),
-    ("--dtype fp8", None, "there is no dtype fp8"), ("--device tpu", None, "there is no device tpu here"),
+    ("--dtype fp8", None, "cpu does not compute in fp8; --dtype takes fp32"), ("--device tpu", None, "there is no device tpu here"),
 ])
 def test_bad_input_to_pre_training(corpus, flags, content, message):
     """Each mistake ends in one sentence, before anything is trained."""

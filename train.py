@@ -1,10 +1,13 @@
 """Pre-train ELECTRA: `python train.py --size small`. The loop, optimizer and schedule, checkpoints.
 
-Read `train` first. Everything a run writes is in out/SIZE: log.jsonl, checkpoint.pt and, at the end,
-discriminator/ and generator/, two HuggingFace folders. The same command resumes a run that was stopped.
+Read `train` first. Everything a run writes is in out/SIZE: log.jsonl, checkpoint.pt, and discriminator/ and
+generator/, two HuggingFace folders. The same command resumes a run that was stopped.
 
 On a CPU with the same threads and versions, a run that was killed and resumed gives bit for bit the result of
 an uninterrupted one. Every random number is a function of (seed, step), so no random state is saved.
+
+Under torchrun every process (rank) draws the rows and random numbers of the whole batch, and computes its
+slice. One sum of the gradients over the ranks makes a step. What is said of one process holds for many.
 """
 
 import os
@@ -21,12 +24,13 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from data import (
@@ -36,18 +40,38 @@ from data import (
     UserError,
     append_json,
     atomic_write,
+    digest,
+    find_model,
     load_wordpiece,
     lock,
     prepare,
     producing,
+    read_tokenizer,
     rng,
 )
-from model import SIZES, Electra, ElectraConfig, ModelError, count, save_pretrained, selectable
+from model import (
+    SIZES,
+    Electra,
+    ElectraConfig,
+    ModelError,
+    Output,
+    count,
+    load_config,
+    load_networks,
+    load_weights,
+    save_pretrained,
+    selectable,
+)
 
+# Of all processes, of those on this machine, and their number. Set by torchrun.
+RANK, LOCAL_RANK, WORLD_SIZE = (
+    int(os.environ.get(name, default)) for name, default in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items())
 HELDOUT_ROWS = 1024  # rows of every evaluation, always with the same masks and samples
 SAVE_SECONDS = 600  # the most work that a kill can cost
 SHOWN_ROWS, SHOWN_TOKENS = 5, 40  # what is shown at the end
 SLOW_DAYS = 14  # warn about a run that takes longer
+FIRST_ADAM_STEP = 1_000_000  # see build_optimizer
+KEPT = (0.01, 0.0625, 0.125, 0.25, 0.5, 0.75)  # shares of the steps after which the networks are kept
 
 
 @dataclass(frozen=True)
@@ -59,8 +83,8 @@ class StepConfig:
     adam_beta2: float = 0.999  # decay of Adam's second moment
     adam_epsilon: float = 1e-6  # added to the root of Adam's second moment
     max_grad_norm: float = 1.0  # global norm to which gradients are clipped
-    dtype: str = "auto"  # fp32 or bf16; auto is bf16 on a GPU that has it, else fp32
-    device: str = "auto"  # cpu or cuda; auto is cuda if there is one
+    dtype: str = "auto"  # fp32, bf16 or fp16; auto is bf16 on a GPU that has it, fp16 on another, else fp32
+    device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto is cuda if there is one, else cpu
 
 
 @dataclass(frozen=True)
@@ -72,13 +96,15 @@ class TrainConfig(StepConfig):
     num_train_steps: int = 1_000_000  # steps in all; the learning rate decays to 0
     learning_rate: float = 5e-4  # peak learning rate
     num_warmup_steps: int = 10_000  # steps over which the learning rate rises from 0
-    micro_batch_size: int = 0  # rows in a forward pass, to save memory; 0 is batch_size
+    micro_batch_size: int = 0  # rows in a forward pass, to save memory; 0 is all
+    init: list = ()  # start from weights: DISCRIMINATOR [GENERATOR], runs, folders or names on the hub
     compile: bool = None  # use torch.compile; None is on a GPU only
     out: str = "out"  # parent folder; the run goes to OUT/SIZE
     log_every: int = 100  # steps between lines of log.jsonl
     eval_every: int = 1000  # steps between evaluations on held-out text
     save_every: int = 1000  # steps between checkpoints; there is one every ten minutes, too
     restart: bool = False  # delete the run in the folder and start over
+    eval_only: bool = False  # evaluate a saved run, and do not train
     prepare_only: bool = False  # prepare the text, and do not train
     show: int = 0  # with --prepare-only: print this many rows
 
@@ -90,9 +116,11 @@ class TrainConfig(StepConfig):
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.num_warmup_steps < 0 or self.micro_batch_size < 0:
             raise UserError("num_warmup_steps and micro_batch_size must be 0 or more")
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise UserError(f"a batch of {self.batch_size} rows does not split into micro-batches of "
-                            f"{self.micro_batch_size}")
+        if self.batch_size % (WORLD_SIZE * max(1, self.micro_batch_size)):
+            raise UserError(f"a batch of {self.batch_size} rows does not split into {WORLD_SIZE} times "
+                            f"micro-batches of {self.micro_batch_size or 'equal size'}")
+        if len(self.init) > 2:
+            raise UserError("--init takes a discriminator and a generator")
 
 
 # What each size changes. The defaults, above and in DataConfig, are small's.
@@ -106,7 +134,7 @@ RECIPES = {
 DEFAULTS = {size: RECIPES[size] | SIZES[size] for size in SIZES}
 # Flags that a resumed run may change. All others decide its result.
 MAY_CHANGE = {"micro_batch_size", "dtype", "device", "compile", "out", "log_every", "eval_every",
-              "save_every", "restart", "prepare_only", "show"}
+              "save_every", "restart", "eval_only", "prepare_only", "show"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -115,22 +143,29 @@ MAY_CHANGE = {"micro_batch_size", "dtype", "device", "compile", "out", "log_ever
 
 def train(run, producer_error):
     """Train to the last step, or stop at a signal or an error of the producer, and save."""
-    config, model, optimizer = run.config, run.model, run.optimizer
+    config, model, optimizer, scaler = run.config, run.model, run.optimizer, run.scaler
     forward = torch.compile(model, fullgraph=True) if config.compile else model
     order, heldout, error = Order(run.cache, config.batch_size), None, None
+    share = config.batch_size // WORLD_SIZE  # rows of this rank
+    kept_steps = {round(part * config.num_train_steps) for part in KEPT}
     saved_at = logged_at = time.perf_counter()
     first_step = logged_step = run.step
     with (stop_signals() as signals,
-          tqdm(total=config.num_train_steps, initial=run.step, unit=" steps", disable=None) as bar):
-        while run.step < config.num_train_steps and not signals and not error:
+          tqdm(total=config.num_train_steps, initial=run.step, unit=" steps",
+               disable=RANK > 0 or None) as bar):
+        while run.step < config.num_train_steps:
             is_last = run.step + 1 == config.num_train_steps
             evaluates = is_last or (run.step + 1) % config.eval_every == 0
 
-            # Get the rows. Neither they nor the held-out rows may be ready yet.
+            # Get the rows. Neither they nor the held-out rows may be ready yet, here or on another rank.
             batch = order.batch(run.step)
             if evaluates and heldout is None:
                 heldout = run.load_heldout()
-            if batch is None or (evaluates and heldout is None):
+            is_waiting = batch is None or (evaluates and heldout is None)
+            must_stop, must_wait = any_rank(bool(signals or error), is_waiting)
+            if must_stop:
+                break
+            if must_wait:
                 bar.set_description("waiting for text")
                 error = producer_error()
                 time.sleep(0.05)
@@ -138,21 +173,25 @@ def train(run, producer_error):
             epoch, rows = batch
             input_ids, uniforms = run.to_device(rows, "train", run.step)
 
-            # Forward and backward, in micro-batches whose gradients add up to the batch's.
+            # Forward and backward, in micro-batches and on ranks whose gradients add up to the batch's.
             lr = learning_rate(run.step, config.learning_rate, config.num_train_steps,
                                config.num_warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-            torch.manual_seed(int(rng(run.seed, "dropout", run.step).integers(2**63)))
+            torch.manual_seed(int(rng(run.seed, "dropout", run.step, RANK).integers(2**63)))
             counts, outputs = count(input_ids, model.config), []
-            parts = (tensor.split(config.micro_batch_size) for tensor in (input_ids, uniforms))
+            parts = (tensor[share * RANK :][:share].split(config.micro_batch_size)
+                     for tensor in (input_ids, uniforms))
             for part in zip(*parts, strict=True):
                 with autocast(config):
                     output = forward(*part, counts)
-                output.loss.backward()
+                scaler.scale(output.loss).backward()
                 outputs.append(output._replace(loss=output.loss.detach()))
+            add_up_gradients(model)
+            scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)  # [D27]
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
             run.step += 1
             bar.update()
@@ -160,10 +199,11 @@ def train(run, producer_error):
             # Log, evaluate, save. A checkpoint leaves no trace in the log.
             is_logged = evaluates or run.step == 1 or run.step % config.log_every == 0
             if is_logged:
-                metrics = compute_metrics(outputs, input_ids, counts)  # waits for the device
+                metrics = compute_metrics(gather_outputs(outputs), input_ids, counts)  # waits for the device
                 seconds = (time.perf_counter() - logged_at) / (run.step - logged_step)
                 rate = round(input_ids.numel() / seconds)
-                run.log("train", epoch, lr=lr, **metrics, grad_norm=grad_norm.item(), tokens_per_second=rate)
+                run.log("train", epoch, lr=lr, **metrics, grad_norm=grad_norm.item(), **run.scaling(),
+                        tokens_per_second=rate)
                 bar.set_description(f"loss {metrics['loss']:.3f}, {rate:,} tokens/s")
                 days = seconds * (config.num_train_steps - run.step) / 86_400
                 if logged_step < first_step + 100 <= run.step and days > SLOW_DAYS:
@@ -171,12 +211,15 @@ def train(run, producer_error):
                                "a CPU, and the other sizes need a GPU")
             if evaluates and len(heldout):
                 metrics = compute_metrics(*run.evaluate(heldout))
-                run.log("heldout", epoch, **metrics)
+                run.log("heldout", epoch, **metrics,
+                        unigram_entropy=unigram_entropy(heldout, model.config))
                 is_late = run.step >= max(20_000, 2 * config.num_warmup_steps)
                 tqdm.write(f"step {run.step}, held-out text: {describe(metrics, is_late)}")
             if is_last or run.step % config.save_every == 0 or time.perf_counter() - saved_at > SAVE_SECONDS:
                 run.save()
                 saved_at = time.perf_counter()
+            if run.step in kept_steps:
+                run.export(run.folder / f"step-{run.step}")
             if is_logged or run.step == first_step + 1:  # rates leave out compiling, evaluating and saving
                 logged_at, logged_step = time.perf_counter(), run.step
     if run.step < config.num_train_steps:
@@ -187,11 +230,53 @@ def train(run, producer_error):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def any_rank(*flags):
+    """Of each flag, whether it is true on any rank.
+
+    All ranks ask this before every step. So they stop after the same one, and while one waits for text, the
+    others wait here for a moment at a time, too short for a time-out.
+    """
+    if WORLD_SIZE == 1:
+        return flags
+    flags = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return flags.bool().tolist()
+
+
+def add_up_gradients(model):
+    """Replace gradients by their sums over all ranks, in one reduction."""
+    if WORLD_SIZE == 1:
+        return
+    gradients = [parameter.grad for parameter in model.parameters()]
+    total = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(total)
+    for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def gather(value):
+    """The values of all ranks, in their order."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def gather_outputs(outputs):
+    """The Outputs of all micro-batches of all ranks, on the CPU."""
+    outputs = [Output(*(None if tensor is None else tensor.cpu() for tensor in output)) for output in outputs]
+    return [output for outputs in gather(outputs) for output in outputs]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The run and its folder
 
 
 class Run:
-    """Model, optimizer and step of a run, and its folder with log and checkpoint."""
+    """Model, optimizer and step of a run, and its folder with log and checkpoint. Only rank 0 writes."""
 
     def __init__(self, config, model_config, cache):
         self.config, self.cache, self.seed, self.max_length = (
@@ -202,20 +287,38 @@ class Run:
         self.settings = {name: value for name, value in everything.items() if name not in MAY_CHANGE}
         # These may change on resume. They change the rounding, so they are logged.
         self.numerics = dict(device=config.device, dtype=config.dtype, compile=config.compile,
-                             micro_batch_size=config.micro_batch_size, threads=torch.get_num_threads(),
-                             torch=str(torch.__version__))
+                             micro_batch_size=config.micro_batch_size, ranks=WORLD_SIZE,
+                             threads=torch.get_num_threads(), torch=str(torch.__version__))
         torch.manual_seed(self.seed)
-        self.model = Electra(model_config).to(config.device).train()
+        self.model = Electra(model_config).train()
+        self.networks = {name: network for name in ("discriminator", "generator")
+                         if (network := getattr(self.model, name)) is not None}
+        load_init(self.model, config)
+        self.model.to(config.device)
         self.optimizer = build_optimizer(self.model.named_parameters(), config)
+        self.scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
         self.step = 0
 
     def resume(self):
         """Continue from the checkpoint, or start over. What was logged after the checkpoint is cut off."""
+        if RANK == 0:
+            self.read_checkpoint()
+        [self.step, scaler_state], *_ = gather((self.step, self.scaler.state_dict()))
+        if scaler_state:
+            self.scaler.load_state_dict(scaler_state)
+        states = [self.model.state_dict(), *self.optimizer.state.values()]
+        for state in states if WORLD_SIZE > 1 else ():
+            for tensor in state.values():
+                dist.broadcast(tensor, 0)
+
+    def read_checkpoint(self):
         if self.config.restart:
             self.checkpoint.unlink(missing_ok=True)  # first: it must not stand beside another run's log
         if not self.checkpoint.exists():
-            for name in ("discriminator", "generator"):
-                shutil.rmtree(self.folder / name, ignore_errors=True)
+            if self.config.eval_only:
+                raise UserError(f"there is no run in {self.folder} to evaluate; check --size and --out")
+            for folder in (*map(self.folder.joinpath, self.networks), *self.folder.glob("step-*")):
+                shutil.rmtree(folder, ignore_errors=True)
             with open(self.log_path, "wb") as log:
                 append_json(log, dict(settings=self.settings, numerics=self.numerics))
             return
@@ -227,11 +330,16 @@ class Run:
         changed = [f"{name} was {old.get(name)} and is now {new.get(name)}"
                    for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
         if changed:
+            longer = f"; to train it for longer, use another --out and --init {self.folder}"
             raise UserError(f"{self.folder} holds another run ({'; '.join(changed)}); use its settings, "
-                            "another --out, or --restart")
+                            "another --out, or --restart" + longer * ("num_train_steps" in str(changed)))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
+        if self.config.eval_only:
+            return
         with open(self.log_path, "r+b") as log:
             log.truncate(state["log_bytes"])
             log.seek(0, os.SEEK_END)
@@ -271,31 +379,45 @@ class Run:
         self.model.train()
         return outputs, ids, counts
 
+    def scaling(self):
+        """What fp16 adds to the log. A step with an infinite gradient is skipped."""
+        if not self.scaler.is_enabled():
+            return {}
+        taken = next(iter(self.optimizer.state.values()))["step"].item() - FIRST_ADAM_STEP
+        return dict(loss_scale=self.scaler.get_scale(), skipped_steps=round(self.step - taken))
+
     def log(self, split, epoch, **values):
         """Append a line to log.jsonl."""
+        if RANK:
+            return
         positions = self.step * self.config.batch_size * self.max_length  # padding included
         with open(self.log_path, "ab") as log:
             append_json(log, dict(split=split, step=self.step, tokens=positions, epoch=epoch, **values))
 
     def save(self):
-        """Write the checkpoint. The one before it stays until this one is whole."""
+        """Write the networks, then the checkpoint. The one before it stays until this one is whole."""
+        if RANK:
+            return
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise UserError(f"the weights are not finite after step {self.step}; the checkpoint before is "
                             "intact; use --restart with a lower --learning-rate")
+        self.export(self.folder)
         state = dict(step=self.step, settings=self.settings, numerics=self.numerics,
                      model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                     log_bytes=self.log_path.stat().st_size)
+                     scaler=self.scaler.state_dict(), log_bytes=self.log_path.stat().st_size)
         buffer = io.BytesIO()  # torch.save hides a full disk behind an error of its own
         torch.save(state, buffer)
         with atomic_write(self.checkpoint) as file:
             file.write(buffer.getbuffer())
 
-    def export(self):
-        """Write discriminator/ and generator/. The old folder is kept until the new one is complete."""
-        for name in ("discriminator", "generator"):
-            folder, new = self.folder / name, self.folder / f"{name}.tmp"
+    def export(self, parent):
+        """Write the networks as folders in `parent`. An old folder stays until the new one is complete."""
+        if RANK:
+            return
+        for name, network in self.networks.items():
+            folder, new = parent / name, parent / f"{name}.tmp"
             shutil.rmtree(new, ignore_errors=True)
-            save_pretrained(getattr(self.model, name), new)
+            save_pretrained(network, new)
             self.cache.wordpiece.save(new, self.max_length)
             shutil.rmtree(folder, ignore_errors=True)
             new.rename(folder)
@@ -309,7 +431,7 @@ def stop_signals():
     def receive(number, frame):
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
-        tqdm.write("stopping after this step, and saving; once more kills", file=sys.stderr)
+        tqdm.write("stopping after this step, and saving; once more kills")
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -341,7 +463,7 @@ def build_optimizer(parameters, config, lr_scale=None):
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = dict(
-                step=torch.tensor(1e6, dtype=torch.float32, device=parameter.device),
+                step=torch.tensor(FIRST_ADAM_STEP, dtype=torch.float32, device=parameter.device),
                 exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
     return optimizer
 
@@ -357,9 +479,9 @@ def learning_rate(step, peak, num_train_steps, num_warmup_steps):
 
 
 def autocast(config):
-    """bf16 where the config asks for it."""
-    device = torch.device(config.device).type
-    return torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bf16")
+    """bf16 or fp16 where the config asks for it."""
+    dtype = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)[config.dtype]
+    return torch.autocast(torch.device(config.device).type, dtype, enabled=dtype is not None)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -367,22 +489,26 @@ def autocast(config):
 
 
 def compute_metrics(outputs, input_ids, counts):
-    """The metrics of a batch from the Outputs of its micro-batches. They cross from the device here."""
+    """The metrics of a batch from the Outputs of its micro-batches."""
     predictions, _ = counts.tolist()
-    is_token = (input_ids != 0).cpu().numpy()
-    logits = torch.cat([output.disc_logits for output in outputs]).cpu().numpy()[is_token]
-    is_replaced = torch.cat([output.is_replaced for output in outputs]).cpu().numpy()[is_token]
 
     def total(name):
         return sum(getattr(output, name) for output in outputs).item()
 
-    flagged = logits > 0
-    caught, fake_rate = int((flagged & is_replaced).sum()), is_replaced.mean()
-    return {
+    metrics = {
         "loss": total("loss"),
         "mlm_loss": total("mlm_loss"),
         "mlm_accuracy": total("mlm_correct") / predictions,
         "sampled_accuracy": total("sampled_correct") / predictions,
+    }
+    if outputs[0].disc_logits is None:
+        return metrics
+    is_token = (input_ids != 0).cpu().numpy()
+    logits = torch.cat([output.disc_logits for output in outputs]).cpu().numpy()[is_token]
+    is_replaced = torch.cat([output.is_replaced for output in outputs]).cpu().numpy()[is_token]
+    flagged = logits > 0
+    caught, fake_rate = int((flagged & is_replaced).sum()), is_replaced.mean()
+    return metrics | {
         "disc_loss": total("disc_loss"),
         # The loss of a discriminator that knows the share of replaced tokens and nothing else.
         "all_original": entropy(np.array([fake_rate, 1 - fake_rate])),
@@ -426,13 +552,14 @@ def unigram_entropy(rows, model_config):
 
 def describe(metrics, is_late):
     """A sentence about held-out text. Late in training it warns of networks that have not learned."""
-    share = metrics["disc_loss"] / metrics["all_original"]
-    text = (f"MLM loss {metrics['mlm_loss']:.3f}, discriminator loss {share:.3f} x all-original, AUC "
-            f"{metrics['auc']:.3f}")
+    text = f"MLM loss {metrics['mlm_loss']:.3f}"
+    if "auc" in metrics:
+        share = metrics["disc_loss"] / metrics["all_original"]
+        text += f", discriminator loss {share:.3f} x all-original, AUC {metrics['auc']:.3f}"
+        if is_late and share >= 0.97:
+            text += "; warning: the discriminator is stuck; try a smaller generator or a lower learning rate"
     if is_late and metrics["mlm_loss"] > 6:
         text += "; warning: the generator is stuck; try a lower learning rate"
-    if is_late and share >= 0.97:
-        text += "; warning: the discriminator is stuck; try a smaller generator or a lower learning rate"
     return text
 
 
@@ -440,12 +567,23 @@ def describe(metrics, is_late):
 # A look at what it has learned
 
 LEGEND = """
-Held-out sentences, as both networks see them. The tokens with the highest scores are flagged, as many as were
+Held-out sentences, as the networks see them. The tokens with the highest scores are flagged, as many as were
 replaced: early in training few scores exceed one half.
   [word =]        masked; the generator put the same word back
   [word→other ✓]  masked; the generator put another word, and the discriminator flagged it
   [word→other ✗]  masked; the generator put another word, and the discriminator did not flag it
   [word !]        flagged, but not replaced"""
+
+
+def finish(run):
+    """Evaluate a run, and show sentences."""
+    heldout = run.cache.heldout(HELDOUT_ROWS)
+    if heldout is None or not len(heldout):
+        print("there is no held-out text to evaluate on")
+        return
+    metrics = compute_metrics(*run.evaluate(heldout))
+    print(f"step {run.step}, held-out text: {describe(metrics, is_late=False)}")
+    show(run, choose_readable(heldout, run.cache.wordpiece))
 
 
 def choose_readable(rows, wordpiece):
@@ -461,11 +599,17 @@ def choose_readable(rows, wordpiece):
 def show(run, rows):
     """Print rows with what was masked, what the generator put there, and what the discriminator flagged."""
     outputs, ids, _ = run.evaluate(rows)
-    positions, weights, corrupted_ids, is_replaced, logits = (
-        torch.cat([getattr(output, name) for output in outputs]).cpu()
-        for name in ("positions", "weights", "corrupted_ids", "is_replaced", "disc_logits"))
-    suspicions = logits[ids.cpu() != 0].sort(descending=True).values
-    is_suspect = logits > suspicions[is_replaced.sum()]
+
+    def join(name):
+        return torch.cat([getattr(output, name) for output in outputs]).cpu()
+
+    positions, weights, corrupted_ids, is_replaced = map(
+        join, ("positions", "weights", "corrupted_ids", "is_replaced"))
+    is_suspect = torch.zeros_like(is_replaced)
+    if run.model.discriminator is not None:
+        logits = join("disc_logits")
+        suspicions = logits[ids.cpu() != 0].sort(descending=True).values
+        is_suspect = logits > suspicions[is_replaced.sum()]
     is_masked = torch.zeros_like(is_replaced).scatter(1, positions, weights > 0)
     tokens = run.cache.wordpiece.tokens
     print(LEGEND)
@@ -489,7 +633,7 @@ def show(run, rows):
 
 
 def parse(argv, description, config_classes, sizes):
-    """A config of each class from the command line.
+    """A config of each class from the command line, and the names of what was typed.
 
     A field that has a comment is a flag, with the comment as its help. What is not typed is as in `sizes`, a
     table of what differs from the defaults, and else the default.
@@ -515,34 +659,46 @@ def parse(argv, description, config_classes, sizes):
     if unknown:
         raise UserError(f"there is no {' '.join(unknown)}; --help lists the flags")
     values = sizes.get(getattr(typed, "size", "small"), {}) | vars(typed)
-    return [config_class(**{field.name: values[field.name] for field in fields(config_class)
-                            if field.name in values}) for config_class in config_classes]
+    configs = [config_class(**{field.name: values[field.name] for field in fields(config_class)
+                               if field.name in values}) for config_class in config_classes]
+    return configs, vars(typed).keys()
 
 
 def resolve_device(config):
     """The config with what "auto" stands for on this machine."""
-    has_cuda = torch.cuda.is_available()
-    device = ("cuda" if has_cuda else "cpu") if config.device == "auto" else config.device
-    if device not in ("cpu", "cuda") or (device == "cuda" and not has_cuda):
-        raise UserError(f"there is no device {device} here; --device takes cpu, cuda or auto")
-    if config.dtype not in ("auto", "fp32", "bf16"):
-        raise UserError(f"there is no dtype {config.dtype}; --dtype takes fp32, bf16 or auto")
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "bf16" if device == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else "fp32"
+    found = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    device = ("cuda" if found else "cpu") if config.device == "auto" else config.device
     if device == "cuda":
+        device = f"cuda:{LOCAL_RANK}"
+    found += ["cpu", *["mps"] * torch.backends.mps.is_available()]
+    if device not in found:
+        raise UserError(f"there is no device {device} here; there are {', '.join(found)}")
+    dtypes = ["fp32", "bf16", "fp16"] if device == "cpu" else ["fp32"]  # auto is the first
+    if device.startswith("cuda"):
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older GPUs only emulate it
+        dtypes = ["bf16", "fp16", "fp32"] if has_bf16 else ["fp16", "fp32"]
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
-    return replace(config, device=device, dtype=dtype)
+    if config.dtype not in ("auto", *dtypes):
+        raise UserError(f"{device} does not compute in {config.dtype}; --dtype takes {', '.join(dtypes)}")
+    return replace(config, device=device, dtype=dtypes[0] if config.dtype == "auto" else config.dtype)
 
 
 def run_command(main):
     """Run `main` and return the exit status. An error that the user can fix is printed as one line."""
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # one rank talks, and all report errors
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # the terminal may not know every character
     try:
         main()
     except (UserError, ModelError) as error:
         print(error, file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if "by peer" not in str(error):
+            raise
+        print(f"rank {RANK} stops because another one has", file=sys.stderr)  # which prints its own error
         return 1
     except OSError as error:  # a full disk, a file that must not be read
         print(f"{error}; fix that, and the same command resumes", file=sys.stderr)
@@ -555,8 +711,13 @@ def run_command(main):
 
 def main(argv=None):
     description = "Pre-train ELECTRA. After a stop or a kill the same command resumes."
-    configs = parse(argv, description, (TrainConfig, DataConfig, ElectraConfig), DEFAULTS)
-    config, data_config, model_config = configs
+    (config, data_config, model_config), typed = parse(
+        argv, description, (TrainConfig, DataConfig, ElectraConfig), DEFAULTS)
+    config = resolve_device(config)
+    config = replace(config, micro_batch_size=config.micro_batch_size or config.batch_size // WORLD_SIZE,
+                     compile=config.device.startswith("cuda") if config.compile is None else config.compile)
+    if config.init:
+        config, data_config, model_config = resolve_init(config, data_config, model_config, typed)
     if config.prepare_only:
         cache = prepare(data_config)
         print(cache.describe())
@@ -567,28 +728,87 @@ def main(argv=None):
     if data_config.max_length > positions:
         raise UserError(f"max_length {data_config.max_length} is beyond the model's {positions} positions; "
                         "raise --max-position-embeddings too")
-    config = resolve_device(config)
-    config = replace(config, micro_batch_size=config.micro_batch_size or config.batch_size,
-                     compile=config.device == "cuda" if config.compile is None else config.compile)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if config.device.startswith("cuda") else "gloo")
     wordpiece = load_wordpiece(data_config)
     model_config = replace(
         model_config, vocab_size=len(wordpiece.tokens), cls_token_id=wordpiece.cls_token_id,
         sep_token_id=wordpiece.sep_token_id, mask_token_id=wordpiece.mask_token_id)
     folder = Path(config.out) / config.size
-    with lock(folder / "lock") as is_ours:
+    with lock(folder / "lock") if RANK == 0 else nullcontext(True) as is_ours:
         if not is_ours:
             raise UserError(f"another process is training in {folder}; use another --out")
         run = Run(config, model_config, Cache(data_config, wordpiece))
-        with producing(run.cache) as producer_error:
+        with producing(run.cache) if LOCAL_RANK == 0 else nullcontext(lambda: None) as producer_error:
+            wait_for_text(run.cache, producer_error)
             run.resume()  # with text at hand, so that bad input leaves the run in the folder alone
             print(run.cache.describe())
-            train(run, producer_error)
-        run.export()
-        heldout = run.cache.heldout(HELDOUT_ROWS)
-        if heldout is not None and len(heldout):
-            show(run, choose_readable(heldout, wordpiece))
-    print(f"\ntransformers can load {folder}/discriminator and {folder}/generator; to fine-tune:\n"
+            if not config.eval_only:
+                train(run, producer_error)
+        finish(run)
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+    exported = " and ".join(str(folder / name) for name in run.networks)
+    print(f"\ntransformers can load {exported}; to fine-tune:\n"
           f"python finetune.py --model {folder} --task mrpc --max-length {data_config.max_length}")
+
+
+def wait_for_text(cache, producer_error):
+    """Wait until there is a shard on every rank, and check that ranks have the same text and vocabulary."""
+    while True:
+        error = producer_error()
+        cache.refresh()
+        if not any_rank(not cache.shards)[0]:
+            break
+        if error and not cache.shards:  # with a shard, training begins, and saves before it ends
+            raise UserError(error)
+        time.sleep(0.05)
+    text = digest([identity[:2] for identity in cache.identities])  # without the times of files
+    if len(set(map(digest, gather(cache.fingerprint | {"files": text})))) > 1:
+        raise UserError("the ranks have different text or vocabularies: give all machines the same --data, "
+                        "and the same vocabulary by --vocab FILE")
+
+
+# Fields of ElectraConfig that weights prescribe.
+SHAPE = ("vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+         "intermediate_size", "max_position_embeddings", "type_vocab_size", "layer_norm_eps")
+
+
+def resolve_init(config, data_config, model_config, typed):
+    """The configs for --init: shape, vocabulary and case are those of the folders."""
+    folders = [find_model(name, data_config.cache) for name in config.init]
+    is_mlm, partner = model_config.objective == "mlm", folders[0].parent / "generator"
+    if len(folders) == 1 and not is_mlm and folders[0].name == "discriminator" and partner.is_dir():
+        folders.append(partner)  # a run of ours
+    if len(folders) == 2 and is_mlm:
+        raise UserError("--objective mlm has no discriminator; --init takes one folder")
+    refused = {*SHAPE, "vocab", "do_lower_case", "strip_accents", *["generator_size"] * (len(folders) - 1)}
+    if refused & typed:
+        raise UserError(f"--init prescribes {', '.join(sorted(refused & typed))}; leave these flags out")
+    if Path(config.out, config.size).resolve() in folders[0].resolve().parents:
+        raise UserError("--init names the run that would be overwritten; use another --out")
+    shapes = [load_config(folder) for folder in folders]
+    shape = {name: getattr(shapes[0], name) for name in SHAPE}
+    if len(folders) == 2:
+        shape["generator_size"] = shapes[1].hidden_size / shapes[0].hidden_size
+    wordpiece, _ = read_tokenizer(folders[0])
+    return (replace(config, init=[str(folder) for folder in folders]),
+            replace(data_config, vocab=str(folders[0] / "vocab.txt"), do_lower_case=wordpiece.do_lower_case,
+                    strip_accents=wordpiece.strip_accents),
+            replace(model_config, **shape))
+
+
+def load_init(model, config):
+    """Fill the networks from the folders of --init."""
+    if len(config.init) == 2:
+        if not load_networks(model, *config.init):
+            print("the two folders of --init have different embeddings; the discriminator's are used")
+    elif config.init and model.discriminator is None:
+        load_weights(model.generator, *config.init)
+    elif config.init:
+        load_weights(model.discriminator, *config.init)
+        print("--init names no generator, so one starts from random weights; until it has learned, its "
+              "samples are easy to tell and teach the discriminator little")
 
 
 if __name__ == "__main__":
