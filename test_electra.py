@@ -157,6 +157,21 @@ def watch(monkeypatch, owner, name, look):
     monkeypatch.setattr(owner, name, watched)
 
 
+@pytest.fixture
+def steps(monkeypatch):
+    """What each step of an optimizer is given: the settings of its groups, the gradients and their norm."""
+    seen = []
+
+    def look(optimizer):
+        gradients = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
+        norm = math.sqrt(sum((gradient**2).sum().item() for gradient in gradients))
+        groups = [dict(group) for group in optimizer.param_groups]
+        seen.append(SimpleNamespace(groups=groups, gradients=gradients, norm=norm))
+
+    watch(monkeypatch, torch.optim.AdamW, "step", look)
+    return seen
+
+
 ARGUMENTS = (
     "--data corpus.txt --vocab vocab.txt --embedding-size 16 --hidden-size 32 --num-hidden-layers 2 "
     "--num-attention-heads 2 --intermediate-size 64 --max-position-embeddings 32 --max-length 32 "
@@ -239,34 +254,18 @@ def test_D02_D03_D04_examples_are_the_official_builders():
     assert seen == {"broken order", True, False}
 
 
-def test_D03_the_next_example_may_aim_at_a_random_length():
-    """With probability 0.05 the target is uniform in 5..max_length."""
-    for draws, target in ((0.04, 0.0), 5), ((0.04, 0.9999999), 128), ((0.05,), 128):
-        assert data.draw_target(128, iter(draws).__next__) == target
-    uniform = random.Random(0).random
-    targets = [data.draw_target(128, uniform) for _ in range(40_000)]
-    short = [target for target in targets if target < 128]
-    assert abs(len(short) / 40_000 - 0.05 * 123 / 124) < 4 * math.sqrt(0.05 * 0.95 / 40_000)
-    assert abs(np.mean(short) - 66) < 4 * 36 / math.sqrt(len(short))
-
-
 def test_D05_D30_pairs_are_swapped_and_then_the_longer_sentence_is_cut_first():
     """Tokens are popped off the longer side, of equals B, until a pair fits; MRPC and STS-B swap before."""
     for pair, length, expected in [("abc|d", 4, "abc|d"), ("abcde|fg", 4, "ab|fg"), ("ab|cdef", 4, "ab|cd"),
                                    ("abc|def", 5, "abc|de"), ("abc|def", 4, "ab|de"), ("abc|", 2, "ab|")]:
         assert "|".join(map("".join, finetune.truncate(*pair.split("|"), length))) == expected
     a, b, c = 5, 13, 21  # ba, do, ku; [CLS] is 2 and [SEP] is 3
-    # An empty second sentence makes it an example of one.
-    pairs = ("ba do", "ku"), ("ba do ku", ""), ("ba do ku ba do ku", "do do do"), ("ba do ku ba do ku ba", "")
-    examples = [glue.Example(*pair, label) for label, pair in enumerate(pairs)]
+    examples = [glue.Example("ba do ku ba do ku ba", "", 0), glue.Example("ba ba ba", "do do ku", 1)]
     rows, labels = finetune.tokenize_examples(examples, WordPiece(SMALL_VOCAB), 8)
-    assert [row.tolist() for row in rows] == [
-        [2, a, b, 3, c, 3], [2, a, b, c, 3], [2, a, b, c, 3, b, b, 3], [2, a, b, c, a, b, c, 3]]
-    assert labels.tolist() == [0, 1, 2, 3]
-    examples = [glue.Example("ba ba ba", "do do ku", 0.2)]
-    rows, labels = finetune.tokenize_examples(examples, WordPiece(SMALL_VOCAB), 8, both_orders=True)
+    assert [row.tolist() for row in rows] == [[2, a, b, c, a, b, c, 3], [2, a, a, a, 3, b, b, 3]]
+    rows, labels = finetune.tokenize_examples(examples[1:], WordPiece(SMALL_VOCAB), 8, both_orders=True)
     assert [row.tolist() for row in rows] == [[2, a, a, a, 3, b, b, 3], [2, b, b, c, 3, a, a, 3]]
-    assert labels.tolist() == [0.2, 0.2]
+    assert labels.tolist() == [1, 1]
     assert [name for name, task in glue.TASKS.items() if task.both_orders] == ["mrpc", "stsb"]
 
 
@@ -349,49 +348,36 @@ def test_D11_samples_follow_the_softmax():
         assert model.sample(logits, torch.tensor([[0.0, almost_one]])).tolist() == [[1, size]]
 
 
-def test_D11_no_gradient_flows_through_the_sample_and_one_generator_pass_serves_both():
+def test_D11_one_generator_pass_serves_both_and_no_gradient_flows_through_the_sample():
     """One generator pass, with dropout, serves both; the discriminator's loss does not reach it."""
-    electra, passes = make_electra(CONFIG), []
+    electra, ids, passes, gradients = make_electra(CONFIG), make_rows(), [], []
+    uniforms = make_uniforms(ids)
     electra.generator.register_forward_hook(lambda module, inputs, logits: passes.append(logits))
-    ids, uniforms = make_rows(), make_uniforms(make_rows())
     output = electra(ids, uniforms)
-    assert len(passes) == 1
-    sampled = model.sample(passes[0], uniforms[:, -CONFIG.num_slots(32) :])
+    [logits] = passes
+    sampled = model.sample(logits, uniforms[:, -CONFIG.num_slots(32) :])
     assert torch.equal(output.corrupted_ids, model.corrupt(ids, output.positions, output.weights, sampled))
-    electra, gradients = make_electra(), []
     for weight in (0.0, 50.0):
-        electra.zero_grad()
-        electra.config = replace(NO_DROPOUT, discriminator_weight=weight)
+        electra = make_electra(replace(NO_DROPOUT, discriminator_weight=weight))
         electra(ids, uniforms).loss.backward()
-        gradients.append(electra.generator.mlm_dense.weight.grad.clone())
+        gradients.append(electra.generator.mlm_dense.weight.grad)
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7) and gradients[0].norm() > 0
 
 
-def test_D12_corruption_starts_from_the_unmasked_text_and_resamples_every_selected_token():
-    """Corruption starts from the unmasked text, and the 15 % that stayed visible are resampled, too."""
-    ids = make_rows()
-    positions, weights, masked_ids = run_mask(ids)
-    electra = make_electra()
-    always_sample(electra, 7)
-    output = run_electra(electra, ids)
-    selected = torch.zeros_like(ids).scatter(1, positions, weights.long()).bool()
-    assert torch.equal(output.corrupted_ids, torch.where(selected, 7, ids))
-    assert (selected & (masked_ids == ids)).any()  # some stayed visible, and are 7 now
-
-
-def test_D13_a_sample_that_equals_the_original_counts_as_original():
-    """A sample that equals the original token counts as original."""
+def test_D12_D13_every_selected_token_is_resampled_and_may_stay_the_original():
+    """Corruption starts from the unmasked text; a sample that equals the original counts as original."""
     electra, ids = make_electra(), make_rows()
-    always_sample(electra, 150)
     ids[:, 1:16][ids[:, 1:16] > MASK] = 150
-    output = run_electra(electra, ids)
-    labels, used = ids.gather(1, output.positions), output.weights > 0
-    assert (labels[used] == 150).any()
-    assert torch.equal(output.is_replaced.gather(1, output.positions)[used], (labels != 150)[used])
-    assert output.sampled_correct == output.mlm_correct == (labels == 150)[used].sum()
+    always_sample(electra, 150)
+    output, (positions, weights, masked_ids) = run_electra(electra, ids), run_mask(ids)
+    selected = torch.zeros_like(ids).scatter(1, positions, weights.long()).bool()
+    assert torch.equal(output.corrupted_ids, torch.where(selected, 150, ids))
+    assert torch.equal(output.is_replaced, selected & (ids != 150))
+    assert (output.is_replaced & (masked_ids == ids)).any()  # some stayed visible, and are resampled too
+    assert output.sampled_correct == output.mlm_correct == (selected & (ids == 150)).sum() > 0
     always_sample(electra, CLS)
     output = run_electra(electra, ids)
-    assert not used.all() and output.sampled_correct == output.mlm_correct == 0  # unused slots do not count
+    assert not weights.all() and output.sampled_correct == output.mlm_correct == 0  # unused slots hold [CLS]
 
 
 @pytest.mark.parametrize("sampled", [0, SEP, 150])
@@ -435,17 +421,11 @@ def test_D16_embeddings_and_their_layer_norm_are_one_object():
 
 
 def test_D17_each_network_projects_embeddings_of_another_width():
-    """Embeddings of another width are projected after LayerNorm and dropout, by each network for itself."""
-    electra = make_electra()
-    generator, discriminator = electra.generator.encoder, electra.discriminator.encoder
-    assert generator.embeddings_project.weight.shape == (24, 40)
-    assert discriminator.embeddings_project.weight.shape == (48, 40)
-    same_width = make_electra(replace(NO_DROPOUT, embedding_size=48))
+    """Embeddings of another width are projected by each network for itself."""
+    electra, same_width = make_electra(), make_electra(replace(NO_DROPOUT, embedding_size=48))
+    assert electra.generator.encoder.embeddings_project.weight.shape == (24, 40)
+    assert electra.discriminator.encoder.embeddings_project.weight.shape == (48, 40)
     assert same_width.discriminator.encoder.embeddings_project is None
-    ids, seen = make_rows(), []
-    discriminator.embeddings_project.register_forward_hook(lambda module, inputs, _: seen.append(inputs[0]))
-    discriminator(ids, ids != 0, ids * 0)
-    assert torch.equal(seen[0], discriminator.embeddings(ids, ids * 0))
 
 
 @pytest.mark.parametrize("size, shape, count", [
@@ -459,6 +439,8 @@ def test_D18_generator_is_narrower_not_shallower(size, shape, count):
                      generator.num_hidden_layers)
     with torch.device("meta"):
         assert sum(parameter.numel() for parameter in Electra(config).parameters()) == count
+    odd = ElectraConfig(hidden_size=200, generator_size=1.0)
+    assert odd.generator_config().num_attention_heads == 1  # 200 // 64 = 3 heads cannot share 200
 
 
 def test_D19_mlm_head_at_the_selected_positions_only():
@@ -486,8 +468,6 @@ def test_D20_discriminator_head():
     hidden = F.gelu(discriminator.disc_dense(discriminator.encoder(ids, ids != 0, ids * 0)))
     logits = discriminator.disc_output(hidden)[..., 0]
     assert torch.allclose(discriminator(ids, ids != 0, ids * 0), logits, atol=1e-6)
-    assert discriminator.disc_dense.weight.shape == (48, 48)
-    assert discriminator.disc_output.weight.shape == (1, 48)
 
 
 def test_D21_initial_weights():
@@ -583,35 +563,28 @@ def test_D26_warm_up_multiplies_the_decay(corpus):
         assert line["lr"] == pytest.approx(0.002 * (1 - step / 24) * min(1, step / 4))
 
 
-def test_D27_gradients_are_clipped_to_global_norm_over_both_networks(corpus, monkeypatch):
+def test_D27_gradients_are_clipped_to_global_norm_over_both_networks(corpus, steps):
     """Gradients are clipped to a global norm over both networks together."""
-    norms = []
-    watch(monkeypatch, torch.optim.AdamW, "step", lambda optimizer: norms.append(math.sqrt(sum(
-        (p.grad**2).sum().item() for group in optimizer.param_groups for p in group["params"]))))
     assert train.TrainConfig().max_grad_norm == finetune.FinetuneConfig().max_grad_norm == 1.0
     pretrain("--num-train-steps 3 --log-every 1 --max-grad-norm 5")
     logged = [line["grad_norm"] for line in read_log(split="train")]
-    assert min(logged) > 5 and norms == pytest.approx([5.0] * 3, rel=1e-4)
+    assert min(logged) > 5 and [step.norm for step in steps] == pytest.approx([5.0] * 3, rel=1e-4)
     pretrain("--num-train-steps 3 --log-every 1 --max-grad-norm 1e9 --restart")
-    assert norms[3] == pytest.approx(logged[0], rel=1e-4)
+    assert steps[3].norm == pytest.approx(logged[0], rel=1e-4)
 
 
-def test_D28_every_layer_has_a_learning_rate_of_its_own(toy_glue, monkeypatch):
+def test_D28_every_layer_has_a_learning_rate_of_its_own(toy_glue, steps):
     """The exponent of the decay is n + 2 - depth: the classifier has 0, the top layer 2, embeddings n + 2."""
-    names = "classifier.weight", "encoder.layers.23.output.weight", "encoder.embeddings.norm.bias"
-    assert [finetune.lr_scale(name, 24, 0.9) for name in names] == pytest.approx([1, 0.9**2, 0.9**26])
-    names, steps = {}, []
-    watch(monkeypatch, finetune, "forward", lambda network, *_: names.update(
-        {id(parameter): name for name, parameter in network.named_parameters()}))
-    watch(monkeypatch, torch.optim.AdamW, "step", lambda optimizer: steps.append(
-        [(names[id(p)], group["lr"]) for group in optimizer.param_groups for p in group["params"]]))
+    for name, exponent in [("classifier.weight", 0), ("encoder.layers.23.output.weight", 2),
+                           ("encoder.layers.0.output_norm.bias", 25), ("encoder.embeddings.norm.bias", 26),
+                           ("encoder.embeddings_project.weight", 26)]:
+        assert finetune.lr_scale(name, 24, 0.9) == pytest.approx(0.9**exponent)
     tune("--task cola --layerwise-lr-decay 0.5 --learning-rate 1e-3 --warmup-proportion 0")
-    exponents = {"classifier": 0, "encoder.layers.1.": 2, "encoder.layers.0.": 3, "encoder.embeddings": 4}
     assert len(steps) == 6
-    for step, rates in enumerate(steps):
-        for name, rate in rates:
-            [exponent] = [exponents[prefix] for prefix in exponents if name.startswith(prefix)]
-            assert rate == pytest.approx(1e-3 * (1 - step / 6) * 0.5**exponent), name
+    for number, step in enumerate(steps):
+        rates = sorted({group["lr"] for group in step.groups}, reverse=True)
+        expected = [1e-3 * (1 - number / 6) * 0.5**exponent for exponent in (0, 2, 3, 4)]
+        assert rates == pytest.approx(expected)
 
 
 FINETUNED = replace(CONFIG, vocab_size=len(SMALL_VOCAB))
@@ -641,33 +614,26 @@ def test_D29_the_classifier_is_dropout_and_one_layer_on_cls(tmp_path):
     bound = math.sqrt(6 / (48 + 3))  # Glorot
     assert 0.8 * bound < network.classifier.weight.abs().max() <= bound and not network.classifier.bias.any()
     model.load_weights(network, tmp_path, encoder_only=True)
-    assert {name for name, _ in network.named_parameters() if not name.startswith("encoder.")} == {
-        "classifier.weight", "classifier.bias"}
     ids = torch.tensor([[2, 7, 8, 3, 9, 3, 0, 0]])
     hidden = discriminator.encoder(ids, *model.mask_and_types(ids, 3))
     expected = F.linear(hidden[:, 0], network.classifier.weight, network.classifier.bias)
     assert torch.equal(network.eval()(ids, 3), expected) and network.dropout.p == 0.1
     network.train()
     network.encoder.eval()
-    assert any(not torch.equal(network(ids, 3), expected) for _ in range(5))  # it is dropout that differs
+    assert not torch.equal(network(ids, 3), expected)  # it is dropout that differs
 
 
-def test_D27_D29_D33_fine_tuning_starts_from_the_folders_encoder_clips_and_decays(toy_glue, monkeypatch):
+def test_D27_D29_D33_fine_tuning_starts_from_the_folders_encoder_clips_and_decays(
+        toy_glue, steps, monkeypatch):
     """The encoder's weights are the folder's, gradients are clipped, and the flag of weight decay counts."""
-    starts, norms, decays = [], [], []
-
-    def look(optimizer):
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        norms.append(math.sqrt(sum((gradient**2).sum().item() for gradient in gradients)))
-        decays.append({group["weight_decay"] for group in optimizer.param_groups})
-
-    watch(monkeypatch, torch.optim.AdamW, "step", look)
+    starts = []
     watch(monkeypatch, finetune, "forward", lambda network, *args: starts.append(
         network.encoder.layers[1].output.weight.detach().clone()))
     tune("--task cola --max-grad-norm 0.5 --weight-decay 0.2")
     tensors, _ = model.read_weights("out/small/discriminator")
     assert torch.equal(starts[0], tensors["electra.encoder.layer.1.output.dense.weight"])
-    assert norms == pytest.approx([0.5] * 6, rel=1e-3) and decays == [{0.2, 0.0}] * 6
+    assert [step.norm for step in steps] == pytest.approx([0.5] * 6, rel=1e-3)
+    assert {group["weight_decay"] for group in steps[0].groups} == {0.2, 0.0}
 
 
 def test_D31_scores_are_trained_on_a_scale_from_0_to_1():
@@ -682,35 +648,32 @@ def test_D31_scores_are_trained_on_a_scale_from_0_to_1():
     assert text == "index\tprediction\n0\t1.250\n1\t0.000\n2\t5.000\n3\t3.827\n"
 
 
-def test_D32_epochs_batches_and_warm_up(toy_glue, monkeypatch):
+def test_D32_epochs_batches_and_warm_up(toy_glue, steps, monkeypatch):
     """10 epochs for RTE and STS-B, else 3; batches of 32; ceil(n / 32) x epochs steps, a tenth warm-up."""
-    steps = {}
+    totals, batches = {}, []
     for name, task in glue.TASKS.items():
         examples = OFFICIAL_ROWS[name]["train"] * (2 if task.both_orders else 1)
-        steps[name] = finetune.num_steps(examples, 32, task.num_train_epochs)
-    assert steps == dict(cola=804, sst2=6315, mrpc=690, stsb=3600, qqp=34113, mnli=36816, qnli=9822, rte=780,
-                         wnli=60)
+        totals[name] = finetune.num_steps(examples, 32, task.num_train_epochs)
+    assert totals == dict(cola=804, sst2=6315, mrpc=690, stsb=3600, qqp=34113, mnli=36816, qnli=9822, rte=780,
+                          wnli=60)
     assert finetune.FinetuneConfig().batch_size == 32
-    rates, batches = [], []
-    watch(monkeypatch, torch.optim.AdamW, "step", lambda optimizer: rates.append(
-        max(group["lr"] for group in optimizer.param_groups)))
     watch(monkeypatch, finetune, "losses", lambda logits, labels, task: batches.append(labels.tolist()))
     finetune.main(f"{TOY} --task cola --batch-size 7".split())
+    rates = [max(group["lr"] for group in step.groups) for step in steps]
     assert rates == pytest.approx([3e-4 * (1 - step / 21) * min(1, step / 2.1) for step in range(21)])
     assert [len(labels) for labels in batches] == [7, 7, 7, 7, 7, 7, 6] * 3
     first, second, third = (sum(batches[step : step + 7], []) for step in (0, 7, 14))
     assert first != second != third and sorted(first) == sorted(second) == sorted(third)  # a new order
 
 
-def test_D34_the_loss_is_summed_over_the_batch(toy_glue, monkeypatch):
+def test_D34_the_loss_is_summed_over_the_batch(toy_glue, steps, monkeypatch):
     """The fine-tuning loss is summed over the batch, not averaged."""
-    batches, gradients = [], []
+    batches = []
     watch(monkeypatch, finetune, "losses", lambda logits, labels, task: batches.append((logits, labels)))
-    watch(monkeypatch, torch.optim.AdamW, "step", lambda optimizer: gradients.extend(
-        p.grad.clone() for group in optimizer.param_groups for p in group["params"] if p.shape == (3,)))
     tune("--task mnli --batch-size 20 --max-grad-norm 1e9")
-    assert len(gradients) == 3
-    for (logits, labels), gradient in zip(batches, gradients, strict=True):
+    assert len(steps) == 3
+    for (logits, labels), step in zip(batches, steps, strict=True):
+        [gradient] = [gradient for gradient in step.gradients if gradient.shape == (3,)]  # the bias's
         expected = (logits.detach().softmax(1) - F.one_hot(labels, 3)).sum(0)
         assert torch.allclose(gradient, expected, atol=1e-5)
 
@@ -825,15 +788,6 @@ def test_micro_batches_give_the_gradient_of_the_one_batch():
             electra(*part, counts).loss.backward()
         gradients[size] = torch.cat([parameter.grad.flatten() for parameter in electra.parameters()])
         assert (gradients[size] - gradients[12]).abs().max() < 1e-10
-
-
-def test_other_widths_and_heads_train():
-    """Widths that the official sizes do not have give finite gradients everywhere."""
-    for changes in (dict(embedding_size=48), dict(hidden_size=40, num_attention_heads=5),
-                    dict(hidden_size=200, num_attention_heads=4, generator_size=1.0)):
-        electra = make_electra(replace(CONFIG, **changes))
-        run_electra(electra, make_rows()).loss.backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in electra.parameters())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1246,16 +1200,15 @@ def test_what_changes_only_the_rounding_may_change_and_is_logged(corpus):
     assert numerics[0] | dict(micro_batch_size=4, dtype="fp32") == numerics[1]
 
 
-def test_compile_and_optimizer_flags_do_what_they_say(corpus, monkeypatch):
+def test_compile_and_optimizer_flags_do_what_they_say(corpus, steps, monkeypatch):
     """--compile compiles one graph; flags of Adam and of the shape reach the optimizer and the networks."""
-    compiled, models, optimizers = [], [], []
+    compiled, models = [], []
     monkeypatch.setattr(torch, "compile", lambda module, fullgraph: compiled.append(fullgraph) or module)
     watch(monkeypatch, Electra, "forward", lambda self, *args: models.append(self))
-    watch(monkeypatch, torch.optim.AdamW, "step", optimizers.append)
     pretrain("--compile --layer-norm-eps 1e-3 --hidden-dropout-prob 0.3 --attention-probs-dropout-prob 0.4 "
              "--adam-beta1 0.8 --adam-beta2 0.95 --adam-epsilon 1e-4 --weight-decay 0.2 --num-train-steps 1")
+    groups, modules = steps[0].groups, list(models[0].modules())
     assert compiled == [True]
-    groups, modules = optimizers[0].param_groups, list(models[0].modules())
     assert {(*group["betas"], group["eps"]) for group in groups} == {(0.8, 0.95, 1e-4)}
     assert {group["weight_decay"] for group in groups} == {0.2, 0.0}
     assert {module.eps for module in modules if isinstance(module, nn.LayerNorm)} == {1e-3}
