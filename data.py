@@ -28,6 +28,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tempfile
 import threading
 import time
 import zipfile
@@ -677,15 +678,17 @@ def producing(cache):
         yield lambda: None
         return
     command = [sys.executable, __file__, json.dumps(asdict(cache.config))]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    with subprocess.Popen(command, **pipes, start_new_session=True) as child:  # only the parent gets Ctrl-C
+    with (tempfile.TemporaryFile() as printed,
+          subprocess.Popen(command, stdin=subprocess.PIPE, stdout=printed,
+                           start_new_session=True) as child):  # only the parent gets Ctrl-C
 
         def error():
             status = child.poll()
             cache.refresh()
             if status is None or cache.is_complete:
                 return None
-            message = child.stdout.read().decode(errors="replace").strip()
+            printed.seek(0)
+            message = printed.read().decode(errors="replace").strip()
             return message or f"preparing the text ended with status {status}; run the same command again"
 
         try:

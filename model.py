@@ -486,11 +486,11 @@ def load_networks(electra, discriminator_folder, generator_folder):
 
     If not, it has the discriminator's.
     """
-    heads, found = (config.num_attention_heads for config in (electra.generator.config,
-                                                              load_config(generator_folder)))
-    if heads != found:
-        raise ModelError(f"{generator_folder} has {found} attention heads, and the generator {heads}")
     load_weights(electra.generator, generator_folder)
+    found, heads = (config.num_attention_heads
+                    for config in (load_config(generator_folder), electra.generator.config))
+    if found != heads:
+        raise ModelError(f"{generator_folder} has {found} attention heads, and should have {heads}")
     embeddings = electra.generator.encoder.embeddings.state_dict()
     generators = {name: tensor.clone() for name, tensor in embeddings.items()}
     load_weights(electra.discriminator, discriminator_folder)

@@ -1227,7 +1227,7 @@ from datetime import timedelta
 import torch, train
 torch.set_default_dtype(torch.float64)
 initialize, learning_rate = train.dist.init_process_group, train.learning_rate
-train.dist.init_process_group = lambda backend: initialize(backend, timeout=timedelta(seconds=3))
+train.dist.init_process_group = lambda backend: initialize(backend, timeout=timedelta(seconds=2))
 flags = sys.argv[1:]
 if "VOCAB" in flags:  # another one on each rank
     flags[flags.index("VOCAB")] = f"vocab{train.RANK}.txt"
@@ -1243,7 +1243,7 @@ sys.exit(train.run_command(lambda: train.main(flags)))
 
 
 def launch(ranks, flags):
-    """`train.py` in fp64 under torchrun: the process. A collective may wait for three seconds."""
+    """`train.py` in fp64 under torchrun: the process. A collective may wait for two seconds."""
     Path("ranked.py").write_text(RANKED)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
                "ranked.py", *(ARGUMENTS + CALM + flags).split()]
@@ -1253,12 +1253,13 @@ def launch(ranks, flags):
 
 def test_ranks_follow_the_curve_of_one_process(corpus):
     """1, 2 and 4 ranks end in the same weights and metrics; text may come later than a collective waits."""
-    slow = Server({"/corpus.txt": Path("corpus.txt").read_bytes()}, lambda: threading.Event().wait(5) and None)
+    wait, files = threading.Event().wait, {"/late.txt": Path("corpus.txt").read_bytes()}
     states, logs = [], []
-    with slow as server:
-        for ranks, micro in (1, 8), (2, 2), (4, 2):
-            flags = f"--data {server.url}/corpus.txt --num-train-steps 5 --eval-every 3 --log-every 1"
-            process = launch(ranks, f"{flags} --micro-batch-size {micro} --out {ranks} --cache cache-{ranks}")
+    with Server(files, lambda: wait(3) and None) as server:
+        late = f"{server.url}/late.txt"
+        for ranks, micro, text in (1, 8, "corpus.txt"), (2, 2, late), (4, 2, "corpus.txt"):
+            flags = f"--data {text} --num-train-steps 5 --eval-every 3 --log-every 1"
+            process = launch(ranks, f"{flags} --micro-batch-size {micro} --out {ranks}")
             printed = process.communicate(timeout=120)[0]
             assert process.returncode == 0, printed
             assert printed.count("to fine-tune:") == 1  # one rank talks
@@ -1269,13 +1270,13 @@ def test_ranks_follow_the_curve_of_one_process(corpus):
             assert tensor.dtype == torch.float64
             torch.testing.assert_close(state[name], tensor, rtol=0, atol=1e-10)
         for line, other in zip(log, logs[0], strict=True):
-            assert line == pytest.approx(other, abs=1e-9, rel=1e-9) if 0 else line.keys() == other.keys()
-            assert [*line.values()][2:] == pytest.approx([*other.values()][2:], abs=1e-10)
+            assert line.pop("split") == other["split"]
+            assert line == pytest.approx({name: other[name] for name in line}, abs=1e-10)
 
 
 def test_ranks_stop_after_the_same_step_and_any_number_resumes(corpus):
     """Ctrl-C stops all ranks after one step and saves; another number of ranks continues to the same end."""
-    flags = "--num-train-steps 1000 --save-every 1000 --eval-every 1000 "
+    flags = "--num-train-steps 300 --save-every 300 --eval-every 300 "
     process = launch(2, flags)
     log = Path("out/small/log.jsonl")
     while not log.exists() or log.read_bytes().count(b"\n") < 9:
@@ -1289,7 +1290,7 @@ def test_ranks_stop_after_the_same_step_and_any_number_resumes(corpus):
     assert torch.load("out/small/checkpoint.pt", weights_only=True)["step"] == step
     process = launch(1, flags)
     printed = process.communicate(timeout=240)[0]
-    assert process.returncode == 0 and f"resuming after step {step} of 1000" in printed, printed
+    assert process.returncode == 0 and f"resuming after step {step} of 300" in printed, printed
     numerics = [line["numerics"]["ranks"] for line in read_log() if "numerics" in line]
     assert numerics == [2, 1]
 
@@ -1299,7 +1300,7 @@ def test_ranks_that_cannot_work_together_say_why(corpus, monkeypatch):
     for number in range(2):
         Path(f"vocab{number}.txt").write_text("\n".join([*SMALL_VOCAB, f"more{number}"]))
     for flags, message in [("BROKEN", "ValueError: rank one is broken"),
-                           ("--vocab VOCAB", "the ranks have different text or vocabularies: .* --vocab FILE")]:
+                           ("--vocab VOCAB", "the ranks have different text or vocab.*: .* --vocab FILE")]:
         process = launch(2, flags)
         printed = process.communicate(timeout=120)[0]
         assert process.returncode == 1 and re.search(message, printed), printed
@@ -1312,9 +1313,10 @@ def test_fp16_scales_the_loss_skips_what_overflows_and_resumes(corpus, monkeypat
     """fp16 learns as fp32 does; a step whose gradient overflows is skipped, counted and in the schedule."""
     losses = []
     for dtype in "fp32", "fp16":
-        pretrain(f"{CALM} --dtype {dtype} --out {dtype}")
+        pretrain(f"{CALM} --dtype {dtype} --out {dtype} --num-train-steps 60")
         losses.append([line["loss"] for line in read_log(f"{dtype}/small", "train")])
-    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert 0 < abs(losses[0][0] - losses[1][0]) < 0.01  # the same step, rounded
+    assert losses[1][-1] == pytest.approx(losses[0][-1], rel=0.1)
     pretrain_until_killed("--dtype fp16 --out killed", "checkpoint.pt", 2)
     pretrain("--dtype fp16 --out killed")
     pretrain("--dtype fp16 --out whole")
@@ -1336,6 +1338,7 @@ def test_a_run_starts_from_weights(corpus, capsys):
     shape = re.compile(r"--(vocab|\S+-size|num-[ah]\S+|max-position\S+) \S+")
     flags = shape.sub("", ARGUMENTS) + "--batch-size 4 --num-train-steps 3 --learning-rate 0 "
     small = Path("out/small")
+    shutil.copytree(small / "discriminator", "alone")
     before = {name: model.read_weights(small / name)[0] for name in ("discriminator", "generator")}
 
     def assert_starts_from(out, networks):
@@ -1348,7 +1351,7 @@ def test_a_run_starts_from_weights(corpus, capsys):
     assert_starts_from("again", before)
     [header, *_] = read_log("again/small")
     assert header["settings"]["generator_size"] == 0.5 and not header["settings"]["do_lower_case"]
-    train.main(f"{flags} --init {small}/discriminator --out half --generator-size 1".split())
+    train.main(f"{flags} --init alone --out half --generator-size 1".split())
     assert_starts_from("half", ["discriminator"])
     assert "--init names no generator" in capsys.readouterr().out
     generator = model.Generator(model.load_config(small / "generator"))
@@ -1357,16 +1360,19 @@ def test_a_run_starts_from_weights(corpus, capsys):
     assert "different embeddings; the discriminator's are used" in capsys.readouterr().out
     table = "electra.embeddings.word_embeddings.weight"
     for name in before:
-        assert torch.equal(model.read_weights(f"mixed/small/{name}")[0][table], before["discriminator"][table])
+        after = model.read_weights(f"mixed/small/{name}")[0]
+        assert torch.equal(after[table], before["discriminator"][table])
     for more, message in [
         ("--hidden-size 32 --vocab vocab.txt", "--init prescribes hidden_size, vocab; leave these flags out"),
         ("--out out", "--init names the run that would be overwritten"),
-        ("a b", "--init takes a discriminator and a generator"),
-        ("--objective mlm", "--objective mlm has no discriminator; --init takes one folder"),
-        (f"{small}/discriminator", "does not fit this Generator: generator_lm_head.bias is missing"),
+        ("--init a b c", "--init takes a discriminator and a generator"),
+        ("--init alone out/small --objective mlm", "--objective mlm has no discriminator; --init takes one"),
+        ("--init out/small nowhere", "there is no model in nowhere"),
+        (f"--init {small}/generator", "does not fit this Discriminator: discriminator_predictions"),
+        (f"--init {small} alone", "does not fit this Generator: generator_lm_head.bias"),
     ]:
         with pytest.raises((UserError, ModelError), match=re.escape(message)):
-            train.main(f"{flags} --out other-run --init out/small {small}/generator {more}".split())
+            train.main(f"{flags} --out new --init out/small {more}".split())
     with pytest.raises(UserError, match=r"num_train_steps was 24 .* use another --out and --init out/small"):
         pretrain("--no-do-lower-case --generator-size 0.5 --num-train-steps 30")
 
@@ -1443,7 +1449,8 @@ def test_long_lines_can_be_split(corpus):
     for text, is_same in (long, False), ("\n\n".join(["ba do ku ."] * 300), True):
         Path("corpus.txt").write_text(text)
         plain, split = (data.prepare(data_config(split_long_lines=flag)) for flag in (False, True))
-        lost, still_lost = (sum(shard["tokens_dropped"] for shard in cache.shards) for cache in (plain, split))
+        lost, still_lost = (sum(shard["tokens_dropped"] for shard in cache.shards)
+                            for cache in (plain, split))
         assert still_lost < 0.3 * lost or is_same
         assert np.array_equal(plain.load("train", 0), split.load("train", 0)) == is_same
 

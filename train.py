@@ -754,19 +754,19 @@ def main(argv=None):
 
 
 def wait_for_text(cache, producer_error):
-    """Wait until there is a shard on every rank, and check that ranks have the same text and vocabulary."""
-    while True:
-        error = producer_error()
-        cache.refresh()
-        if not any_rank(not cache.shards)[0]:
-            break
-        if error and not cache.shards:  # with a shard, training begins, and saves before it ends
-            raise UserError(error)
-        time.sleep(0.05)
+    """Wait until there is a shard on every rank, after a check that their rows will be the same."""
     text = digest([identity[:2] for identity in cache.identities])  # without the times of files
     if len(set(map(digest, gather(cache.fingerprint | {"files": text})))) > 1:
         raise UserError("the ranks have different text or vocabularies: give all machines the same --data, "
                         "and the same vocabulary by --vocab FILE")
+    while True:
+        error = producer_error()
+        cache.refresh()
+        if not any_rank(not cache.shards)[0]:
+            return
+        if error and not cache.shards:  # with a shard, training begins, and saves before it ends
+            raise UserError(error)
+        time.sleep(0.05)
 
 
 # Fields of ElectraConfig that weights prescribe.

@@ -2,9 +2,9 @@
 
     python bench/plot.py out/small out/mlm/small [--official] [--out curves.png]
 
-Draws the MLM loss with the loss that word frequencies alone give, the discriminator's loss with the loss of one that
-takes every token for the original, and the AUC. --official adds the published curve of ELECTRA-Small on
-OpenWebText (bench/official_curve.csv, read off the figure in google-research/electra#3).
+Draws the MLM loss with the loss that word frequencies alone give, the discriminator's loss with the loss of
+one that takes every token for the original, and the AUC. --official adds the published curve of ELECTRA-Small
+on OpenWebText (bench/official_curve.csv, read off the figure in google-research/electra#3).
 """
 
 import argparse
@@ -54,7 +54,8 @@ def plot(folders, out, official=False):
             lines = read_run(folder)
             draw(axis, lines, metric, label=str(folder), color=f"C{number}")
             if baseline:
-                draw(axis, lines, baseline, label=f"{folder}: {baseline_name}", color=f"C{number}", linestyle=":")
+                label = f"{folder}: {baseline_name}"
+                draw(axis, lines, baseline, label=label, color=f"C{number}", linestyle=":")
         if official:
             draw(axis, read_official(), metric, label="published", color="gray", linestyle="--")
         axis.set(title=title, xlabel="million tokens, padding included")
