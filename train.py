@@ -215,11 +215,11 @@ def train(run, producer_error):
                         unigram_entropy=unigram_entropy(heldout, model.config))
                 is_late = run.step >= max(20_000, 2 * config.num_warmup_steps)
                 tqdm.write(f"step {run.step}, held-out text: {describe(metrics, is_late)}")
+            if run.step in kept_steps:
+                run.export(run.folder / f"step-{run.step}")
             if is_last or run.step % config.save_every == 0 or time.perf_counter() - saved_at > SAVE_SECONDS:
                 run.save()
                 saved_at = time.perf_counter()
-            if run.step in kept_steps:
-                run.export(run.folder / f"step-{run.step}")
             if is_logged or run.step == first_step + 1:  # rates leave out compiling, evaluating and saving
                 logged_at, logged_step = time.perf_counter(), run.step
     if run.step < config.num_train_steps:
