@@ -494,11 +494,17 @@ def train_vocab(config, size, path):
 
 
 def read_vocab(path):
-    """The tokens of a vocab.txt, one on each line, in the order of their ids."""
+    """The tokens of a vocab.txt, one on each line, or of a tokenizer.json, in the order of their ids."""
     if not path.is_file():
         raise UserError(f"there is no vocabulary {path}; --vocab takes a vocab.txt, train:SIZE or bert")
     text = decode(path.read_bytes(), path)
-    tokens = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    if path.suffix == ".json":
+        ids = parse_json(text, path).get("model", {}).get("vocab", {})
+        if not isinstance(ids, dict) or sorted(ids.values()) != list(range(len(ids))):
+            raise UserError(f"{path} is not a WordPiece tokenizer, as ELECTRA's and BERT's are")
+        tokens = sorted(ids, key=ids.get) or [""]
+    else:
+        tokens = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     if tokens[0] != PAD or not set(SPECIAL_TOKENS) <= set(tokens):
         raise UserError(f"the vocabulary {path} must begin with {PAD} and hold {', '.join(SPECIAL_TOKENS)}")
     if len(set(tokens)) < len(tokens) or len(tokens) > 65_535:
@@ -808,7 +814,10 @@ def download_model(name, folder):
     def get(file):
         download(folder / file, f"hub:/{name}/resolve/main/{file}", otherwise)
 
-    get("vocab.txt")
+    try:
+        get("vocab.txt")
+    except NotFound:
+        get("tokenizer.json")
     with suppress(NotFound):
         get("tokenizer_config.json")
     try:
@@ -820,17 +829,27 @@ def download_model(name, folder):
 
 def read_tokenizer(folder):
     """(WordPiece, max_length or None) of a model folder: vocabulary, case, accents, the length trained on."""
-    folder = Path(folder)
-    if not (folder / "vocab.txt").is_file():
-        raise UserError(f"{folder} is not a model folder: it has no vocab.txt")
-    path = folder / "tokenizer_config.json"
-    settings = parse_json(path.read_bytes(), path) if path.exists() else {}
+    path, vocab = Path(folder, "tokenizer_config.json"), find_vocab(folder)
+    tokens = read_vocab(vocab)
+    settings = read_json(path) if path.exists() else {}
+    if vocab.suffix == ".json":
+        rules = read_json(vocab).get("normalizer") or {}
+        settings |= dict(do_lower_case=rules.get("lowercase"), strip_accents=rules.get("strip_accents"),
+                         tokenize_chinese_chars=rules.get("handle_chinese_chars"))
     do_lower_case, strip_accents = settings.get("do_lower_case", True), settings.get("strip_accents")
     if not settings.get("tokenize_chinese_chars", True) or (strip_accents and not do_lower_case):
         raise UserError(f"{path} asks for rules that this tokenizer lacks: it can lower-case, and strip "
                         "accents from lower-cased text")
-    wordpiece = WordPiece(read_vocab(folder / "vocab.txt"), do_lower_case, strip_accents in (None, True))
+    wordpiece = WordPiece(tokens, do_lower_case, strip_accents in (None, True))
     return wordpiece, settings.get("model_max_length")
+
+
+def find_vocab(folder):
+    """The vocabulary of a model folder: vocab.txt or, as transformers now writes, tokenizer.json."""
+    for path in Path(folder, "vocab.txt"), Path(folder, "tokenizer.json"):
+        if path.is_file():
+            return path
+    raise UserError(f"{folder} is not a model folder: it has neither vocab.txt nor tokenizer.json")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -860,6 +879,11 @@ def append_json(file, entry):
     file.write(json.dumps(entry).encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())
+
+
+def read_json(path):
+    """The JSON object in a file."""
+    return parse_json(path.read_bytes(), path)
 
 
 def parse_json(text, source):

@@ -1,8 +1,9 @@
-"""Fine-tune on GLUE and score: `python finetune.py --task mrpc --seeds 10`.
+"""Fine-tune on GLUE or on your own labels, and score: `python finetune.py --task mrpc --seeds 10`.
 
 Read `finetune` first: one run of one task with one seed. `Sweep` runs all tasks and seeds. Each finished run
-is a line of out/glue/results.jsonl and is never repeated. The table is what papers print; --submit writes the
-zip for gluebenchmark.com. The result of a seed does not depend on what else runs.
+is a line of out/glue/results.jsonl and is never repeated. The table is what papers print; --submit writes
+files for gluebenchmark.com. The result of a seed does not depend on what else runs. --save keeps the best
+network of a task, and `Predictor` uses it.
 """
 
 import os
@@ -10,8 +11,10 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in train.py
 
 import hashlib
+import itertools
 import math
 import re
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -34,17 +37,23 @@ from data import (
     find_model,
     lock,
     parse_json,
+    read_json,
     read_tokenizer,
     rng,
 )
 from glue import (
     AVERAGED_BY_ELECTRA,
     TASKS,
+    Example,
     average_of_8,
     average_of_9,
-    find_task,
+    check_folder,
+    find_tasks,
     read_examples,
+    read_table,
     score,
+    sentences,
+    submission_file,
     submission_splits,
     write_submission,
 )
@@ -56,6 +65,7 @@ from model import (
     load_config,
     load_weights,
     mask_and_types,
+    save_pretrained,
 )
 from train import (
     StepConfig,
@@ -68,6 +78,7 @@ from train import (
 )
 
 EVAL_BATCH_SIZE = 128  # examples in a forward pass that predicts
+CHUNK = 10_000  # examples of --predict-file that are sorted by length together
 # Peak learning rate and layer-wise decay of small, base and large by hidden size; a size in between takes the
 # next larger one's. 3e-4 is the paper's for small; the official code's default for it is 1e-4.
 RECIPES = {256: (3e-4, 0.8), 768: (1e-4, 0.8), 1024: (5e-5, 0.9)}
@@ -77,7 +88,8 @@ RECIPES = {256: (3e-4, 0.8), 768: (1e-4, 0.8), 1024: (5e-5, 0.9)}
 class FinetuneConfig(StepConfig):
     """The recipe, and where and how it runs."""
 
-    task: list = ("all",)  # cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, or all
+    task: list = ("all",)  # cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, all, or folders of your own
+    regression: bool = False  # the labels in these folders are numbers to be predicted, not classes
     seeds: int = 1  # number of seeds: 0, 1, ...
     model: str = "out/small"  # a run of train.py, a folder in HuggingFace's format, or a name on the hub
     random_weights: bool = False  # start from random weights of the model's shape, as a baseline
@@ -91,7 +103,9 @@ class FinetuneConfig(StepConfig):
     warmup_proportion: float = 0.1  # share of the steps over which the learning rate rises from 0
     weight_decay: float = 0.0  # [D33] as in the paper; the official code's default is 0.01
     predict: bool = False  # keep predictions of the test sets
-    submit: bool = False  # write submission.zip from each task's seed with the best dev score
+    submit: bool = False  # write those of the seeds with the best dev scores as files; GLUE as a zip
+    save: bool = False  # keep the network of the seed with the best dev score in OUT/TASK
+    predict_file: str = ""  # print predictions for a .tsv, .csv or .jsonl file, or "-", by such a network
     cache: str = DataConfig.cache  # folder for downloads
     out: str = "out/glue"  # folder for results
 
@@ -101,35 +115,28 @@ class FinetuneConfig(StepConfig):
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_length < 8:
             raise UserError(f"max_length is {self.max_length}; an example needs at least 8 tokens")
-        if self.submit and set(self.tasks) != set(TASKS):
-            raise UserError("a submission has all nine tasks: use --submit with --task all")
-
-    @property
-    def tasks(self):
-        names = [list(TASKS) if name.lower() == "all" else [find_task(name)] for name in self.task]
-        return list(dict.fromkeys(sum(names, [])))
 
 
-def resolve(config, name, hidden_size):
+def resolve(config, task, hidden_size):
     """The config of one task: what was typed, else the recipe of the task and of the model's size."""
     sizes = [size for size in RECIPES if size >= hidden_size]
     peak, decay = RECIPES[min(sizes, default=max(RECIPES))]
     return replace(config, learning_rate=config.learning_rate or peak,
                    layerwise_lr_decay=config.layerwise_lr_decay or decay,
-                   num_train_epochs=config.num_train_epochs or TASKS[name].num_train_epochs)
+                   num_train_epochs=config.num_train_epochs or task.num_train_epochs)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # One fine-tuning run
 
 
-def finetune(name, seed, splits, pretrained, config):
-    """Train a classifier on a task, and predict: predictions by split, NumPy arrays (N,).
+def finetune(task, seed, splits, pretrained, config):
+    """Train a classifier on a task: (network, its predictions by split, NumPy arrays (N,)).
 
     `splits` has the (rows, labels) of each split.
     """
-    task, (rows, labels) = TASKS[name], splits["train"]
-    torch.manual_seed(int(rng(seed, f"{name} classifier").integers(2**63)))  # of dropout, too
+    rows, labels = splits["train"]
+    torch.manual_seed(int(rng(seed, f"{task.name} classifier").integers(2**63)))  # of dropout, too
     network = Classifier(pretrained.config, len(task.labels) or 1)
     if pretrained.encoder_state is not None:
         network.encoder.load_state_dict(pretrained.encoder_state)
@@ -137,18 +144,21 @@ def finetune(name, seed, splits, pretrained, config):
     layers, decay = pretrained.config.num_hidden_layers, config.layerwise_lr_decay
     optimizer = build_optimizer(network.named_parameters(), config, lambda key: lr_scale(key, layers, decay))
     scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
+    # Everything is on the device, and the host knows the lengths: no step waits for the device.
+    ids, lengths = to_device(rows, config)
     labels = torch.tensor(labels, dtype=torch.long if task.labels else torch.float32, device=config.device)
     total, step = num_steps(len(rows), config.batch_size, config.num_train_epochs), 0
     title = f"{task.title}, seed {seed}"
     with tqdm(total=total, desc=title, unit=" steps", leave=False, disable=None) as bar:
         for epoch in range(config.num_train_epochs):
-            order = rng(seed, f"{name} order", epoch).permutation(len(rows))
-            for chosen in np.split(order, range(config.batch_size, len(rows), config.batch_size)):
+            order = rng(seed, f"{task.name} order", epoch).permutation(len(rows))
+            for chosen, places in batches(order, config.batch_size, config.device):
                 lr = learning_rate(step, config.learning_rate, total, config.warmup_proportion * total)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["lr_scale"]
-                logits = forward(network, [rows[i] for i in chosen], pretrained.wordpiece, config)
-                loss = losses(logits, labels[torch.from_numpy(chosen)], task).sum()  # [D34] not the mean
+                with autocast(config):
+                    logits = network(ids[places, : lengths[chosen].max()])
+                loss = losses(logits, labels[places], task).sum()  # [D34] not the mean
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)
@@ -158,23 +168,27 @@ def finetune(name, seed, splits, pretrained, config):
                 step += 1
                 bar.update()
     # The last step is scored: no best epoch is picked.
-    return {split: predict(network, rows, task, pretrained.wordpiece, config)
-            for split, (rows, _) in splits.items() if split != "train"}
+    return network, {split: predict(network, rows, task, config)
+                     for split, (rows, _) in splits.items() if split != "train"}
 
 
 class Classifier(nn.Module):
     """The pre-trained encoder, then dropout and one linear layer on [CLS]. [D29]"""
 
+    architecture = "ElectraModel"  # the encoder: the head of transformers' classifier is another one
+
     def __init__(self, config, num_outputs):
         super().__init__()
+        self.config = config
         self.encoder = Encoder(config)
         self.dropout = nn.Dropout(0.1)
         self.classifier = nn.Linear(config.hidden_size, num_outputs)
         glorot_uniform_(self.classifier)
 
-    def forward(self, input_ids, sep_token_id):
+    def forward(self, input_ids):
         """(B, L) ids -> logits (B, num_outputs)."""
-        hidden = self.encoder(input_ids, *mask_and_types(input_ids, sep_token_id))  # (B, L, H)
+        types = mask_and_types(input_ids, self.config.sep_token_id)
+        hidden = self.encoder(input_ids, *types)  # (B, L, H)
         return in_fp32(self.classifier(self.dropout(hidden[:, 0])))
 
 
@@ -204,29 +218,39 @@ def losses(logits, labels, task):
     return (logits.squeeze(1) - labels) ** 2
 
 
-def forward(network, rows, wordpiece, config):
-    """Logits (B, num_outputs) of rows of ids, padded to the longest of them."""
-    batch = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    for place, row in zip(batch, rows, strict=True):
-        place[: len(row)] = row
-    with autocast(config):
-        return network(torch.from_numpy(batch).to(config.device), wordpiece.sep_token_id)
+def to_device(rows, config):
+    """(ids (N, L) on the device, their lengths (N,) on the host) of zero-padded rows."""
+    return torch.from_numpy(rows.astype(np.int32)).to(config.device), (rows != 0).sum(1)
+
+
+def batches(order, size, device):
+    """Yield (numbers, the same on the device) for each batch of examples in an order."""
+    places = torch.from_numpy(order).to(device)  # all at once
+    for start in range(0, len(order), size):
+        yield order[start : start + size], places[start : start + size]
 
 
 @torch.no_grad()
-def predict(network, rows, task, wordpiece, config):
-    """The most likely classes or, for STS-B, the numbers, (N,)."""
+def compute_logits(network, rows, config):
+    """(N, num_outputs), without dropout. Rows of like length share a batch."""
     network.eval()
-    order = np.argsort([len(row) for row in rows], kind="stable")  # rows of like length need little padding
-    parts = np.split(order, range(EVAL_BATCH_SIZE, len(rows), EVAL_BATCH_SIZE))
-    logits = torch.cat([forward(network, [rows[i] for i in part], wordpiece, config) for part in parts])
-    logits = logits.cpu().numpy()
+    ids, lengths = to_device(rows, config)
+    order = np.argsort(lengths, kind="stable")
+    with autocast(config):
+        logits = torch.cat([network(ids[places, : lengths[chosen].max()])
+                            for chosen, places in batches(order, EVAL_BATCH_SIZE, config.device)])
+    unsorted = np.empty(logits.shape, dtype=np.float32)
+    unsorted[order] = logits.cpu().numpy()
+    return unsorted
+
+
+def predict(network, rows, task, config):
+    """The most likely classes or, for STS-B, the numbers, (N,)."""
+    logits = compute_logits(network, rows, config)
     if not np.isfinite(logits).all():  # predict class 0 everywhere, so that the sweep continues
         tqdm.write(f"{task.title}: the predictions are not finite; try a lower --learning-rate")
         logits = np.zeros_like(logits)
-    predictions = np.empty(len(rows), dtype=np.int64 if task.labels else np.float32)
-    predictions[order] = logits.argmax(1) if task.labels else logits[:, 0]
-    return predictions
+    return logits.argmax(1) if task.labels else logits[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -234,14 +258,17 @@ def predict(network, rows, task, wordpiece, config):
 
 
 def tokenize_examples(examples, wordpiece, max_length, both_orders=False):
-    """(Rows, labels): a list of arrays of ids, and an array. With both_orders, the swapped pairs follow."""
+    """Rows, uint16 (N, max_length), zero-padded, and labels (N,). With both_orders, swapped pairs follow."""
     firsts, seconds = (wordpiece.encode([example[side] for example in examples]) for side in (0, 1))
     pairs = list(zip(firsts, seconds, strict=True))
     labels = [example.label for example in examples]
     if both_orders:
         pairs += [(second, first) for first, second in pairs]  # [D30] swapped before they are cut
         labels += labels
-    rows = [np.array(build_row(*pair, wordpiece, max_length), dtype=np.uint16) for pair in pairs]
+    rows = np.zeros((len(pairs), max_length), dtype=np.uint16)
+    for row, pair in zip(rows, pairs, strict=True):
+        ids = build_row(*pair, wordpiece, max_length)
+        row[: len(ids)] = ids
     return rows, np.array(labels)
 
 
@@ -280,11 +307,13 @@ class Pretrained(NamedTuple):
 
 def load_pretrained(config):
     folder = find_model(config.model, config.cache)
-    model_config = replace(load_config(folder), hidden_dropout_prob=config.dropout,
-                           attention_probs_dropout_prob=config.dropout)
     wordpiece, trained_length = read_tokenizer(folder)
+    model_config = replace(load_config(folder), hidden_dropout_prob=config.dropout,
+                           attention_probs_dropout_prob=config.dropout, sep_token_id=wordpiece.sep_token_id)
+    if "ElectraForMaskedLM" in (read_json(folder / "config.json").get("architectures") or ()):
+        print(f"{folder} is a generator or a masked language model; its encoder is fine-tuned")
     if len(wordpiece.tokens) != model_config.vocab_size:
-        raise UserError(f"{folder} is inconsistent: vocab.txt has {len(wordpiece.tokens):,} tokens, and "
+        raise UserError(f"{folder} is inconsistent: its vocabulary has {len(wordpiece.tokens):,} tokens, and "
                         f"config.json says {model_config.vocab_size:,}")
     positions = model_config.max_position_embeddings
     if config.max_length > positions:
@@ -312,20 +341,44 @@ class Sweep:
     Several processes may share a sweep: each skips what another is working on.
     """
 
-    def __init__(self, config, pretrained):
-        self.config, self.pretrained, self.folder = config, pretrained, Path(config.out)
+    def __init__(self, config, tasks, pretrained):
+        self.config, self.tasks, self.pretrained, self.folder = config, tasks, pretrained, Path(config.out)
         self.path = self.folder / "results.jsonl"
         self.keeps_predictions = config.predict or config.submit
-        self.jobs = [(name, seed) for name in config.tasks for seed in range(config.seeds)]
-        self.configs = {name: resolve(config, name, pretrained.config.hidden_size) for name in config.tasks}
+        self.jobs = [(name, seed) for name in tasks for seed in range(config.seeds)]
+        self.configs = {name: resolve(config, task, pretrained.config.hidden_size)
+                        for name, task in tasks.items()}
+        if config.glue_dir:
+            check_folder([needed for name in tasks for needed in self.splits(name)], config.glue_dir)
+        # Everything is read here once, so that damage is reported now, not in the middle of the night.
+        self.sha256 = {name: {split: sha256 for split, (_, sha256) in self.read(name).items()}
+                       for name in tasks}
+
+    def splits(self, name):
+        """All (task, split) that are needed of a task."""
+        task = self.tasks[name]
+        needed = [(task, split) for split in ("train", *task.dev_splits)]
+        return needed + submission_splits(task) * self.keeps_predictions
+
+    def read(self, name):
+        """(Examples, SHA-256) by split."""
+        return {split: read_examples(task, split, self.config.cache, self.config.glue_dir)
+                for task, split in self.splits(name)}
+
+    def tokenize(self, name):
+        """(Rows, labels) by split."""
+        wordpiece, length, task = self.pretrained.wordpiece, self.config.max_length, self.tasks[name]
+        return {split: tokenize_examples(examples, wordpiece, length, task.both_orders and split == "train")
+                for split, (examples, _) in self.read(name).items()}
 
     def settings(self, name):
         """Everything that decides a task's result, except the seed."""
-        model = self.pretrained
-        others = ("task", "seeds", "model", "random_weights", "glue_dir", "predict", "submit", "cache", "out",
-                  "device")
+        model, task = self.pretrained, self.tasks[name]
+        others = ("task", "seeds", "model", "random_weights", "glue_dir", "predict", "submit", "save",
+                  "predict_file", "cache", "out", "device")
         settings = {key: value for key, value in asdict(self.configs[name]).items() if key not in others}
         return settings | dict(
+            data={split: self.sha256[name][split] for split in ("train", *task.dev_splits)},
             shape=asdict(model.config), weights=model.weights_sha256, vocab=model.wordpiece.sha256,
             do_lower_case=model.wordpiece.do_lower_case, strip_accents=model.wordpiece.strip_accents)
 
@@ -334,12 +387,13 @@ class Sweep:
         return f"{name}-{seed}-{digest(self.settings(name))}"
 
     def predictions_path(self, name, seed):
-        return self.folder / "predictions" / f"{self.key(name, seed)}.npz"
+        tests = digest([self.sha256[name][split] for _, split in submission_splits(self.tasks[name])])
+        return self.folder / "predictions" / f"{self.key(name, seed)}-{tests}.npz"
 
     def results(self):
         """The finished lines of these settings by (task, seed)."""
         lines = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
-        wanted, done = {name: self.settings(name) for name in self.config.tasks}, {}
+        wanted, done = {name: self.settings(name) for name in self.tasks}, {}
         for number, line in enumerate(lines[:-1], 1):  # a kill may have cut the last one short
             entry = parse_json(line, f"{self.path}, line {number},")
             name, seed = entry["task"], entry["seed"]
@@ -358,9 +412,7 @@ class Sweep:
 
     def run(self):
         """Run everything that is not finished, except what another process is working on."""
-        done, loaded, splits = self.results(), None, None
-        for name in dict.fromkeys(name for name, seed in self.jobs if (name, seed) not in done):
-            self.read(name)  # a missing or damaged file is reported now, not in the middle of the night
+        loaded, splits = None, None
         for name, seed in self.jobs:
             with lock(self.folder / "locks" / self.key(name, seed)) as is_ours:
                 if is_ours and (name, seed) not in self.results():  # another process may have finished it
@@ -368,29 +420,14 @@ class Sweep:
                         loaded, splits = name, self.tokenize(name)
                     self.run_one(name, seed, splits)
 
-    def read(self, name):
-        """The examples of all splits that are needed of a task."""
-        needed = [(TASKS[name], split) for split in ("train", *TASKS[name].dev_splits)]
-        if self.keeps_predictions:
-            needed += submission_splits(name)
-        return {split: read_examples(task, split, self.config.cache, self.config.glue_dir)
-                for task, split in needed}
-
-    def tokenize(self, name):
-        """(Rows, labels) by split."""
-        wordpiece, length = self.pretrained.wordpiece, self.config.max_length
-        return {split: tokenize_examples(examples, wordpiece, length,
-                                         TASKS[name].both_orders and split == "train")
-                for split, examples in self.read(name).items()}
-
     def run_one(self, name, seed, splits):
         """Fine-tune a task with a seed, and add its line to the results."""
-        task, config, began = TASKS[name], self.configs[name], time.perf_counter()
-        predictions = finetune(name, seed, splits, self.pretrained, config)
+        task, config, began = self.tasks[name], self.configs[name], time.perf_counter()
+        network, predictions = finetune(task, seed, splits, self.pretrained, config)
         seconds = round(time.perf_counter() - began, 1)
         metrics = score(task, predictions, {split: splits[split][1] for split in task.dev_splits})
         if self.keeps_predictions:
-            files = {owner.submissions[split]: predictions[split] for owner, split in submission_splits(name)}
+            files = {owner.submissions[split]: predictions[split] for owner, split in submission_splits(task)}
             with atomic_write(self.predictions_path(name, seed)) as file:
                 np.savez(file, **files)
         self.add(dict(
@@ -402,40 +439,74 @@ class Sweep:
             settings=self.settings(name)))
         scores = ", ".join(f"{metric} {100 * value:.1f}" for metric, value in metrics.items())
         print(f"{task.title}, seed {seed}: {scores} ({seconds:.0f} s)")
+        if self.config.save and seed == self.best_seed(name):
+            self.save(name, seed, network)
 
-    def submit(self, results):
-        """Write the zip from each task's best seed, and say which that is."""
-        best, files = {}, {}
-        for name, task in TASKS.items():
-            scores = [results[name, seed]["metrics"][task.metrics[0]] for seed in range(self.config.seeds)]
-            best[name] = int(np.argmax(scores))
-            with np.load(self.predictions_path(name, best[name])) as kept:
-                files |= {file: kept[file] for file in kept.files}
-        path = self.folder / "submission.zip"
+    def best_seed(self, name):
+        """The finished seed with the best dev score."""
+        results, metric = self.results(), self.tasks[name].metrics[0]
+        scores = {seed: results[name, seed]["metrics"][metric]
+                  for seed in range(self.config.seeds) if (name, seed) in results}
+        return max(scores, key=scores.get)
+
+    def save(self, name, seed, network):
+        """Write encoder, classifier, names of the labels and tokenizer of a task to its folder."""
+        task, folder, new = self.tasks[name], self.folder / name, self.folder / f"{name}.tmp"
+        labels = dict(id2label=dict(enumerate(task.labels)), label_range=[task.low, task.high])
+        with lock(self.folder / "locks" / "results", "waiting to write the network"):
+            shutil.rmtree(new, ignore_errors=True)
+            save_pretrained(network, new, **labels, result=self.key(name, seed))
+            self.pretrained.wordpiece.save(new, self.config.max_length)
+            shutil.rmtree(folder, ignore_errors=True)
+            new.rename(folder)
+
+    def save_best(self):
+        """See that each task has its best seed in its folder. If it was not kept, it is run again."""
+        for name, task in self.tasks.items():
+            seed, path = self.best_seed(name), self.folder / name / "config.json"
+            if not path.exists() or read_json(path).get("result") != self.key(name, seed):
+                network, _ = finetune(task, seed, self.tokenize(name), self.pretrained, self.configs[name])
+                self.save(name, seed, network)
+            print(f"{path.parent} has {task.title}'s seed with the best dev score, {seed}")
+
+    def submit(self):
+        """Write the predictions of each task's best seed and, with all nine of GLUE, the zip."""
+        files, folder = {}, self.folder / "submission"
+        for name, task in self.tasks.items():
+            with np.load(self.predictions_path(name, self.best_seed(name))) as kept:
+                files |= {file: submission_file(owner, kept[file])
+                          for owner, split in submission_splits(task) for file in [owner.submissions[split]]}
         with lock(self.folder / "locks" / "results", "waiting to write the submission"):
-            write_submission(path, files)
-        chosen = ", ".join(f"{TASKS[name].title} {seed}" for name, seed in best.items())
-        return f"{path} has the test predictions of the seeds with the best dev scores: {chosen}"
+            for file, text in files.items():
+                with atomic_write(folder / file) as opened:
+                    opened.write(text.encode())
+            if set(TASKS) <= set(self.tasks):
+                write_submission(self.folder / "submission.zip", files)
+        chosen = ", ".join(f"{task.title} {self.best_seed(name)}" for name, task in self.tasks.items())
+        print(f"{folder} has the test predictions of the seeds with the best dev scores: {chosen}")
+        if not set(TASKS) <= set(self.tasks):
+            print("submission.zip for gluebenchmark.com needs --task all")
 
 
 def format_table(results, tasks):
     """What papers print: of every metric the mean, deviation, median and best of the seeds; averages."""
     lines = [f"{'':10}{'':22}{'seeds':>6}{'mean':>8}{'sd':>7}{'median':>8}{'best':>7}"]
     means, medians, notes = {}, {}, []
-    for name in tasks:
-        task, entries = TASKS[name], [entry for (other, _), entry in results.items() if other == name]
+    for name, task in tasks.items():
+        entries = [entry for (other, _), entry in results.items() if other == name]
         means[name], medians[name] = {}, {}
         for metric in entries[0]["metrics"] if entries else ():
             values = 100 * np.array([entry["metrics"][metric] for entry in entries])
             means[name][metric], medians[name][metric] = np.mean(values), np.median(values)
             deviation = f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "-"
-            mark = "*" if metric == task.metrics[0] and name in AVERAGED_BY_ELECTRA else ""
+            is_averaged = name in AVERAGED_BY_ELECTRA and not task.files
+            mark = "*" if is_averaged and metric == task.metrics[0] else ""
             lines.append(f"{task.title:10}{metric + mark:22}{len(values):6}{np.mean(values):8.2f}"
                          f"{deviation:>7}{np.median(values):8.2f}{np.max(values):7.2f}")
         if constant := [str(entry["seed"]) for entry in entries if entry["is_constant"]]:
             notes.append(f"{task.title}: seed {', '.join(constant)} gave every example the same answer; it "
                          "counts")
-    if len(tasks) > 1:
+    if len(TASKS.keys() & tasks) > 1:
         for title, average, needed in (
             ("ELECTRA's average of 8 (* of each, no WNLI)", average_of_8, AVERAGED_BY_ELECTRA),
             ("GLUE's average of 9 (a task's metrics averaged first)", average_of_9, tuple(TASKS)),
@@ -448,20 +519,72 @@ def format_table(results, tasks):
     return "\n".join(lines + notes)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# A network that was kept
+
+
+class Predictor:
+    """A fine-tuned network in a folder that --save wrote.
+
+        predictor = Predictor("out/glue/mrpc")
+        [(label, probabilities)] = predictor.predict([("He left early.", "He went away early.")])
+    """
+
+    def __init__(self, folder, config=FinetuneConfig(device="cpu", dtype="fp32")):
+        folder, self.config = Path(folder), config
+        content = read_json(folder / "config.json")
+        if "label_range" not in content:
+            raise UserError(f"{folder} has no classifier; --save keeps one, by default in out/glue/TASK")
+        self.labels, (self.low, self.high) = list(content["id2label"].values()), content["label_range"]
+        self.wordpiece, self.max_length = read_tokenizer(folder)
+        self.network = Classifier(load_config(folder), len(self.labels) or 1)
+        load_weights(self.network, folder)
+        self.network.to(config.device)
+
+    def predict(self, pairs):
+        """For each (sentence, second sentence or ""): (label, {label: probability}), or (number, {})."""
+        examples = [Example(first, second, None) for first, second in pairs]
+        rows, _ = tokenize_examples(examples, self.wordpiece, self.max_length)
+        logits = torch.from_numpy(compute_logits(self.network, rows, self.config))
+        if not self.labels:
+            return [(self.low + (self.high - self.low) * score, {}) for score in logits[:, 0].tolist()]
+        return [(self.labels[int(np.argmax(row))], dict(zip(self.labels, row, strict=True)))
+                for row in logits.softmax(1).tolist()]
+
+
+def predict_file(config):
+    """Print a table of predictions for a file of any size, in its order."""
+    predictor, source = Predictor(config.model, config), config.predict_file
+    print("prediction", *predictor.labels, sep="\t")
+    with sys.stdin.buffer if source == "-" else open(source, "rb") as file:
+        rows = read_table(file, source)
+        while chunk := [sentences(row, where) for where, row in itertools.islice(rows, CHUNK)]:
+            for label, probabilities in predictor.predict(chunk):
+                text = label if predictor.labels else f"{label:.4f}"
+                print(text, *(f"{probability:.4f}" for probability in probabilities.values()), sep="\t")
+
+
 def main(argv=None):
-    description = "Fine-tune on GLUE and score. The same command resumes; a finished seed is not repeated."
+    description = "Fine-tune and score. The same command resumes; a finished seed is not repeated."
     [config], _ = parse(argv, description, [FinetuneConfig], {})
     config = resolve_device(config)
-    sweep = Sweep(config, load_pretrained(config))
+    if config.predict_file:
+        predict_file(config)
+        return
+    sweep = Sweep(config, find_tasks(config.task, config.regression), load_pretrained(config))
     sweep.run()
     results = sweep.results()
-    print(format_table(results, config.tasks))
+    print(format_table(results, sweep.tasks))
     print(f"every seed's metrics are in {sweep.path}")
-    missing = [f"{TASKS[name].title} seed {seed}" for name, seed in sweep.jobs if (name, seed) not in results]
+    missing = [f"{sweep.tasks[name].title} seed {seed}" for name, seed in sweep.jobs
+               if (name, seed) not in results]
     if missing:
         print(f"not in the table, because another process is working on it: {', '.join(missing)}")
-    elif config.submit:
-        print(sweep.submit(results))
+        return
+    if config.submit:
+        sweep.submit()
+    if config.save:
+        sweep.save_best()
 
 
 if __name__ == "__main__":

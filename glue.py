@@ -1,19 +1,23 @@
 """GLUE: nine tasks and a diagnostic set. Where they come from, how they are read, scored and submitted.
 
 An example is (first sentence, second sentence or "", label). Read the table of tasks, then `read_examples`.
-Every file must have the official number of rows, every download its published SHA-256.
+Every file must have the official number of rows, every download its published SHA-256. A folder with files of
+one's own makes one more task: `own_task`.
 """
 
+import csv
 import functools
 import hashlib
+import io
+import itertools
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data import UserError, atomic_write, decode, download, make_once
+from data import UserError, atomic_write, decode, download, make_once, parse_json
 from train import ranks
 
 GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
@@ -23,7 +27,7 @@ MSR = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
 class Example(NamedTuple):
     first: str
     second: str  # "" for a task of single sentences
-    label: float | None  # number of a class; for STS-B the score / 5; None in a test set
+    label: float | None  # number of a class; a score on a scale from 0 to 1; None in a test set
 
 
 @dataclass(frozen=True)
@@ -31,20 +35,27 @@ class Task:
     """A task. Columns are counted from 0."""
 
     title: str  # also the name of the folder in the zip
-    source: tuple  # address, size in bytes and SHA-256 of the download
     rows: dict  # official number of rows of each split; the split is also the name of the file
-    sentences: tuple  # columns of the one or two sentences in train and dev
-    test_sentences: tuple  # the same in test
     metrics: tuple  # the first is the one that ELECTRA reports
     submissions: dict  # test split -> name of the file to submit
+    source: tuple = None  # address, size in bytes and SHA-256 of the download
+    sentences: tuple = None  # columns of the one or two sentences in train and dev
+    test_sentences: tuple = None  # the same in test
     label: int = None  # column of the label in train and dev; -1 is the last
-    labels: tuple = ("0", "1")  # names of the classes; none for STS-B, whose label is a number from 0 to 5
+    labels: tuple = ("0", "1")  # names of the classes; none if the label is a number
+    low: float = 0.0  # such numbers are scaled to 0-1 from this
+    high: float = 5.0  # to this
     in_words: bool = False  # submitted by name, not by number
     num_train_epochs: int = 3  # [D32]
     both_orders: bool = False  # [D30] trained on both orders of the sentences
     header: bool = True  # of train and dev; test always has one
     skips_short_rows: bool = False  # QQP has some rows that lack fields
     raw_rows: int = None  # training rows of the original QQP.zip, which is accepted as well
+    files: dict = None  # of one's own task: split -> path
+
+    @property
+    def name(self):
+        return self.title if self.files else self.title.lower().replace("-", "")
 
     @property
     def dev_splits(self):
@@ -149,17 +160,26 @@ MRPC_DEV_IDS = (GLUE + "mrpc_dev_ids.tsv", 6_222,
                 "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7")
 
 
-def find_task(name):
-    """The key of a task in TASKS. Case and hyphens do not matter."""
-    key = name.lower().replace("-", "")
-    if key not in TASKS:
-        raise UserError(f"there is no task {name}; there are {', '.join(TASKS)} and all")
-    return key
+def find_tasks(names, is_regression=False):
+    """The tasks of a command by name: GLUE's, without regard to case and hyphens, folders, or all of GLUE."""
+    tasks = {}
+    for name in names:
+        key = name.lower().replace("-", "")
+        found = list(TASKS.values()) if key == "all" else [TASKS.get(key)]
+        if found == [None]:
+            if not Path(name).is_dir():
+                raise UserError(f"there is no task {name}; there are {', '.join(TASKS)}, all, and folders "
+                                "with train and dev as .tsv, .csv or .jsonl")
+            found = [own_task(Path(name), is_regression)]
+        for task in found:
+            if tasks.setdefault(task.name, task) != task:
+                raise UserError(f"two tasks are called {task.name}; rename a folder")
+    return tasks
 
 
-def submission_splits(name):
+def submission_splits(task):
     """(Task, split) of all that the model of a task predicts: MNLI's predicts the diagnostic set, too."""
-    tasks = [TASKS[name], DIAGNOSTIC] if name == "mnli" else [TASKS[name]]
+    tasks = [task, DIAGNOSTIC] if task is TASKS["mnli"] else [task]
     return [(task, split) for task in tasks for split in task.submissions]
 
 
@@ -168,11 +188,19 @@ def submission_splits(name):
 
 
 def read_examples(task, split, cache, glue_dir=None):
-    """The examples of a split, in file order, from `glue_dir` or else downloaded to `cache`.
+    """(The examples of a split, in file order; SHA-256), from `glue_dir` or else downloaded to `cache`."""
+    if task.files:
+        raw, source = task.files[split].read_bytes(), task.files[split]
+        return read_own(task, split, raw, source), hashlib.sha256(raw).hexdigest()
+    raw, source = read_file(task, split, glue_dir) if glue_dir else read_download(task, split, cache)
+    return parse_official(task, split, raw, source), hashlib.sha256(raw).hexdigest()
+
+
+def parse_official(task, split, raw, source):
+    """The examples in an official file.
 
     Only "\\n" ends a line and only "\\t" a field. Quotes are characters like any other.
     """
-    raw, source = read_file(task, split, glue_dir) if glue_dir else read_download(task, split, cache)
     is_test = split in task.submissions
     columns = task.test_sentences if is_test else task.sentences
     lines = decode(raw, source).removesuffix("\n").split("\n")
@@ -199,21 +227,39 @@ def read_examples(task, split, cache, glue_dir=None):
 
 def read_label(task, text, where):
     """The number of the class or, for STS-B, the score on a scale from 0 to 1. [D31]"""
-    if task.labels:
-        if text not in task.labels:
-            raise UserError(f"{where}: the label is {text!r} and not one of {', '.join(task.labels)}")
-        return task.labels.index(text)
+    if not task.labels:
+        return (read_number(text, where) - task.low) / (task.high - task.low)
+    if text not in task.labels:
+        raise UserError(f"{where}: the label is {text!r} and not one of {', '.join(task.labels)}")
+    return task.labels.index(text)
+
+
+def read_number(text, where):
     try:
-        return float(text) / 5
+        number = float(text)
     except ValueError:
-        raise UserError(f"{where}: the score is {text!r} and not a number") from None
+        number = np.nan
+    if not np.isfinite(number):
+        raise UserError(f"{where}: the label is {text!r} and not a number")
+    return number
+
+
+def check_folder(splits, folder):
+    """Report all files at once that are missing of (task, split) in a folder."""
+    paths = [official_path(task, split, folder) for task, split in splits if not task.files]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(f"there is no {', '.join(missing)}; --glue-dir takes a folder laid out as the "
+                        "official zips are")
+
+
+def official_path(task, split, folder):
+    return Path(folder) / task.title / f"{split}.tsv"
 
 
 def read_file(task, split, folder):
     """(Bytes, name) of a split in a folder that is laid out as the official zips are."""
-    path = Path(folder) / task.title / f"{split}.tsv"
-    if not path.is_file():
-        raise UserError(f"there is no {path}; --glue-dir takes a folder laid out as the official zips are")
+    path = official_path(task, split, folder)
     return path.read_bytes(), str(path)
 
 
@@ -255,6 +301,95 @@ def fetch_official(source, cache):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# One's own tasks
+
+
+def own_task(folder, is_regression):
+    """The task that a folder describes: train and dev, and perhaps test, as .tsv, .csv or .jsonl."""
+    files = {}
+    for split in ("train", "dev", "test"):
+        found = [path for kind in ("tsv", "csv", "jsonl") if (path := folder / f"{split}.{kind}").is_file()]
+        if len(found) > 1:
+            raise UserError(f"there are {found[0]} and {found[1]}; keep one of them")
+        if found:
+            files[split] = found[0]
+        elif split != "test":
+            raise UserError(f"{folder} has no {split}.tsv, {split}.csv or {split}.jsonl")
+    title = folder.resolve().name
+    task = Task(title, dict.fromkeys(files), ("accuracy", "macro f1", "matthews"),
+                {"test": f"{title}.tsv"} if "test" in files else {}, in_words=True, files=files)
+    texts = {}  # where each label is seen first
+    with open(files["train"], "rb") as file:
+        for where, row in read_table(file, files["train"]):
+            texts.setdefault(*cell(row, "label", where))
+    if is_regression:
+        numbers = [read_number(text, where) for text, where in texts.items()]
+        task = replace(task, labels=(), metrics=("spearman", "pearson"), low=min(numbers), high=max(numbers))
+    else:
+        fractions = [text for text in texts if "." in text and text.replace(".", "").isdigit()]
+        if fractions:
+            raise UserError(f"{texts[fractions[0]]} is {fractions[0]}, a number; use --regression")
+        task = replace(task, labels=tuple(sorted(texts, key=lambda text: (len(text) * text.isdigit(), text))))
+    if len(texts) < 2:
+        raise UserError(f"{files['train']} needs at least two different labels")
+    return task
+
+
+def read_own(task, split, raw, source):
+    """The examples in a file of one's own."""
+    examples = []
+    for where, row in read_table(io.BytesIO(raw), source):
+        first, second = sentences(row, where)
+        label = None if split in task.submissions else read_label(task, *cell(row, "label", where))
+        examples.append(Example(first, second, label))
+    if not examples:
+        raise UserError(f"{source} has no rows")
+    return examples
+
+
+def sentences(row, where):
+    """The one or two sentences of a row, under `sentence` or `sentence1` and `sentence2`."""
+    first, _ = cell(row, "sentence" if "sentence" in row else "sentence1", where)
+    return first, cell(row, "sentence2", where)[0] if "sentence2" in row else ""
+
+
+def cell(row, column, where):
+    """(Text, where it stands) of a column."""
+    if column not in row:
+        raise UserError(f"{where} has no column {column}; it has {', '.join(map(str, row))}")
+    if not isinstance(row[column], str | int | float):
+        raise UserError(f"{where}, column {column}, is {row[column]!r}, neither text nor a number")
+    return str(row[column]), f"{where}, column {column},"
+
+
+def read_table(file, source):
+    """Yield ("SOURCE, line N", {column: value}) for each row of a binary .tsv, .csv or .jsonl file.
+
+    The name of the source tells which, or for standard input ("-") the first line: .jsonl begins with "{".
+    """
+    lines = (decode(line, f"{source}, line {number},") for number, line in enumerate(file, 1))
+    first = next(lines, "")
+    lines, kind = itertools.chain([first], lines), Path(source).suffix
+    if kind == ".jsonl" or (kind != ".csv" and first.startswith("{")):
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield f"{source}, line {number}", parse_json(line, f"{source}, line {number},")
+        return
+    rows = csv.reader(lines) if kind == ".csv" else (line.rstrip("\r\n").split("\t") for line in lines)
+    try:
+        header = next(rows)
+        for number, fields in enumerate(rows, 2):
+            where = f"{source}, line {rows.line_num if kind == '.csv' else number}"
+            if fields in ([], [""]):
+                continue
+            if len(fields) != len(header):
+                raise UserError(f"{where}, has {len(fields)} fields, and the header {len(header)}")
+            yield where, dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{source}, line {rows.line_num}, is not CSV: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Metrics, as fractions of 1. 0 / 0 counts as 0, so a constant prediction scores 0.
 
 
@@ -278,8 +413,23 @@ def spearman(predictions, labels):
     return pearson(ranks(predictions), ranks(labels))
 
 
-# Matthews' coefficient is Pearson's of zeros and ones.
-METRICS = dict(accuracy=accuracy, f1=f1, matthews=pearson, pearson=pearson, spearman=spearman)
+def macro_f1(predictions, labels):
+    """The mean over the classes of each one's F1."""
+    classes = np.union1d(predictions, labels)
+    return float(np.mean([f1(predictions == number, labels == number) for number in classes]))
+
+
+def matthews(predictions, labels):
+    """Pearson's coefficient of indicators of the classes; of two classes, of zeros and ones."""
+    classes = np.union1d(predictions, labels)
+    one, other = ((values[:, None] == classes).astype(np.float64) for values in (predictions, labels))
+    one, other = one - one.mean(0), other - other.mean(0)
+    norm = np.sqrt((one**2).sum() * (other**2).sum())
+    return float((one * other).sum() / norm) if norm else 0.0
+
+
+METRICS = {"accuracy": accuracy, "f1": f1, "macro f1": macro_f1, "matthews": matthews, "pearson": pearson,
+           "spearman": spearman}
 AVERAGED_BY_ELECTRA = tuple(name for name in TASKS if name != "wnli")
 
 
@@ -310,17 +460,18 @@ def average_of_9(metrics):
 def submission_file(task, predictions):
     """The text of a file to submit."""
     if not task.labels:
-        values = [f"{score:.3f}" for score in np.clip(5 * predictions, 0, 5) + 0.0]  # [D31] and no -0
+        scores = task.low + (task.high - task.low) * np.clip(predictions, 0, 1)
+        values = [f"{score:.3f}" for score in scores + 0.0]  # [D31] and no -0
     else:
         values = [task.labels[int(label)] if task.in_words else str(int(label)) for label in predictions]
     return "index\tprediction\n" + "".join(f"{index}\t{value}\n" for index, value in enumerate(values))
 
 
-def write_submission(path, predictions):
-    """Write the zip of eleven files. `predictions` are those of every test split by the name of its file."""
+def write_submission(path, files):
+    """Write the zip of eleven files. `files` has the text of each by name."""
     with atomic_write(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
         for task in [*TASKS.values(), DIAGNOSTIC]:
             for name in task.submissions.values():
                 member = zipfile.ZipInfo(name)  # dated 1980: the same predictions give the same bytes
                 member.external_attr = 0o644 << 16
-                archive.writestr(member, submission_file(task, predictions[name]), zipfile.ZIP_DEFLATED)
+                archive.writestr(member, files[name], zipfile.ZIP_DEFLATED)

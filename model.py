@@ -277,6 +277,8 @@ def corrupt(input_ids, positions, weights, sampled):
 class Generator(nn.Module):
     """A small masked language model."""
 
+    architecture = "ElectraForMaskedLM"  # its name in transformers
+
     def __init__(self, config, embeddings=None):
         super().__init__()
         self.config = config
@@ -297,6 +299,8 @@ class Generator(nn.Module):
 
 class Discriminator(nn.Module):
     """Says for every token whether it was replaced."""
+
+    architecture = "ElectraForPreTraining"
 
     def __init__(self, config, embeddings=None):
         super().__init__()
@@ -425,7 +429,6 @@ RENAMES = {  # ours -> HuggingFace's, replaced one after the other
     "disc_dense": "discriminator_predictions.dense",
     "disc_output": "discriminator_predictions.dense_prediction",
 }
-ARCHITECTURES = {Discriminator: "ElectraForPreTraining", Generator: "ElectraForMaskedLM"}
 
 
 def huggingface_tensors(network):
@@ -442,14 +445,14 @@ def huggingface_tensors(network):
     return tensors
 
 
-def save_pretrained(network, folder):
-    """Write config and weights of a Generator or Discriminator, for `transformers` and for us to load."""
+def save_pretrained(network, folder, **more):
+    """Write config, with `more` in it, and weights of a network, for `transformers` and for us to load."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = asdict(network.config) | {
-        "model_type": "electra", "architectures": [ARCHITECTURES[type(network)]], "hidden_act": "gelu",
+        "model_type": "electra", "architectures": [network.architecture], "hidden_act": "gelu",
         "pad_token_id": 0, "tie_word_embeddings": True,
-    }
+    } | more
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.float().cpu() for name, tensor in huggingface_tensors(network).items()}
     write_safetensors(folder / "model.safetensors", tensors)
@@ -498,7 +501,7 @@ def load_networks(electra, discriminator_folder, generator_folder):
 
 
 def load_weights(network, folder, encoder_only=False):
-    """Fill a Generator, a Discriminator or, with encoder_only, the `.encoder` of any module, from a folder.
+    """Fill a network or, with encoder_only, the `.encoder` of any module, from a folder.
 
     Every tensor must be there, have its shape and be finite. Others in the folder are ignored.
     """

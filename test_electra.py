@@ -28,7 +28,7 @@ import tarfile
 import threading
 import time
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import finetune
@@ -172,6 +173,20 @@ def steps(monkeypatch):
     return seen
 
 
+class NoSync(TorchDispatchMode):
+    """Fails on what would make the host wait for the device: values and sizes that depend on data."""
+
+    WAITING = "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal"
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket.__name__ not in self.WAITING, function
+        is_mask = "index" in function.overloadpacket.__name__ and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for index in (args[1] if isinstance(args[1], list | tuple) else ()))
+        assert not is_mask, function
+        return function(*args, **(kwargs or {}))
+
+
 ARGUMENTS = (
     "--data corpus.txt --vocab vocab.txt --embedding-size 16 --hidden-size 32 --num-hidden-layers 2 "
     "--num-attention-heads 2 --intermediate-size 64 --max-position-embeddings 32 --max-length 32 "
@@ -262,9 +277,9 @@ def test_D05_D30_pairs_are_swapped_and_then_the_longer_sentence_is_cut_first():
     a, b, c = 5, 13, 21  # ba, do, ku; [CLS] is 2 and [SEP] is 3
     examples = [glue.Example("ba do ku ba do ku ba", "", 0), glue.Example("ba ba ba", "do do ku", 1)]
     rows, labels = finetune.tokenize_examples(examples, WordPiece(SMALL_VOCAB), 8)
-    assert [row.tolist() for row in rows] == [[2, a, b, c, a, b, c, 3], [2, a, a, a, 3, b, b, 3]]
+    assert rows.tolist() == [[2, a, b, c, a, b, c, 3], [2, a, a, a, 3, b, b, 3]]
     rows, labels = finetune.tokenize_examples(examples[1:], WordPiece(SMALL_VOCAB), 8, both_orders=True)
-    assert [row.tolist() for row in rows] == [[2, a, a, a, 3, b, b, 3], [2, b, b, c, 3, a, a, 3]]
+    assert rows.tolist() == [[2, a, a, a, 3, b, b, 3], [2, b, b, c, 3, a, a, 3]]
     assert labels.tolist() == [1, 1]
     assert [name for name, task in glue.TASKS.items() if task.both_orders] == ["mrpc", "stsb"]
 
@@ -587,24 +602,24 @@ def tune(flags):
 def test_D29_the_classifier_is_dropout_and_one_layer_on_cls(tmp_path):
     """The classifier is dropout 0.1 and one linear layer on [CLS]; only the encoder is loaded."""
     discriminator = save_discriminator(tmp_path)
-    network = finetune.Classifier(FINETUNED, 3)
+    network = finetune.Classifier(replace(FINETUNED, sep_token_id=3), 3)
     bound = math.sqrt(6 / (48 + 3))  # Glorot
     assert 0.8 * bound < network.classifier.weight.abs().max() <= bound and not network.classifier.bias.any()
     model.load_weights(network, tmp_path, encoder_only=True)
     ids = torch.tensor([[2, 7, 8, 3, 9, 3, 0, 0]])
     hidden = discriminator.encoder(ids, *model.mask_and_types(ids, 3))
     expected = F.linear(hidden[:, 0], network.classifier.weight, network.classifier.bias)
-    assert torch.equal(network.eval()(ids, 3), expected) and network.dropout.p == 0.1
+    assert torch.equal(network.eval()(ids), expected) and network.dropout.p == 0.1
     network.train()
     network.encoder.eval()
-    assert not torch.equal(network(ids, 3), expected)  # it is dropout that differs
+    assert not torch.equal(network(ids), expected)  # it is dropout that differs
 
 
 def test_D27_D29_D33_fine_tuning_starts_from_the_folders_encoder_clips_and_decays(
         toy_glue, steps, monkeypatch):
     """The encoder's weights are the folder's, gradients are clipped, and the flag of weight decay counts."""
     starts = []
-    watch(monkeypatch, finetune, "forward", lambda network, *args: starts.append(
+    watch(monkeypatch, finetune.Classifier, "forward", lambda network, *args: starts.append(
         network.encoder.layers[1].output.weight.detach().clone()))
     tune("--task cola --max-grad-norm 0.5 --weight-decay 0.2")
     tensors, _ = model.read_weights("out/small/discriminator")
@@ -1494,6 +1509,11 @@ def test_metrics_agree_with_scikit_learn_and_scipy():
     for (predictions, labels), name in itertools.product(pairs, references):
         expected = references[name](labels, predictions)
         assert glue.METRICS[name](predictions, labels) == pytest.approx(expected, abs=1e-12)
+    references["macro f1"] = partial(sklearn.metrics.f1_score, zero_division=0, average="macro")
+    for size, name in itertools.product((1, 2, 4, 20, 500), ("macro f1", "matthews")):
+        predictions, labels = random_.integers(0, 5, (2, size))
+        expected = references[name](labels, predictions)
+        assert glue.METRICS[name](predictions, labels) == pytest.approx(expected, abs=1e-12)
     for size, places in (10, 9), (10, 1), (1000, 9), (1000, 1), (1000, 0):
         one = random_.normal(size=size).astype(np.float32).round(places)
         other = random_.random(size).round(places)
@@ -1569,7 +1589,8 @@ def test_glue_files_are_read_as_they_are_written(name, split, corpus, monkeypatc
     task, (content, expected) = OWNERS[name], GLUE_FILES[name, split]
     write_split(name, split, content.encode())
     monkeypatch.setitem(task.rows, split, len(expected))
-    examples = glue.read_examples(task, split, "cache", "glue")
+    examples, sha256 = glue.read_examples(task, split, "cache", "glue")
+    assert sha256 == hashlib.sha256(content.encode()).hexdigest()
     for example, (first, second, label) in zip(examples, expected, strict=True):
         assert example == (first, second, label if label is None else pytest.approx(label))
     assert ("skipped 1 rows" in capsys.readouterr().out) == (name == "qqp" and split == "train")
@@ -1632,14 +1653,13 @@ def test_a_seed_gives_the_same_result_alone_or_among_others(toy_glue):
 def test_padding_to_the_longest_row_changes_no_logit():
     """A row's logits do not depend on the rows beside it; predictions are without dropout, in order."""
     config = finetune.FinetuneConfig(device="cpu", dtype="fp32")
-    wordpiece, rows = WordPiece(SMALL_VOCAB), [[2, 5, 6, 3], [2, *range(5, 12), 3, 7, 3], [2] * 40]
+    texts, rows = [[2] * 40, [2, 5, 6, 3], [2, *range(5, 12), 3, 7, 3]], np.zeros((3, 50), np.uint16)
+    for row, ids in zip(rows, texts, strict=True):
+        row[: len(ids)] = ids
     network = finetune.Classifier(CONFIG, 1).eval()
-    together = finetune.forward(network, rows, wordpiece, config)
-    alone = torch.cat([finetune.forward(network, [row], wordpiece, config) for row in rows])
-    assert torch.allclose(together, alone, atol=1e-6)
-    shuffled = [rows[number] for number in (2, 0, 1)]  # predict sorts them by length
-    predictions = finetune.predict(network.train(), shuffled, glue.TASKS["stsb"], wordpiece, config)
-    assert np.abs(predictions - alone[[2, 0, 1], 0].detach().numpy()).max() < 1e-5
+    alone = torch.cat([network(torch.tensor([ids])) for ids in texts])[:, 0].detach().numpy()
+    predictions = finetune.predict(network.train(), rows, glue.TASKS["stsb"], config)  # sorts by length
+    assert np.abs(predictions - alone).max() < 1e-5
 
 
 def test_fine_tuning_has_a_dropout_of_its_own(toy_glue, capsys):
@@ -1662,12 +1682,17 @@ def test_other_settings_are_other_results(toy_glue):
     deciding = [{}, dict(learning_rate=1e-3), dict(random_weights=True), dict(layerwise_lr_decay=1.0),
                 dict(dropout=0.0), dict(weight_decay=0.1), dict(warmup_proportion=0.5), dict(adam_beta1=0.8),
                 dict(max_length=16), dict(dtype="bf16"), dict(batch_size=4), dict(num_train_epochs=4)]
+    shutil.copytree("glue", "g")
     others = [dict(seeds=3), dict(predict=True), dict(glue_dir="g"), dict(out="o"), dict(task=["all"])]
     keys = []
     for changes in deciding + others:
-        config = replace(finetune.FinetuneConfig(task=["wnli"], max_length=32), **changes)
-        keys.append(finetune.Sweep(config, finetune.load_pretrained(config)).key("wnli", 0))
+        config = replace(finetune.FinetuneConfig(glue_dir="glue", max_length=32), **changes)
+        sweep = finetune.Sweep(config, {"wnli": glue.TASKS["wnli"]}, finetune.load_pretrained(config))
+        keys.append(sweep.key("wnli", 0))
     assert len(set(keys[: len(deciding)])) == len(deciding) and set(keys[len(deciding) :]) == {keys[0]}
+    path = Path("glue/WNLI/dev.tsv")
+    path.write_bytes(path.read_bytes().replace(b"ba", b"do"))
+    assert finetune.Sweep(config, sweep.tasks, sweep.pretrained).key("wnli", 0) not in keys
 
 
 @pytest.mark.parametrize("victim", ["results.jsonl", ".npz"])
@@ -1722,13 +1747,13 @@ def test_the_table_is_what_papers_print():
     results = {("mrpc", seed): entry(seed, dict(accuracy=accuracy, f1=0.9))
                for seed, accuracy in enumerate([0.8, 0.9, 0.82])}
     results["wnli", 0] = entry(0, dict(accuracy=0.5))
-    text = finetune.format_table(results, ["mrpc", "wnli", "cola"])
+    text = finetune.format_table(results, glue.find_tasks(["mrpc", "wnli", "cola"]))
     assert re.search(r"^MRPC +accuracy\* +3 +84.00 +5.29 +82.00 +90.00$", text, re.M)
     assert re.search(r"^MRPC +f1 +3 +90.00 +0.00 +90.00 +90.00$", text, re.M)
     assert re.search(r"^WNLI +accuracy +1 +50.00 +- +50.00 +50.00$", text, re.M)
     assert "no WNLI): needs CoLA, SST-2, STS-B, QQP, MNLI, QNLI, RTE" in text
     assert "WNLI's dev set is adversarial" in text
-    assert "average" not in finetune.format_table(results, ["mrpc"])
+    assert "average" not in finetune.format_table(results, glue.find_tasks(["mrpc"]))
 
 
 def test_the_averages_are_the_papers():
@@ -1741,7 +1766,7 @@ def test_the_averages_are_the_papers():
         metrics = [*glue.TASKS[name].metrics, "mismatched accuracy"]
         values = {metric: (score + more) / 100 for metric, score in zip(metrics, scores, strict=False)}
         results[name, seed] = dict(metrics=values, is_constant=False, seed=seed)
-    text = finetune.format_table(results, list(published))
+    text = finetune.format_table(results, glue.TASKS)
     assert "no WNLI): 80.46 from means, 80.36 from medians" in text
     mean = np.mean([np.mean(scores) for scores in published.values()])
     assert f"averaged first): {mean + 0.1:.2f} from means, {mean:.2f} from medians" in text
@@ -1777,6 +1802,182 @@ def test_labels_are_submitted_as_words_or_as_numbers():
     numbers, entailed = ["1", "0"], ["not_entailment", "entailment"]
     assert written == dict.fromkeys(("cola", "sst2", "mrpc", "qqp", "wnli"), numbers) | dict(
         mnli=["neutral", "entailment"], diagnostic=["neutral", "entailment"], qnli=entailed, rte=entailed)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One's own labels, and networks that are kept
+
+
+def write_task(folder, kind="tsv", label=("bad", "good", "fair").__getitem__, count=48):
+    """A folder whose label follows from one word of the sentence."""
+    random_ = random.Random(0)
+    for split in ("train", "dev", "test"):
+        rows = []
+        for _ in range(count):
+            number = random_.randrange(3)
+            text = " ".join([*random_.choices(WORDS[8:], k=5), WORDS[number]])
+            rows.append(dict(sentence=text) | ({} if split == "test" else dict(label=label(number))))
+        if kind == "jsonl":
+            content = "".join(json.dumps(row) + "\n" for row in rows)
+        else:
+            lines = [rows[0], *(row.values() for row in rows)]
+            content = "".join(("," if kind == "csv" else "\t").join(map(str, line)) + "\n" for line in lines)
+        write_files(folder, {f"{split}.{kind}": content.encode()})
+
+
+def test_own_tasks_are_read_from_every_kind_of_file(tmp_path, monkeypatch):
+    """The same rows as .tsv, .csv and .jsonl make the same task; a GLUE name beats a folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "tsv": '\ufeffid\tsentence1\tsentence2\tlabel\r\n1\tHe said "no.\t\t10\r\n\r\n'
+               "2\té,\tb\t9\r\n",
+        "csv": 'label,sentence1,sentence2\n10,"He said ""no.",\n9,"é,",b\n',
+        "jsonl": '{"sentence1": "He said \\"no.", "sentence2": "", "label": 10}\n\n'
+                 '{"sentence2": "b", "label": "9", "sentence1": "\\u00e9,"}\n',
+    }
+    for kind, content in files.items():
+        write_files(kind, {f"{split}.{kind}": content.encode() for split in ("train", "dev")})
+        [(name, task)] = glue.find_tasks([f"./{kind}"]).items()
+        assert name == kind and task.labels == ("9", "10") and task.submissions == {}
+        assert glue.read_examples(task, "dev", "cache")[0] == [('He said "no.', "", 1), ("é,", "b", 0)]
+        [task] = glue.find_tasks([kind], is_regression=True).values()
+        assert glue.read_examples(task, "train", "cache")[0] == [('He said "no.', "", 1.0), ("é,", "b", 0.0)]
+    (tmp_path / "csv" / "train.csv").write_text('sentence,label\n"two\nlines",x\nb,y\n')
+    [task] = glue.find_tasks(["csv"]).values()
+    assert glue.read_examples(task, "train", "cache")[0][0] == ("two\nlines", "", 0)
+    write_task("mrpc")
+    assert glue.find_tasks(["mrpc"]) == {"mrpc": glue.TASKS["mrpc"]}
+    assert glue.find_tasks(["./mrpc", "cola"])["mrpc"].files
+
+
+@pytest.mark.parametrize("files, message", [
+    ({"dev.tsv": None}, "own has no dev.tsv, dev.csv or dev.jsonl"),
+    ({"dev.csv": "a"}, "there are own/dev.tsv and own/dev.csv; keep one"),
+    ({"train.tsv": "text\tlabel\na\tbad\nb\tgood\n"}, "line 2 has no column sentence1; it has text, label"),
+    ({"train.tsv": "sentence\nba\n"}, "own/train.tsv, line 2 has no column label; it has sentence"),
+    ({"train.tsv": "sentence\tlabel\nba\tx\tx\n"}, "own/train.tsv, line 2, has 3 fields, and the header 2"),
+    ({"train.tsv": "sentence\tlabel\nba\tx\n"}, "own/train.tsv needs at least two different labels"),
+    ({"train.tsv": "sentence\tlabel\nba\t1\nba\t2.5\n"},
+     "own/train.tsv, line 3, column label, is 2.5, a number; use --regression"),
+    ({"dev.tsv": "sentence\tlabel\nba\todd\n"},
+     "own/dev.tsv, line 2, column label,: the label is 'odd' and not one of bad, fair, good"),
+    ({"dev.tsv": None, "dev.jsonl": '{"sentence": null, "label": "bad"}'},
+     "own/dev.jsonl, line 1, column sentence, is None, neither text nor a number"),
+    ({"dev.tsv": None, "dev.jsonl": "[1]"}, "own/dev.jsonl, line 1, is damaged: it is not a JSON object"),
+    ({"dev.tsv": "sentence\tlabel\n"}, "own/dev.tsv has no rows"),
+])
+def test_bad_input_in_own_tasks(toy_glue, files, message):
+    """Each mistake ends in one sentence that names file, line and column."""
+    write_task("own")
+    for name, content in files.items():
+        Path("own", name).write_text(content) if content is not None else Path("own", name).unlink()
+    with pytest.raises(UserError, match=re.escape(message)):
+        tune("--task own")
+
+
+def test_words_are_not_numbers(toy_glue):
+    """--regression wants numbers."""
+    write_task("own")
+    with pytest.raises(UserError, match="own/train.tsv, line 2, column label,: the label is 'good' and not a"):
+        tune("--task own --regression")
+
+
+def test_a_network_is_kept_and_predicts(toy_glue, capsys, monkeypatch):
+    """The seed with the best dev score is kept, loads in transformers, and predicts any file in its order."""
+    write_task("own", "csv")
+    flags = "--task own --seeds 3 --num-train-epochs 12 --learning-rate 1e-3 "
+    tune(flags + "--submit")
+    scores = [read_results()["own", seed]["metrics"]["accuracy"] for seed in range(3)]
+    assert set(read_results()["own", 0]["metrics"]) == {"accuracy", "macro f1", "matthews"}
+    best, ran = int(np.argmax(scores)), []
+    watch(monkeypatch, finetune, "finetune", lambda task, seed, *_: ran.append(seed))
+    tune(flags + "--save")  # only the best is run again, since it was not kept
+    tune(flags + "--save")
+    assert ran == [best] and scores[best] > 0.8
+    assert f"out/glue/own has own's seed with the best dev score, {best}" in capsys.readouterr().out
+    tune(flags + "--save --out other")
+    kept = [model.read_weights(f"{out}/own")[0]["classifier.weight"] for out in ("out/glue", "other")]
+    assert torch.equal(*kept) and ran == [best, 0, 1, 2]
+
+    lines = Path("own/test.csv").read_text().splitlines()
+    monkeypatch.setattr(finetune, "CHUNK", 10)
+    capsys.readouterr()
+    finetune.main("--predict-file own/test.csv --model out/glue/own --device cpu".split())
+    header, *printed = capsys.readouterr().out.splitlines()
+    assert header.split("\t") == ["prediction", "bad", "fair", "good"] and len(printed) == len(lines) - 1
+    submitted = Path("out/glue/submission/own.tsv").read_text().splitlines()[1:]
+    assert [line.split("\t")[0] for line in printed] == [line.split("\t")[1] for line in submitted]
+    predictor = finetune.Predictor("out/glue/own")
+    for line, (label, probabilities) in zip(
+            printed, predictor.predict([(line, "") for line in lines[1:]]), strict=True):
+        assert line.split("\t") == [label, *(f"{value:.4f}" for value in probabilities.values())]
+        assert sum(probabilities.values()) == pytest.approx(1)
+    stdin = "".join(json.dumps(dict(sentence=line)) + "\n" for line in lines[1:]).encode()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
+    finetune.main("--predict-file - --model out/glue/own --device cpu".split())
+    assert capsys.readouterr().out.splitlines()[1:] == printed
+
+    transformers = pytest.importorskip("transformers")
+    encoder = transformers.AutoModel.from_pretrained("out/glue/own").eval()
+    assert encoder.config.id2label == {0: "bad", 1: "fair", 2: "good"}
+    ids = torch.tensor([[2, 7, 8, 3]])
+    with torch.no_grad():
+        ours = predictor.network.eval().encoder(ids, *model.mask_and_types(ids, 3))
+        assert torch.allclose(encoder(ids).last_hidden_state, ours, atol=1e-5)
+
+
+def test_own_numbers_are_scaled_by_their_range_and_back(toy_glue, capsys):
+    """--regression learns numbers of any range and predicts in that range."""
+    write_task("own", "jsonl", label=lambda number: 100.0 * number - 50)
+    tune("--task own --regression --num-train-epochs 20 --learning-rate 1e-3 --submit --save")
+    assert read_results()["own", 0]["metrics"]["spearman"] > 0.8
+    finetune.main("--predict-file own/test.jsonl --model out/glue/own --device cpu".split())
+    predicted = [float(line) for line in capsys.readouterr().out.split("prediction\n")[1].splitlines()]
+    submitted = [line.split("\t")[1] for line in Path("out/glue/submission/own.tsv").read_text().splitlines()]
+    assert np.clip(predicted, -50, 150) == pytest.approx([float(text) for text in submitted[1:]], abs=1e-3)
+    assert min(predicted) < 0 < 100 < max(predicted)
+
+
+def test_part_of_glue_is_submitted_as_files(toy_glue, capsys):
+    """--submit for some tasks writes just their files."""
+    tune("--task mnli --submit")
+    files = {path.name for path in Path("out/glue/submission").iterdir()}
+    assert files == {"MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv"}
+    assert not Path("out/glue/submission.zip").exists() and "needs --task all" in capsys.readouterr().out
+
+
+def test_no_step_of_fine_tuning_waits_for_the_device(toy_glue, monkeypatch):
+    """Rows and labels are on the device; nothing in a step has a size or a branch that depends on them."""
+    steps = ExitStack()
+    watch(monkeypatch, finetune, "learning_rate", lambda step, *_: step or steps.enter_context(NoSync()))
+    watch(monkeypatch, finetune, "predict", lambda *_: steps.close())
+    config = finetune.FinetuneConfig(glue_dir="glue", max_length=32, num_train_epochs=1, device="cpu",
+                                     dtype="fp32", learning_rate=1e-3, layerwise_lr_decay=0.8)
+    task = glue.TASKS["mrpc"]
+    sweep = finetune.Sweep(config, {"mrpc": task}, finetune.load_pretrained(config))
+    finetune.finetune(task, 0, sweep.tokenize("mrpc"), sweep.pretrained, config)
+
+
+def test_folders_of_transformers_and_generators_are_taken(toy_glue, capsys, tmp_path):
+    """A tokenizer.json gives vocabulary, case and accents; that a model is a generator is said."""
+    transformers = pytest.importorskip("transformers")
+    for lower, accents in (True, None), (False, None), (True, False):
+        folder, rules = tmp_path / f"{lower}{accents}", dict(do_lower_case=lower, strip_accents=accents)
+        transformers.ElectraTokenizer("vocab.txt", **rules).save_pretrained(folder)
+        assert not (folder / "vocab.txt").exists()
+        wordpiece, _ = data.read_tokenizer(folder)
+        assert wordpiece.tokens == SMALL_VOCAB
+        assert (wordpiece.do_lower_case, wordpiece.strip_accents) == (lower, lower and accents is None)
+    shutil.copytree("out/small/discriminator", "theirs")
+    Path("theirs/vocab.txt").unlink()
+    shutil.copy(tmp_path / "TrueNone/tokenizer.json", "theirs")
+    tune("--task wnli --model theirs")
+    tune("--task wnli")
+    assert len(read_results()) == 1 and "generator" not in capsys.readouterr().out
+    torch.manual_seed(0)
+    model.save_pretrained(model.Generator(FINETUNED), "theirs")
+    tune("--task wnli --model theirs")
+    assert "theirs is a generator or a masked language model; its encoder is" in capsys.readouterr().out
 
 
 # ============================================================================================================
@@ -2166,18 +2367,19 @@ CUT_SHORT = struct.pack("<Q", 61) + b'{"a": {"dtype": "F32", "shape": [2], "data
 
 
 @pytest.mark.parametrize("flags, changes, message", [
-    ("--task squad", {}, "there is no task squad; there are cola, sst2, mrpc, .* wnli and all"),
+    ("--task squad", {}, "there is no task squad; there are cola, sst2, mrpc, .* wnli, all, and folders"),
     ("--model nowhere", {}, "there is no model in nowhere; pre-train one with .*google/electra-small"),
     ("--max-length 65", {}, "out/small/discriminator has 64 positions; use --max-length 64 or less"),
     ("--seeds 0", {}, "seeds is 0"), ("--max-length 2", {}, "max_length is 2"),
-    ("--submit", {}, "a submission has all nine tasks"),
-    ("--task cola rte --glue-dir part", {}, "there is no part/RTE/train.tsv"),
+    ("--task cola rte wnli --glue-dir part", {}, "no part/RTE/train.tsv, .* part/WNLI/dev.tsv; --gl"),
+    ("--predict-file a.tsv --model out/small/discriminator", {}, "discriminator has no classifier; --save"),
     ("", {"config.json": None}, "there is no model in out/small; pre-train one"),
     ("", {"config.json": b"{"}, "config.json is not the config of a model"),
     ("", {"config.json": b'{"model_type": "bert"}'}, "describes a model of type 'bert'"),
-    ("", {"vocab.txt": None}, "is not a model folder: it has no vocab.txt"),
+    ("", {"vocab.txt": None}, "is not a model folder: it has neither vocab.txt nor tokenizer.json"),
     ("", {"vocab.txt": b"\n".join([b"[PAD]", b"[UNK]", b"[CLS]", b"[SEP]", b"[MASK]"])},
-     "vocab.txt has 5 tokens, and config.json says 48"),
+     "its vocabulary has 5 tokens, and config.json says 48"),
+    ("", {"vocab.txt": None, "tokenizer.json": b'{"model": {"vocab": {"a": 1}}}'}, "is not a WordPiece tok"),
     ("", {TOKENIZER: b'{"tokenize_chinese_chars": false}'}, "that this tokenizer lacks"),
     ("", {WEIGHTS: None}, "has neither model.safetensors nor pytorch_model.bin"),
     ("", {WEIGHTS: CUT_SHORT}, "is damaged, or not a safetensors file"),
@@ -2207,7 +2409,7 @@ def test_bad_input_to_fine_tuning(toy_glue, flags, changes, message):
     ("cola", b"gj04\t1\t\tA.\ngj04\t2\t\tB.\n", "train.tsv, line 2: the label is '2' and not one of 0, 1"),
     ("cola", b"gj04\t1\t\tA.\ngj04\t1\t\tA\tB.\n", "train.tsv, line 2, has 5 fields"),
     ("cola", b"<html>\n", "train.tsv, line 1, has 1 fields"),
-    ("stsb", f"{STSB}\tscore\n{STSB_ROW}A\tB\tC\n".encode(), "line 2: the score is 'C' and not a number"),
+    ("stsb", f"{STSB}\tscore\n{STSB_ROW}A\tB\tC\n".encode(), "line 2: the label is 'C' and not a number"),
 ])
 def test_damaged_glue_files_are_refused(name, content, message, corpus, monkeypatch):
     """A TSV that was cut, edited or replaced is named, with the line."""
@@ -2232,9 +2434,9 @@ def test_glue_is_downloaded_once_and_checked(corpus, quick):
         with pytest.raises(UserError, match=r"SHA-256 \w{64} instead of \w{64}; try again, or put WNLI.zip"):
             glue.read_examples(wrong, "dev", "cache")
         assert [path.suffix for path in Path("cache/glue").iterdir()] == [".lock"]  # nothing half-written
-        assert len(glue.read_examples(good, "dev", "cache")) == 1
+        assert len(glue.read_examples(good, "dev", "cache")[0]) == 1
     glue.fetch_official.cache_clear()  # a new process, and the server is gone
-    assert len(glue.read_examples(good, "dev", "cache")) == 1
+    assert len(glue.read_examples(good, "dev", "cache")[0]) == 1
     Path("cache/glue/WNLI.zip").write_bytes(archive[: len(archive) // 2])
     glue.fetch_official.cache_clear()
     with pytest.raises(UserError, match=r"WNLI.zip has SHA-256 \w{64} instead of \w{64}; delete it"):
@@ -2254,8 +2456,9 @@ def test_mrpcs_dev_set_is_cut_out_by_its_ids(corpus, monkeypatch):
     monkeypatch.setattr(glue, "MRPC_TEST", sources["test"])
     monkeypatch.setattr(glue, "MRPC_DEV_IDS", sources["ids"])
     for split, numbers in dict(train=[0, 2, 3, 5], dev=[1, 4]).items():
-        assert glue.read_examples(task, split, "cache") == [(f"A{n}", f"B{n}", n % 2) for n in numbers]
-    assert glue.read_examples(task, "test", "cache") == [("X", "Y", None)]
+        examples, _ = glue.read_examples(task, split, "cache")
+        assert examples == [(f"A{n}", f"B{n}", n % 2) for n in numbers]
+    assert glue.read_examples(task, "test", "cache")[0] == [("X", "Y", None)]
 
 
 def test_the_vocabulary_is_downloaded_once_and_checked(corpus, monkeypatch, quick):

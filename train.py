@@ -42,6 +42,7 @@ from data import (
     atomic_write,
     digest,
     find_model,
+    find_vocab,
     load_wordpiece,
     lock,
     prepare,
@@ -695,6 +696,9 @@ def run_command(main):
     except (UserError, ModelError) as error:
         print(error, file=sys.stderr)
         return 1
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except RuntimeError as error:
         if "by peer" not in str(error):
             raise
@@ -793,7 +797,7 @@ def resolve_init(config, data_config, model_config, typed):
         shape["generator_size"] = shapes[1].hidden_size / shapes[0].hidden_size
     wordpiece, _ = read_tokenizer(folders[0])
     return (replace(config, init=[str(folder) for folder in folders]),
-            replace(data_config, vocab=str(folders[0] / "vocab.txt"), do_lower_case=wordpiece.do_lower_case,
+            replace(data_config, vocab=str(find_vocab(folders[0])), do_lower_case=wordpiece.do_lower_case,
                     strip_accents=wordpiece.strip_accents),
             replace(model_config, **shape))
 
