@@ -150,13 +150,14 @@ class Electra(nn.Module):
 
         # One pass of the generator, with dropout, serves its loss and the samples.
         mlm_logits = self.generator(masked_ids, attention_mask, token_type_ids, positions)  # (B, K, V)
-        mlm_losses = F.cross_entropy(mlm_logits.flatten(0, 1), labels.flatten(), reduction="none")  # (B * K)
+        log_probs = mlm_logits.log_softmax(-1)
+        mlm_losses = -log_probs.gather(2, labels[..., None]).squeeze(2)  # (B, K)
 
-        sampled = sample(mlm_logits.detach(), sample_uniforms)  # (B, K) [D11] no argmax, no gradient
+        sampled = sample(log_probs.detach(), sample_uniforms)  # (B, K) [D11] no argmax, no gradient
         corrupted_ids = corrupt(input_ids, positions, weights, sampled)  # (B, L)
         is_replaced = corrupted_ids != input_ids  # [D13] a sample that equals the original is original
 
-        mlm_loss = (mlm_losses.view_as(labels) * weights).sum() / mlm_count
+        mlm_loss = (mlm_losses * weights).sum() / mlm_count
         output = Output(
             loss=mlm_loss,
             mlm_loss=mlm_loss.detach(),
@@ -244,8 +245,8 @@ def mask(input_ids, uniforms, config):
 
 
 @torch.no_grad()
-def sample(logits, uniforms):
-    """Draw from the softmax of logits (B, K, V), one token for each of uniforms (B, K): (B, K) int64.
+def sample(log_probs, uniforms):
+    """Draw from log-probabilities (B, K, V), one token for each of uniforms (B, K): (B, K) int64.
 
     Unlike the official code, which adds Gumbel noise to all B x K x V logits, this inverts the cumulative
     distribution: the token drawn is the first whose cumulative probability exceeds the uniform number.
@@ -253,10 +254,10 @@ def sample(logits, uniforms):
     >>> sample(torch.tensor([[[0.2, 0.5, 0.3]]]).log(), torch.tensor([[0.6]]))  # 0.2 <= 0.6 < 0.2 + 0.5
     tensor([[1]])
     """
-    cumulative = logits.softmax(-1).cumsum(-1)  # (B, K, V)
+    cumulative = log_probs.exp().cumsum(-1)  # (B, K, V)
     thresholds = uniforms[..., None] * cumulative[..., -1:]  # the last is 1 up to rounding
     sampled = torch.searchsorted(cumulative, thresholds.to(cumulative), right=True).squeeze(-1)
-    return sampled.clamp(max=logits.shape[-1] - 1)  # a NaN is found past the last token
+    return sampled.clamp(max=log_probs.shape[-1] - 1)  # a NaN is found past the last token
 
 
 def corrupt(input_ids, positions, weights, sampled):
@@ -348,14 +349,14 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.embedding_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.embedding_size)
         self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout_prob = config.hidden_dropout_prob
         for table in (self.word_embeddings, self.position_embeddings, self.token_type_embeddings):
             truncated_normal_(table, config)  # [PAD]'s row too
 
     def forward(self, input_ids, token_type_ids):
         hidden = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)  # (B, L, E)
         hidden = hidden + self.position_embeddings.weight[: input_ids.shape[1]]
-        return self.dropout(self.norm(hidden))
+        return dropout(self.norm(hidden), self.dropout_prob * self.training)
 
 
 class Layer(nn.Module):
@@ -370,7 +371,7 @@ class Layer(nn.Module):
         self.intermediate = nn.Linear(H, config.intermediate_size)
         self.output = nn.Linear(config.intermediate_size, H)
         self.output_norm = nn.LayerNorm(H, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout_prob = config.hidden_dropout_prob
         self.attention_dropout_prob = config.attention_probs_dropout_prob
         for linear in (self.query_key_value, self.attention_output, self.intermediate, self.output):
             truncated_normal_(linear, config)
@@ -382,12 +383,30 @@ class Layer(nn.Module):
             part.view(B, L, self.num_heads, H // self.num_heads).transpose(1, 2)  # (B, heads, L, H / heads)
             for part in self.query_key_value(hidden).chunk(3, dim=-1)
         )
-        dropout_prob = self.attention_dropout_prob if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, key_mask, dropout_prob)
+        attended = attention(query, key, value, key_mask, self.attention_dropout_prob * self.training)
         attended = self.attention_output(attended.transpose(1, 2).reshape(B, L, H))
-        hidden = self.attention_norm(hidden + self.dropout(attended))
+        hidden = self.attention_norm(hidden + dropout(attended, self.dropout_prob * self.training))
         fed_forward = self.output(F.gelu(self.intermediate(hidden)))
-        return self.output_norm(hidden + self.dropout(fed_forward))
+        return self.output_norm(hidden + dropout(fed_forward, self.dropout_prob * self.training))
+
+
+def attention(query, key, value, key_mask, dropout_prob):
+    """softmax(query key^T / sqrt(H / heads)) value. On a CPU torch's fused kernel has no dropout."""
+    if query.device.type != "cpu" or not dropout_prob:
+        return F.scaled_dot_product_attention(query, key, value, key_mask, dropout_prob)
+    scores = query / math.sqrt(query.shape[3]) @ key.transpose(2, 3)  # (B, heads, L, L)
+    scores += torch.where(key_mask, 0.0, -math.inf).to(scores)
+    return dropout(scores.softmax(-1), dropout_prob) @ value
+
+
+def dropout(hidden, prob):
+    """Dropout. On a CPU random numbers are expensive: an element takes 16 bits, not one of its own."""
+    if not prob or hidden.device.type != "cpu":
+        return F.dropout(hidden, prob)
+    words = torch.empty(hidden.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+    bits = words.view(torch.int16)[: hidden.numel()].view(hidden.shape)
+    is_kept = (bits >= round(prob * 2**16) - 2**15).to(hidden.dtype)
+    return hidden * is_kept.mul_(1 / (1 - prob))
 
 
 def in_fp32(logits):

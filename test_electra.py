@@ -506,14 +506,32 @@ def test_D22_a_layer_is_post_norm_and_masks_keys_only():
 
 def test_D22_dropout_follows_embeddings_attention_and_feed_forward(monkeypatch):
     """Dropout 0.1 after the embedding LayerNorm, attention and feed-forward, and on the probabilities."""
-    encoder, ids, seen = make_electra(CONFIG).discriminator.encoder, make_rows(), []
-    watch(monkeypatch, F, "dropout", lambda x, p, training, inplace: seen.append(("hidden", p * training)))
-    watch(monkeypatch, F, "scaled_dot_product_attention", lambda *args: seen.append(("attention", args[4])))
+    config = replace(CONFIG, attention_probs_dropout_prob=0.2)
+    encoder, ids, seen = make_electra(config).discriminator.encoder, make_rows(), []
+    watch(monkeypatch, model, "dropout", lambda hidden, prob: seen.append((hidden.ndim, prob)))
     encoder(ids, ids != 0, ids * 0)
-    assert seen == [("hidden", 0.1)] + 2 * [("attention", 0.1), ("hidden", 0.1), ("hidden", 0.1)]
+    assert seen == [(3, 0.1)] + 2 * [(4, 0.2), (3, 0.1), (3, 0.1)]
     seen.clear()
     encoder.eval()(ids, ids != 0, ids * 0)
-    assert {probability for _, probability in seen} == {0}
+    assert {prob for _, prob in seen} == {0}
+
+
+def test_dropout_and_attention_of_a_cpu_are_torchs():
+    """A share of the elements is dropped, the others are scaled up; attention agrees with torch's kernel."""
+    ones = torch.ones(401, 499, dtype=torch.float64, requires_grad=True)
+    dropped = model.dropout(ones, 0.1)
+    assert set(dropped.unique().tolist()) == {0.0, 1 / 0.9} and abs(dropped.mean() - 1) < 0.003
+    (dropped * 2).sum().backward()
+    assert torch.equal(ones.grad, 2 * dropped)
+    flat = (dropped == 0).double().flatten()
+    for lag in (1, 2, 3, 4, 499):  # elements share words of random bits
+        assert abs((flat[lag:] * flat[:-lag]).mean() - 0.01) < 0.001
+    assert torch.equal(model.dropout(ones, 0), ones)
+    query, key, value = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64)
+    mask = torch.rand(2, 1, 1, 7) < 0.7
+    mask[..., 0] = True
+    ours, theirs = model.attention(query, key, value, mask, 1e-9), model.attention(query, key, value, mask, 0)
+    assert torch.allclose(ours, theirs, atol=1e-8)
 
 
 def test_D23_the_pooled_vector_is_the_last_layers_unchanged():
@@ -1188,7 +1206,7 @@ def test_compile_and_optimizer_flags_do_what_they_say(corpus, steps, monkeypatch
     assert {(*group["betas"], group["eps"]) for group in groups} == {(0.8, 0.95, 1e-4)}
     assert {group["weight_decay"] for group in groups} == {0.2, 0.0}
     assert {module.eps for module in modules if isinstance(module, nn.LayerNorm)} == {1e-3}
-    assert {module.p for module in modules if isinstance(module, nn.Dropout)} == {0.3}
+    assert {module.dropout_prob for module in modules if hasattr(module, "dropout_prob")} == {0.3}
     assert {module.attention_dropout_prob for module in modules if isinstance(module, model.Layer)} == {0.4}
 
 
@@ -1878,7 +1896,7 @@ def test_bad_input_in_own_tasks(toy_glue, files, message):
 def test_words_are_not_numbers(toy_glue):
     """--regression wants numbers."""
     write_task("own")
-    with pytest.raises(UserError, match="own/train.tsv, line 2, column label,: the label is 'good' and not a"):
+    with pytest.raises(UserError, match="line 2, column label,: the label is 'good' and not a number"):
         tune("--task own --regression")
 
 

@@ -355,7 +355,10 @@ class Run:
         """ids (B, L) and the uniform numbers (B, L + 2K) of their masks and samples."""
         width = self.max_length + 2 * self.model.config.num_slots(self.max_length)
         uniforms = rng(self.seed, purpose, step).random((len(rows), width), dtype=np.float32)
-        return [torch.from_numpy(array).to(self.config.device) for array in (rows, uniforms)]
+        tensors = map(torch.from_numpy, (rows, uniforms))
+        if self.config.device.startswith("cuda"):  # copied while the device still computes the step before
+            return [tensor.pin_memory().to(self.config.device, non_blocking=True) for tensor in tensors]
+        return [tensor.to(self.config.device) for tensor in tensors]
 
     def load_heldout(self):
         """The held-out rows, or None while they have not arrived. Prints the baseline of the MLM loss."""
