@@ -547,8 +547,8 @@ def split_line(line, max_length):
     """
     if len(line) <= max_length:
         return [line]
-    size = max_length // 4
-    return [line[start : start + size] for start in range(0, len(line), size)]
+    cuts = [number * max_length // 4 for number in range(4 * len(line) // max_length + 2)]
+    return [line[start:stop] for start, stop in itertools.pairwise(cuts) if start < len(line)]
 
 
 def draw_target(max_length, uniform):
@@ -665,8 +665,8 @@ class Cache:
         text = (f"{self.folder}{'' if self.is_complete else ', so far'}: {documents:,} documents, {rows:,} "
                 f"rows to train on, {heldout:,} held out; {lost:.0%} of the tokens overflow and are dropped")
         if lost > 0.4:
-            text += ("\nwarning: that is a lot. ELECTRA takes a line for a sentence or a paragraph: use "
-                     "--split-long-lines, or raise --max-length")
+            text += ("\nwarning: that is a lot. ELECTRA takes a line for a sentence or a paragraph: raise "
+                     "--max-length" + ", or use --split-long-lines" * (not self.config.split_long_lines))
         if kept < 0.4 * (rows + heldout) * self.config.max_length:
             text += ("\nwarning: rows are mostly padding. A blank line ends a document: if it should not, "
                      "use --one-document-per-file, else lower --max-length")
@@ -794,14 +794,14 @@ def rng(seed, purpose, *numbers):
 # Model folders: a path, a run of train.py, or a name on the hub
 
 
-def find_model(name, cache):
-    """The folder of a model: `name` itself, a network of a run, or a download from the hub."""
-    for folder in Path(name), Path(name) / "discriminator", Path(name) / "generator":
+def find_model(name, cache, networks=("discriminator", "generator")):
+    """The folder of a model: `name` itself, the first of these networks of a run, or a download."""
+    for folder in Path(name), *map(Path(name).joinpath, networks):
         if (folder / "config.json").is_file():
             return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("out/") or Path(name).exists():
         raise UserError(f"there is no model in {name}; pre-train one with `python train.py --size small`, or "
-                        "use --model google/electra-small-discriminator, which is downloaded")
+                        "give google/electra-small-discriminator or another name on the hub")
     folder = Path(cache) / "models" / name.replace("/", "--")
     make_once(folder / "config.json", lambda: download_model(name, folder))
     return folder

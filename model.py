@@ -392,7 +392,7 @@ class Layer(nn.Module):
 
 def attention(query, key, value, key_mask, dropout_prob):
     """softmax(query key^T / sqrt(H / heads)) value. On a CPU torch's fused kernel has no dropout."""
-    if query.device.type != "cpu" or not dropout_prob:
+    if not dropout_prob or query.device.type != "cpu" or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(query, key, value, key_mask, dropout_prob)
     scores = query / math.sqrt(query.shape[3]) @ key.transpose(2, 3)  # (B, heads, L, L)
     scores += torch.where(key_mask, 0.0, -math.inf).to(scores)
@@ -401,7 +401,7 @@ def attention(query, key, value, key_mask, dropout_prob):
 
 def dropout(hidden, prob):
     """Dropout. On a CPU random numbers are expensive: an element takes 16 bits, not one of its own."""
-    if not prob or hidden.device.type != "cpu":
+    if not prob or hidden.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(hidden, prob)
     words = torch.empty(hidden.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
     bits = words.view(torch.int16)[: hidden.numel()].view(hidden.shape)
@@ -509,10 +509,10 @@ def load_networks(electra, discriminator_folder, generator_folder):
     If not, it has the discriminator's.
     """
     load_weights(electra.generator, generator_folder)
-    found, heads = (config.num_attention_heads
-                    for config in (load_config(generator_folder), electra.generator.config))
-    if found != heads:
-        raise ModelError(f"{generator_folder} has {found} attention heads, and should have {heads}")
+    theirs, ours = asdict(load_config(generator_folder)), asdict(electra.generator.config)
+    for name in ("num_hidden_layers", "num_attention_heads"):  # tensors do not show them
+        if theirs[name] != ours[name]:
+            raise ModelError(f"{generator_folder} has {name} {theirs[name]}, and should have {ours[name]}")
     embeddings = electra.generator.encoder.embeddings.state_dict()
     generators = {name: tensor.clone() for name, tensor in embeddings.items()}
     load_weights(electra.discriminator, discriminator_folder)

@@ -1268,6 +1268,10 @@ def fail(step, *args):
     if step == 3 and train.RANK == 1:
         raise ValueError("rank one is broken")
     return learning_rate(step, *args)
+if "SLOW_SAVE" in flags:
+    flags.remove("SLOW_SAVE")
+    save = train.Run.save
+    train.Run.save = lambda run: (time.sleep(1), save(run))
 if "BROKEN" in flags:
     flags.remove("BROKEN")
     train.learning_rate = fail
@@ -1308,24 +1312,28 @@ def test_ranks_follow_the_curve_of_one_process(corpus):
 
 
 def test_ranks_stop_after_the_same_step_and_any_number_resumes(corpus):
-    """Ctrl-C stops all ranks after one step and saves; another number of ranks continues to the same end."""
-    flags = "--num-train-steps 300 --save-every 300 --eval-every 300 "
-    process = launch(2, flags)
-    log = Path("out/small/log.jsonl")
-    while not log.exists() or log.read_bytes().count(b"\n") < 9:
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    printed = process.communicate(timeout=120)[0]
-    stops = re.findall(r"stopped after step (\d+)", printed)
-    assert len(stops) == 2 and len(set(stops)) == 1, printed
-    step = int(stops[0])
-    assert torch.load("out/small/checkpoint.pt", weights_only=True)["step"] == step
+    """Ctrl-C, or SIGTERM to one rank, stops all after one step, when it is saved; one rank resumes."""
+    flags, log = "--num-train-steps 300 --save-every 300 --eval-every 300 ", Path("out/small/log.jsonl")
+    for lines in 5, 15:
+        process = launch(2, flags + "SLOW_SAVE")
+        while not log.exists() or log.read_bytes().count(b"\n") < lines:
+            assert process.poll() is None
+            time.sleep(0.02)
+        if lines == 5:
+            process.send_signal(signal.SIGINT)
+        else:
+            ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(ranks[-1]), signal.SIGTERM)
+        printed = process.communicate(timeout=120)[0]
+        stops = re.findall(r"stopped after step (\d+)", printed)
+        assert len(stops) == 2 and len(set(stops)) == 1, printed
+        step = int(stops[0])
+        assert torch.load("out/small/checkpoint.pt", weights_only=True)["step"] == step
     process = launch(1, flags)
     printed = process.communicate(timeout=240)[0]
     assert process.returncode == 0 and f"resuming after step {step} of 300" in printed, printed
     numerics = [line["numerics"]["ranks"] for line in read_log() if "numerics" in line]
-    assert numerics == [2, 1]
+    assert numerics == [2, 1]  # what changes is logged
 
 
 def test_ranks_that_cannot_work_together_say_why(corpus, monkeypatch):
@@ -1333,7 +1341,7 @@ def test_ranks_that_cannot_work_together_say_why(corpus, monkeypatch):
     for number in range(2):
         Path(f"vocab{number}.txt").write_text("\n".join([*SMALL_VOCAB, f"more{number}"]))
     for flags, message in [("BROKEN", "ValueError: rank one is broken"),
-                           ("--vocab VOCAB", "the ranks have different text or vocab.*: .* --vocab FILE")]:
+                           ("--vocab VOCAB", "the ranks differ in vocab: .* --vocab FILE")]:
         process = launch(2, flags)
         printed = process.communicate(timeout=120)[0]
         assert process.returncode == 1 and re.search(message, printed), printed
@@ -1363,6 +1371,10 @@ def test_fp16_scales_the_loss_skips_what_overflows_and_resumes(corpus, monkeypat
     skipped = [line["skipped_steps"] for line in lines]
     assert steps == list(range(60)) and skipped[:3] == [1, 2, 3] and 5 < skipped[-1] == skipped[-5] < 60
     assert lines[0]["loss_scale"] == 2.0**59 and lines[-1]["loss"] < lines[0]["loss"]
+    monkeypatch.setattr(torch.amp, "GradScaler",
+                        lambda device, enabled: scaler(device, init_scale=1e-6, enabled=enabled))
+    with pytest.raises(UserError, match="the loss overflows in fp16 at step 4, and nothing is learned"):
+        pretrain("--dtype fp16 --restart")
 
 
 def test_a_run_starts_from_weights(corpus, capsys):
@@ -1389,6 +1401,12 @@ def test_a_run_starts_from_weights(corpus, capsys):
     assert "--init names no generator" in capsys.readouterr().out
     generator = model.Generator(model.load_config(small / "generator"))
     model.save_pretrained(generator, "other")
+    deeper = replace(model.load_config(small / "generator"), num_hidden_layers=3)
+    model.save_pretrained(model.Generator(deeper), "deeper")
+    shutil.copytree(small / "generator", "cased")
+    for name in "other", "deeper":
+        WordPiece(SMALL_VOCAB, do_lower_case=False).save(Path(name), 32)
+    WordPiece(SMALL_VOCAB).save(Path("cased"), 32)
     train.main(f"{flags} --init {small} other --out mixed".split())
     assert "different embeddings; the discriminator's are used" in capsys.readouterr().out
     table = "electra.embeddings.word_embeddings.weight"
@@ -1403,6 +1421,8 @@ def test_a_run_starts_from_weights(corpus, capsys):
         ("--init out/small nowhere", "there is no model in nowhere"),
         (f"--init {small}/generator", "does not fit this Discriminator: discriminator_predictions"),
         (f"--init {small} alone", "does not fit this Generator: generator_lm_head.bias"),
+        (f"--init {small} deeper", "deeper has num_hidden_layers 3, and should have 2"),
+        (f"--init {small} cased", "have different vocabularies, or rules for case"),
     ]:
         with pytest.raises((UserError, ModelError), match=re.escape(message)):
             train.main(f"{flags} --out new --init out/small {more}".split())
@@ -1440,9 +1460,12 @@ def test_the_baseline_is_a_masked_language_model_of_the_discriminators_size(toy_
     assert not [name for name, _ in electra.named_parameters() if "discriminator" in name]
     output = run_electra(electra, make_rows())
     assert output.loss == output.mlm_loss and output.disc_logits is None
-    assert "→" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "→" in printed and "✗" not in printed
     tune("--task cola --model mlm/small")
     assert read_results()["cola", 0]["model"] == "mlm/small/generator"
+    pretrain("--objective mlm --restart")
+    assert not Path("out/small/discriminator").exists()  # of the run before
 
 
 def test_a_saved_run_is_evaluated_again(corpus, capsys):
@@ -1453,8 +1476,14 @@ def test_a_saved_run_is_evaluated_again(corpus, capsys):
     pretrain("--eval-only")
     assert capsys.readouterr().out.split("step 24, held-out text")[-1] == end and "✗" in end
     assert all(path.read_bytes() == content for path, content in files.items())
-    with pytest.raises(UserError, match="there is no run in elsewhere/small to evaluate"):
-        pretrain("--eval-only --out elsewhere")
+    shutil.rmtree("cache")  # is made again
+    pretrain("--eval-only")
+    assert capsys.readouterr().out.split("step 24, held-out text")[-1] == end
+    for flags, message in [("--eval-only --out elsewhere", "there is no run in elsewhere/small to evaluate"),
+                           ("--eval-only --restart", "and --restart deletes it; leave one out")]:
+        with pytest.raises(UserError, match=message):
+            pretrain(flags)
+    assert not Path("elsewhere").exists() and Path("out/small/checkpoint.pt").exists()
 
 
 def test_curves_are_plotted(corpus, monkeypatch):
@@ -1478,6 +1507,10 @@ def test_curves_are_plotted(corpus, monkeypatch):
 
 def test_long_lines_can_be_split(corpus):
     """--split-long-lines loses less of long lines, and changes no text whose lines fit."""
+    for length, max_length in itertools.product((9, 31, 32, 33, 100), (8, 9, 31, 32)):
+        pieces = data.split_line(list(range(length)), max_length)
+        assert sum(pieces, []) == list(range(length))
+        assert all(sum(map(len, four)) == max_length for four in [pieces[:4]] if len(pieces) > 4)
     long = "\n\n".join(text.replace("\n", " ") for text in make_text(100))
     for text, is_same in (long, False), ("\n\n".join(["ba do ku ."] * 300), True):
         Path("corpus.txt").write_text(text)
@@ -2300,7 +2333,7 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(corpus, monkeypatch
             parameter.data.fill_(math.nan)
 
     watch(monkeypatch, torch.optim.AdamW, "step", spoil)
-    message = "the weights are not finite after step 12; .* --restart with a lower --learning-rate"
+    message = "the weights are not finite after step 12, .* --restart with a lower --learning-rate"
     with pytest.raises(UserError, match=message):
         pretrain()
     state = torch.load("out/small/checkpoint.pt", weights_only=True)

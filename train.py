@@ -71,6 +71,7 @@ HELDOUT_ROWS = 1024  # rows of every evaluation, always with the same masks and 
 SAVE_SECONDS = 600  # the most work that a kill can cost
 SHOWN_ROWS, SHOWN_TOKENS = 5, 40  # what is shown at the end
 SLOW_DAYS = 14  # warn about a run that takes longer
+MIN_LOSS_SCALE = 1e-4  # of fp16; below it every step has overflowed for long
 FIRST_ADAM_STEP = 1_000_000  # see build_optimizer
 KEPT = (0.01, 0.0625, 0.125, 0.25, 0.5, 0.75)  # shares of the steps after which the networks are kept
 
@@ -122,6 +123,8 @@ class TrainConfig(StepConfig):
                             f"micro-batches of {self.micro_batch_size or 'equal size'}")
         if len(self.init) > 2:
             raise UserError("--init takes a discriminator and a generator")
+        if self.eval_only and self.restart:
+            raise UserError("--eval-only evaluates a run, and --restart deletes it; leave one out")
 
 
 # What each size changes. The defaults, above and in DataConfig, are small's.
@@ -226,6 +229,7 @@ def train(run, producer_error):
     if run.step < config.num_train_steps:
         if run.step > first_step:
             run.save()
+        error = next(filter(None, gather(error)), None)  # also waits for the rank that saves
         again = "the same command" + " without --restart" * config.restart
         raise UserError(error or f"stopped after step {run.step}; {again} resumes")
 
@@ -303,8 +307,13 @@ class Run:
     def resume(self):
         """Continue from the checkpoint, or start over. What was logged after the checkpoint is cut off."""
         if RANK == 0:
-            self.read_checkpoint()
-        [self.step, scaler_state], *_ = gather((self.step, self.scaler.state_dict()))
+            if self.config.restart:
+                self.checkpoint.unlink(missing_ok=True)  # first: it must not stand beside another run's log
+            if self.checkpoint.exists():
+                self.read_checkpoint()
+            else:
+                self.start_over()
+        self.step, scaler_state = gather((self.step, self.scaler.state_dict()))[0]
         if scaler_state:
             self.scaler.load_state_dict(scaler_state)
         states = [self.model.state_dict(), *self.optimizer.state.values()]
@@ -312,17 +321,13 @@ class Run:
             for tensor in state.values():
                 dist.broadcast(tensor, 0)
 
+    def start_over(self):
+        for folder in (self.folder / "discriminator", self.folder / "generator", *self.folder.glob("step-*")):
+            shutil.rmtree(folder, ignore_errors=True)
+        with open(self.log_path, "wb") as log:
+            append_json(log, dict(settings=self.settings, numerics=self.numerics))
+
     def read_checkpoint(self):
-        if self.config.restart:
-            self.checkpoint.unlink(missing_ok=True)  # first: it must not stand beside another run's log
-        if not self.checkpoint.exists():
-            if self.config.eval_only:
-                raise UserError(f"there is no run in {self.folder} to evaluate; check --size and --out")
-            for folder in (*map(self.folder.joinpath, self.networks), *self.folder.glob("step-*")):
-                shutil.rmtree(folder, ignore_errors=True)
-            with open(self.log_path, "wb") as log:
-                append_json(log, dict(settings=self.settings, numerics=self.numerics))
-            return
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             old, new = state["settings"], self.settings
@@ -403,8 +408,11 @@ class Run:
         if RANK:
             return
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            raise UserError(f"the weights are not finite after step {self.step}; the checkpoint before is "
-                            "intact; use --restart with a lower --learning-rate")
+            raise UserError(f"the weights are not finite after step {self.step}, and are not saved; use "
+                            "--restart with a lower --learning-rate")
+        if self.scaler.is_enabled() and self.scaler.get_scale() < MIN_LOSS_SCALE:
+            raise UserError(f"the loss overflows in fp16 at step {self.step}, and nothing is learned; use "
+                            "--dtype fp32, or --restart with a lower --learning-rate")
         self.export(self.folder)
         state = dict(step=self.step, settings=self.settings, numerics=self.numerics,
                      model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
@@ -571,23 +579,27 @@ def describe(metrics, is_late):
 # A look at what it has learned
 
 LEGEND = """
-Held-out sentences, as the networks see them. The tokens with the highest scores are flagged, as many as were
-replaced: early in training few scores exceed one half.
+Held-out sentences, as the networks see them.
   [word =]        masked; the generator put the same word back
-  [word→other ✓]  masked; the generator put another word, and the discriminator flagged it
-  [word→other ✗]  masked; the generator put another word, and the discriminator did not flag it
-  [word !]        flagged, but not replaced"""
+  [word→other]    masked; the generator put another word"""
+DISCRIMINATOR_LEGEND = """\
+             ✓    ... and the discriminator flagged it
+             ✗    ... and the discriminator did not flag it
+  [word !]        flagged, but not replaced
+The tokens with the highest scores are flagged, as many as were replaced: early in training few scores exceed
+one half."""
 
 
-def finish(run):
+def finish(run, producer_error):
     """Evaluate a run, and show sentences."""
-    heldout = run.cache.heldout(HELDOUT_ROWS)
-    if heldout is None or not len(heldout):
-        print("there is no held-out text to evaluate on")
-        return
-    metrics = compute_metrics(*run.evaluate(heldout))
-    print(f"step {run.step}, held-out text: {describe(metrics, is_late=False)}")
-    show(run, choose_readable(heldout, run.cache.wordpiece))
+    while (heldout := run.cache.heldout(HELDOUT_ROWS)) is None:  # the cache may be new
+        if error := producer_error():
+            raise UserError(error)
+        time.sleep(0.05)
+    if len(heldout):
+        metrics = compute_metrics(*run.evaluate(heldout))
+        print(f"step {run.step}, held-out text: {describe(metrics, is_late=False)}")
+        show(run, choose_readable(heldout, run.cache.wordpiece))
 
 
 def choose_readable(rows, wordpiece):
@@ -609,14 +621,16 @@ def show(run, rows):
 
     positions, weights, corrupted_ids, is_replaced = map(
         join, ("positions", "weights", "corrupted_ids", "is_replaced"))
-    is_suspect = torch.zeros_like(is_replaced)
+    is_suspect, marks = torch.zeros_like(is_replaced), ("", "")
+    print(LEGEND)
     if run.model.discriminator is not None:
+        print(DISCRIMINATOR_LEGEND)
+        marks = " ✗", " ✓"
         logits = join("disc_logits")
         suspicions = logits[ids.cpu() != 0].sort(descending=True).values
         is_suspect = logits > suspicions[is_replaced.sum()]
     is_masked = torch.zeros_like(is_replaced).scatter(1, positions, weights > 0)
     tokens = run.cache.wordpiece.tokens
-    print(LEGEND)
     arrays = rows, corrupted_ids, is_masked, is_suspect
     for row in zip(*(array.tolist() for array in arrays), strict=True):
         words = []
@@ -624,7 +638,7 @@ def show(run, rows):
             if not original:
                 break
             if seen != original:
-                words.append(f"[{tokens[original]}→{tokens[seen]} {'✓' if suspect else '✗'}]")
+                words.append(f"[{tokens[original]}→{tokens[seen]}{marks[suspect]}]")
             elif suspect or masked:
                 words.append(f"[{tokens[original]} {'!' if suspect else '='}]")
             else:
@@ -670,22 +684,28 @@ def parse(argv, description, config_classes, sizes):
 
 def resolve_device(config):
     """The config with what "auto" stands for on this machine."""
-    found = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    device = ("cuda" if found else "cpu") if config.device == "auto" else config.device
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    found = [*gpus, "cpu", *["mps"] * torch.backends.mps.is_available()]
+    device = ("cuda" if gpus else "cpu") if config.device == "auto" else config.device
     if device == "cuda":
         device = f"cuda:{LOCAL_RANK}"
-    found += ["cpu", *["mps"] * torch.backends.mps.is_available()]
     if device not in found:
         raise UserError(f"there is no device {device} here; there are {', '.join(found)}")
-    dtypes = ["fp32", "bf16", "fp16"] if device == "cpu" else ["fp32"]  # auto is the first
-    if device.startswith("cuda"):
-        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older GPUs only emulate it
-        dtypes = ["bf16", "fp16", "fp32"] if has_bf16 else ["fp16", "fp32"]
+    if device in gpus:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
+    dtypes = dtypes_of(device)
     if config.dtype not in ("auto", *dtypes):
         raise UserError(f"{device} does not compute in {config.dtype}; --dtype takes {', '.join(dtypes)}")
     return replace(config, device=device, dtype=dtypes[0] if config.dtype == "auto" else config.dtype)
+
+
+def dtypes_of(device):
+    """What a device computes in, the best first."""
+    if not device.startswith("cuda"):
+        return ["fp32", "bf16", "fp16"] if device == "cpu" else ["fp32"]
+    has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older GPUs only emulate it
+    return ["bf16", "fp16", "fp32"] if has_bf16 else ["fp16", "fp32"]
 
 
 def run_command(main):
@@ -734,25 +754,30 @@ def main(argv=None):
     positions = model_config.max_position_embeddings
     if data_config.max_length > positions:
         raise UserError(f"max_length {data_config.max_length} is beyond the model's {positions} positions; "
-                        "raise --max-position-embeddings too")
+                        "lower it, or raise --max-position-embeddings too")
     if WORLD_SIZE > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if config.device.startswith("cuda") else "gloo")
+    folder = Path(config.out) / config.size
+    if config.eval_only and RANK == 0 and not (folder / "checkpoint.pt").exists():
+        raise UserError(f"there is no run in {folder} to evaluate; check --size and --out")
     wordpiece = load_wordpiece(data_config)
     model_config = replace(
         model_config, vocab_size=len(wordpiece.tokens), cls_token_id=wordpiece.cls_token_id,
         sep_token_id=wordpiece.sep_token_id, mask_token_id=wordpiece.mask_token_id)
-    folder = Path(config.out) / config.size
-    with lock(folder / "lock") if RANK == 0 else nullcontext(True) as is_ours:
+    writes, produces = RANK == 0 and not config.eval_only, LOCAL_RANK == 0
+    with lock(folder / "lock") if writes else nullcontext(True) as is_ours:
         if not is_ours:
             raise UserError(f"another process is training in {folder}; use another --out")
         run = Run(config, model_config, Cache(data_config, wordpiece))
-        with producing(run.cache) if LOCAL_RANK == 0 else nullcontext(lambda: None) as producer_error:
+        compare_ranks(run)
+        with producing(run.cache) if produces else nullcontext(lambda: None) as producer_error:
             wait_for_text(run.cache, producer_error)
             run.resume()  # with text at hand, so that bad input leaves the run in the folder alone
             print(run.cache.describe())
             if not config.eval_only:
                 train(run, producer_error)
-        finish(run)
+            if RANK == 0:
+                finish(run, producer_error)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     exported = " and ".join(str(folder / name) for name in run.networks)
@@ -760,12 +785,19 @@ def main(argv=None):
           f"python finetune.py --model {folder} --task mrpc --max-length {data_config.max_length}")
 
 
+def compare_ranks(run):
+    """Ranks must have the same text, vocabulary and flags. Times of files and paths of --init may differ."""
+    identities = [identity[:2] for identity in run.cache.identities]
+    settings = run.settings | dict(files=digest(identities), init=len(run.config.init),
+                                   log_every=run.config.log_every, eval_every=run.config.eval_every)
+    different = {name for one in gather(settings) for name in one if one[name] != settings[name]}
+    if different:
+        raise UserError(f"the ranks differ in {', '.join(sorted(different))}: give all machines the same "
+                        "flags, the same --data and, if a vocabulary was trained, that one by --vocab FILE")
+
+
 def wait_for_text(cache, producer_error):
-    """Wait until there is a shard on every rank, after a check that their rows will be the same."""
-    text = digest([identity[:2] for identity in cache.identities])  # without the times of files
-    if len(set(map(digest, gather(cache.fingerprint | {"files": text})))) > 1:
-        raise UserError("the ranks have different text or vocabularies: give all machines the same --data, "
-                        "and the same vocabulary by --vocab FILE")
+    """Wait until there is a shard on every rank."""
     while True:
         error = producer_error()
         cache.refresh()
@@ -783,25 +815,29 @@ SHAPE = ("vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "nu
 
 def resolve_init(config, data_config, model_config, typed):
     """The configs for --init: shape, vocabulary and case are those of the folders."""
-    folders = [find_model(name, data_config.cache) for name in config.init]
-    is_mlm, partner = model_config.objective == "mlm", folders[0].parent / "generator"
-    if len(folders) == 1 and not is_mlm and folders[0].name == "discriminator" and partner.is_dir():
-        folders.append(partner)  # a run of ours
-    if len(folders) == 2 and is_mlm:
+    is_mlm, names = model_config.objective == "mlm", list(config.init)
+    if is_mlm and len(names) == 2:
         raise UserError("--objective mlm has no discriminator; --init takes one folder")
+    if not is_mlm and len(names) == 1 and Path(names[0], "generator").is_dir():
+        names *= 2  # both networks of a run
+    networks = [["generator"]] if is_mlm else [["discriminator"], ["generator"]]
+    folders = [find_model(name, data_config.cache, network).resolve()
+               for name, network in zip(names, networks, strict=False)]
     refused = {*SHAPE, "vocab", "do_lower_case", "strip_accents", *["generator_size"] * (len(folders) - 1)}
     if refused & typed:
         raise UserError(f"--init prescribes {', '.join(sorted(refused & typed))}; leave these flags out")
-    if Path(config.out, config.size).resolve() in folders[0].resolve().parents:
+    if any(Path(config.out, config.size).resolve() in folder.parents for folder in folders):
         raise UserError("--init names the run that would be overwritten; use another --out")
+    tokenizers = [read_tokenizer(folder)[0] for folder in folders]
+    if len({(each.sha256, each.do_lower_case, each.strip_accents) for each in tokenizers}) > 1:
+        raise UserError(f"{folders[0]} and {folders[1]} have different vocabularies, or rules for case")
     shapes = [load_config(folder) for folder in folders]
     shape = {name: getattr(shapes[0], name) for name in SHAPE}
     if len(folders) == 2:
         shape["generator_size"] = shapes[1].hidden_size / shapes[0].hidden_size
-    wordpiece, _ = read_tokenizer(folders[0])
     return (replace(config, init=[str(folder) for folder in folders]),
-            replace(data_config, vocab=str(find_vocab(folders[0])), do_lower_case=wordpiece.do_lower_case,
-                    strip_accents=wordpiece.strip_accents),
+            replace(data_config, vocab=str(find_vocab(folders[0])), do_lower_case=tokenizers[0].do_lower_case,
+                    strip_accents=tokenizers[0].strip_accents),
             replace(model_config, **shape))
 
 

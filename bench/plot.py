@@ -26,8 +26,11 @@ PANELS = {"MLM loss": ("mlm_loss", "unigram_entropy", "word frequencies"),
 
 def read_run(folder):
     """The evaluations in a run's log."""
-    with open(Path(folder) / "log.jsonl", encoding="utf-8") as log:
-        lines = [json.loads(line) for line in log]
+    path = Path(folder) / "log.jsonl"
+    if not path.is_file():
+        raise SystemExit(f"{folder} is not a run of train.py, such as out/small")
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")  # the run may be writing the last line
+    lines = [json.loads(line) for line in whole.split("\n")]
     lines = [line for line in lines if line.get("split") == "heldout"]
     if not lines:
         raise SystemExit(f"{folder} has not been evaluated yet")
