@@ -52,6 +52,7 @@ from data import Cache, DataConfig, Order, UserError, WordPiece
 from model import Electra, ElectraConfig, ModelError
 
 HERE = Path(__file__).parent
+GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 CLS, SEP, MASK = 101, 102, 103
 
 # Odd on purpose: embeddings wider than the generator and narrower than the discriminator, heads of 24.
@@ -1522,6 +1523,104 @@ def test_long_lines_can_be_split(corpus):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The CUDA path: by evidence that needs no GPU, and on one
+
+
+class SyncIsError:
+    """Fails, on a GPU, where the host waits for it."""
+
+    def __enter__(self):
+        torch.cuda.set_sync_debug_mode("error")
+
+    def __exit__(self, *error):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device, mode", [("cpu", NoSync), pytest.param("cuda", SyncIsError, marks=GPU)])
+def test_no_step_of_pre_training_waits_for_the_device(corpus, monkeypatch, device, mode):
+    """Between two lines of the log nothing crosses from the device, and no size or branch depends on data."""
+    steps, crossings = ExitStack(), []
+
+    def look(step, *args):
+        if step == 1:  # the first step is logged; the last one, too, and evaluated
+            steps.enter_context(mode())
+        if step == 22:
+            steps.close()
+
+    watch(monkeypatch, train, "learning_rate", look)
+    watch(monkeypatch, train, "gather_outputs", crossings.append)
+    with steps:
+        pretrain(f"--device {device} --log-every 100 --eval-every 100 --save-every 100 --micro-batch-size 4 "
+                 "--no-compile")
+    assert len(crossings) == len(read_log(split="train")) == 2
+
+
+def test_batches_are_pinned_and_copied_without_waiting(monkeypatch):
+    """For a GPU, rows and uniforms are in pinned memory, and the host does not wait for the copy."""
+    pinned, copied = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **kwargs: copied.append((args, kwargs)))
+    run = SimpleNamespace(seed=0, max_length=32, model=SimpleNamespace(config=CONFIG),
+                          config=train.TrainConfig(device="cuda:0"))
+    train.Run.to_device(run, make_rows().numpy(), "train", 5)
+    assert [tensor.shape for tensor in pinned] == [(6, 32), (6, 32 + 2 * CONFIG.num_slots(32))]
+    assert copied == [(("cuda:0",), dict(non_blocking=True))] * 2
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_inductor_compiles_the_step(device):
+    """Compiled for real, one layer gives the loss and the gradients of the same layer uncompiled."""
+    if not shutil.which("g++"):
+        pytest.skip("inductor needs a C++ compiler")
+    torch.set_float32_matmul_precision("highest")
+    electra = make_electra(replace(NO_DROPOUT, num_hidden_layers=1)).to(device)
+    ids, uniforms = make_rows().to(device), make_uniforms(make_rows()).to(device)
+    gradients = []
+    for function in electra, torch.compile(electra, fullgraph=True):
+        electra.zero_grad()
+        function(ids, uniforms).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in electra.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=GPU), pytest.param("fp16", marks=GPU)])
+def test_a_gpu_agrees_with_the_cpu(dtype, corpus):
+    """Losses of one step on a GPU are the CPU's: in fp32 to 1e-4, in bf16 and fp16 to 2 %."""
+    electra, ids = make_electra(), make_rows()
+    uniforms = make_uniforms(ids)
+    expected = electra(ids, uniforms)
+    electra, inputs = electra.cuda(), (ids.cuda(), uniforms.cuda())
+    torch.set_float32_matmul_precision("highest")
+    for kind, tolerance in ("fp32", 1e-4), (dtype, 0.02):
+        with train.autocast(train.TrainConfig(device="cuda", dtype=kind)):
+            output = electra(*inputs)
+        for name in "mlm_loss", "disc_loss":
+            ours, theirs = getattr(output, name).item(), getattr(expected, name).item()
+            assert ours == pytest.approx(theirs, rel=tolerance)
+    counts, whole, parts = model.count(inputs[0], CONFIG), [], []
+    for gradients, size in (whole, 6), (parts, 2):  # micro-batches
+        electra.zero_grad()
+        for part in zip(*(tensor.split(size) for tensor in inputs), strict=True):
+            electra(*part, counts).loss.backward()
+        gradients += [parameter.grad.clone() for parameter in electra.parameters()]
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_run_on_a_gpu_resumes(corpus):
+    """Stopped and resumed on a GPU, a run follows the same losses but for rounding."""
+    pretrain("--device cuda --no-compile --out whole")
+    pretrain_until_killed("--device cuda --no-compile --out killed --cache cache2", "checkpoint.pt", 2)
+    pretrain("--device cuda --no-compile --out killed --cache cache2")
+    losses = [[line["loss"] for line in read_log(f"{out}/small", "train")] for out in ("whole", "killed")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Metrics
 
 
@@ -2006,7 +2105,8 @@ def test_no_step_of_fine_tuning_waits_for_the_device(toy_glue, monkeypatch):
                                      dtype="fp32", learning_rate=1e-3, layerwise_lr_decay=0.8)
     task = glue.TASKS["mrpc"]
     sweep = finetune.Sweep(config, {"mrpc": task}, finetune.load_pretrained(config))
-    finetune.finetune(task, 0, sweep.tokenize("mrpc"), sweep.pretrained, config)
+    with steps:
+        finetune.finetune(task, 0, sweep.tokenize("mrpc"), sweep.pretrained, config)
 
 
 def test_folders_of_transformers_and_generators_are_taken(toy_glue, capsys, tmp_path):

@@ -12,6 +12,7 @@ matrices, and where the time of our step goes.
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -50,6 +51,7 @@ def parse(argv=None):
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
     parser.add_argument("--compile", action="store_true", help="compile our step, and theirs")
     parser.add_argument("--cuda-graphs", action="store_true", help='with --compile: mode="reduce-overhead"')
+    parser.add_argument("--json", help="file for the figures")
     parser.add_argument("--only", choices=["ours", "transformers"], help="one of the two; prints JSON")
     return parser.parse_args(argv)
 
@@ -203,6 +205,9 @@ def measure(options):
     batch_size = options.batch_size or (recipe_row.get("batch_size", 128) if is_cuda else 32)
     rows = make_rows(config, batch_size, length).to(recipe.device)
     kinds = [options.only] if options.only else ["ours", "transformers"]
+    if not options.only and importlib.util.find_spec("transformers") is None:
+        print("transformers is not installed: there is nothing to compare with")
+        kinds = ["ours"]
     steps = {kind: make_step(kind, options, config, recipe, rows) for kind in kinds}
     times = {kind: [] for kind in kinds}
     for number in range(2 + options.rounds):
@@ -221,9 +226,12 @@ def measure(options):
         memory = torch.cuda.max_memory_allocated() if is_cuda else resident_memory()
         return figures | dict(peak_memory=memory)
     rate = figures["ours"] * flops_per_token(config, length)
+    if len(kinds) == 2:
+        figures["ratio"] = figures["ours"] / figures["transformers"]
+    peak = matmul_rate(recipe)
     return figures | dict(
-        ratio=figures["ours"] / figures["transformers"], flop_per_token=flops_per_token(config, length),
-        matmul_rate=matmul_rate(recipe), utilization=rate / matmul_rate(recipe),
+        flop_per_token=flops_per_token(config, length),
+        matmul_rate=peak, utilization=rate / peak,
         shares=where_time_goes(steps["ours"], recipe.device),
         memory={kind: peak_memory(options, kind) for kind in kinds})
 
@@ -235,10 +243,13 @@ def main():
         print(json.dumps(figures))
         return
     print("{device}, {dtype}, {size}, {batch_size} x {length}, torch {torch}".format(**figures))
-    for kind in ("ours", "transformers"):
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
+    for kind in figures["memory"]:
         memory = figures["memory"][kind] / 2**20
         print(f"{kind:13} {figures[kind]:10,.0f} tokens/s, {memory:,.0f} MiB at the peak")
-    print(f"ratio {figures['ratio']:.2f}; {figures['flop_per_token'] / 1e6:.0f} MFLOP per token, "
+    ratio = f"ratio {figures['ratio']:.2f}; " if "ratio" in figures else ""
+    print(f"{ratio}{figures['flop_per_token'] / 1e6:.0f} MFLOP per token, "
           f"{figures['utilization']:.0%} of the rate of a large matrix product "
           f"({figures['matmul_rate'] / 1e9:,.0f} GFLOP/s)")
     for kind, share in sorted(figures["shares"].items(), key=lambda item: -item[1]):

@@ -1,0 +1,85 @@
+"""An epoch of MRPC with random weights of small's shape: the share of it spent outside the network.
+
+    python bench/mrpc.py --glue-dir GLUE [--examples 640] [--threads 1]
+
+Inside are forward, backward, clipping and the optimizer. On a GPU the host waits after each of them here.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import finetune
+import glue
+import model
+import train
+from data import SPECIAL_TOKENS, WordPiece
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--glue-dir", required=True)
+    parser.add_argument("--size", default="small", choices=model.SIZES)
+    parser.add_argument("--examples", type=int, default=10_000, help="at most so many of the training set")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", help="file for the figures")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    config = train.resolve_device(finetune.FinetuneConfig(glue_dir=options.glue_dir, num_train_epochs=1))
+    task, shape = glue.TASKS["mrpc"], model.ElectraConfig(**model.SIZES[options.size])
+    config = finetune.resolve(config, task, shape.hidden_size)
+    examples, _ = glue.read_examples(task, "train", config.cache, options.glue_dir)
+    # A vocabulary of the words that are there: rows are about as long as with BERT's.
+    words = {word for example in examples for word in " ".join(example[:2]).lower().split()}
+    wordpiece = WordPiece([*SPECIAL_TOKENS, *sorted(words)])
+    shape = model.replace(shape, sep_token_id=wordpiece.sep_token_id,
+                          max_position_embeddings=max(128, shape.max_position_embeddings))
+    rows, labels = finetune.tokenize_examples(examples[: options.examples], wordpiece, config.max_length)
+    pretrained = finetune.Pretrained(Path("random"), shape, wordpiece, None, "random")
+    inside = [0.0]
+
+    def watch(owner, name):
+        function = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            if config.device.startswith("cuda"):
+                torch.cuda.synchronize()
+            inside[0] += time.perf_counter() - began
+            return result
+
+        setattr(owner, name, timed)
+
+    for owner, name in ((finetune.Classifier, "forward"), (torch.Tensor, "backward"),
+                        (torch.nn.utils, "clip_grad_norm_"), (torch.optim.AdamW, "step")):
+        watch(owner, name)
+    marks = []  # when the first and the last step begin
+    learning_rate = finetune.learning_rate
+
+    def mark(*args):
+        marks.append((time.perf_counter(), inside[0]))
+        return learning_rate(*args)
+
+    finetune.learning_rate = mark
+    finetune.finetune(task, 0, {"train": (rows, labels)}, pretrained, config)
+    (began, inside_before), (ended, inside_after) = marks[0], marks[-1]
+    seconds, steps = ended - began, len(marks) - 1
+    outside = 1 - (inside_after - inside_before) / seconds
+    figures = dict(device=config.device, dtype=config.dtype, size=options.size, steps=steps, outside=outside,
+                   examples_per_second=steps * config.batch_size / seconds,
+                   epoch_seconds=seconds / steps * int(np.ceil(len(rows) / config.batch_size)))
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
+    print("{device}, {dtype}, {size}, {steps} steps: {examples_per_second:,.0f} examples/s; {outside:.1%} of "
+          "the time outside the network".format(**figures))
+
+
+if __name__ == "__main__":
+    main()
