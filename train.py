@@ -661,8 +661,9 @@ def parse(argv, description, config_classes, sizes):
     for config_class in config_classes:
         source = "".join(map(inspect.getsource, config_class.__mro__[-2::-1]))
         comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
+        # A class's own fields come first, then those it inherits.
         for field in sorted(fields(config_class), key=lambda field: field.name not in vars(config_class)):
-            if field.name not in comments:  # a class's own fields come first, then those it inherits
+            if field.name not in comments:
                 continue
             defaults = [str(field.default)] + [f"{size}: {row[field.name]}" for size, row in sizes.items()
                                                if field.name in row]

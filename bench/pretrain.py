@@ -155,7 +155,8 @@ def flops_per_token(config, length):
     """Multiplications and additions of a step, forward and backward, for each position of a row."""
     K = config.num_slots(length)
     total = 3 * 2 * config.embedding_size * config.vocab_size * K / length  # the output layer
-    for shape in config, config.generator_config():
+    shapes = [config.generator_config()] + [config] * (config.objective == "electra")
+    for shape in shapes:
         H, layers = shape.hidden_size, shape.num_hidden_layers
         weights = layers * (4 * H * H + 2 * H * shape.intermediate_size) + shape.embedding_size * H
         total += 3 * 2 * (weights + layers * 2 * length * H)
