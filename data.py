@@ -662,8 +662,9 @@ class Cache:
         documents, rows, heldout, kept, dropped = (
             sum(shard[name] for shard in self.shards) for name in names)
         lost = dropped / max(1, kept + dropped)
-        text = (f"{self.folder}{'' if self.is_complete else ', so far'}: {documents:,} documents, {rows:,} "
-                f"rows to train on, {heldout:,} held out; {lost:.0%} of the tokens overflow and are dropped")
+        state = "" if self.is_complete else ", still growing"
+        text = (f"{self.folder}{state}: {documents:,} documents, {rows:,} rows to train on, {heldout:,} held "
+                f"out; {lost:.0%} of the tokens overflow and are dropped")
         if lost > 0.4:
             text += ("\nwarning: that is a lot. ELECTRA takes a line for a sentence or a paragraph: raise "
                      "--max-length" + ", or use --split-long-lines" * (not self.config.split_long_lines))

@@ -101,7 +101,7 @@ class FinetuneConfig(StepConfig):
     max_length: int = 128  # tokens to which an example is cut
     dropout: float = 0.1  # in the encoder, whatever pre-training used
     warmup_proportion: float = 0.1  # share of the steps over which the learning rate rises from 0
-    weight_decay: float = 0.0  # [D33] as in the paper; the official code's default is 0.01
+    weight_decay: float = 0.0  # decoupled weight decay, as in the paper; the official default is 0.01 [D33]
     predict: bool = False  # keep predictions of the test sets
     submit: bool = False  # write those of the seeds with the best dev scores as files; GLUE as a zip
     save: bool = False  # keep the network of the seed with the best dev score in OUT/TASK
@@ -467,7 +467,7 @@ class Sweep:
             if not path.exists() or read_json(path).get("result") != self.key(name, seed):
                 network, _ = finetune(task, seed, self.tokenize(name), self.pretrained, self.configs[name])
                 self.save(name, seed, network)
-            print(f"{path.parent} has {task.title}'s seed with the best dev score, {seed}")
+            print(f"{path.parent} holds the network of seed {seed}, {task.title}'s best on dev")
 
     def submit(self):
         """Write the predictions of each task's best seed and, with all nine of GLUE, the zip."""
@@ -499,7 +499,7 @@ def format_table(results, tasks):
             values = 100 * np.array([entry["metrics"][metric] for entry in entries])
             means[name][metric], medians[name][metric] = np.mean(values), np.median(values)
             deviation = f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "-"
-            is_averaged = name in AVERAGED_BY_ELECTRA and not task.files
+            is_averaged = name in AVERAGED_BY_ELECTRA and len(TASKS.keys() & tasks) > 1 and not task.files
             mark = "*" if is_averaged and metric == task.metrics[0] else ""
             lines.append(f"{task.title:10}{metric + mark:22}{len(values):6}{np.mean(values):8.2f}"
                          f"{deviation:>7}{np.median(values):8.2f}{np.max(values):7.2f}")
@@ -528,21 +528,24 @@ class Predictor:
 
         predictor = Predictor("out/glue/mrpc")
         [(label, probabilities)] = predictor.predict([("He left early.", "He went away early.")])
+
+    The encoder in that folder loads in transformers, too. The head does not: theirs has another layer.
     """
 
     def __init__(self, folder, config=FinetuneConfig(device="cpu", dtype="fp32")):
         folder, self.config = Path(folder), config
-        content = read_json(folder / "config.json")
+        content = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         if "label_range" not in content:
-            raise UserError(f"{folder} has no classifier; --save keeps one, by default in out/glue/TASK")
+            raise UserError(f"{folder} has no classifier; --model takes what --save wrote, as out/glue/mrpc")
         self.labels, (self.low, self.high) = list(content["id2label"].values()), content["label_range"]
         self.wordpiece, self.max_length = read_tokenizer(folder)
         self.network = Classifier(load_config(folder), len(self.labels) or 1)
         load_weights(self.network, folder)
         self.network.to(config.device)
 
-    def predict(self, pairs):
-        """For each (sentence, second sentence or ""): (label, {label: probability}), or (number, {})."""
+    def predict(self, texts):
+        """For each sentence or pair of sentences: (label, {label: probability}), or (number, {})."""
+        pairs = [(text, "") if isinstance(text, str) else text for text in texts]
         examples = [Example(first, second, None) for first, second in pairs]
         rows, _ = tokenize_examples(examples, self.wordpiece, self.max_length)
         logits = torch.from_numpy(compute_logits(self.network, rows, self.config))
@@ -555,13 +558,18 @@ class Predictor:
 def predict_file(config):
     """Print a table of predictions for a file of any size, in its order."""
     predictor, source = Predictor(config.model, config), config.predict_file
-    print("prediction", *predictor.labels, sep="\t")
+    header = ["prediction", *predictor.labels]
     with sys.stdin.buffer if source == "-" else open(source, "rb") as file:
         rows = read_table(file, source)
         while chunk := [sentences(row, where) for where, row in itertools.islice(rows, CHUNK)]:
+            if header:  # not before there is something below it
+                print(*header, sep="\t")
+                header = None
             for label, probabilities in predictor.predict(chunk):
                 text = label if predictor.labels else f"{label:.4f}"
                 print(text, *(f"{probability:.4f}" for probability in probabilities.values()), sep="\t")
+    if header:
+        raise UserError(f"{source} has no rows; the first line of a table names its columns")
 
 
 def main(argv=None):

@@ -349,14 +349,14 @@ def read_own(task, split, raw, source):
 
 def sentences(row, where):
     """The one or two sentences of a row, under `sentence` or `sentence1` and `sentence2`."""
-    first, _ = cell(row, "sentence" if "sentence" in row else "sentence1", where)
+    first, _ = cell(row, "sentence1" if "sentence1" in row else "sentence", where)
     return first, cell(row, "sentence2", where)[0] if "sentence2" in row else ""
 
 
 def cell(row, column, where):
     """(Text, where it stands) of a column."""
     if column not in row:
-        raise UserError(f"{where} has no column {column}; it has {', '.join(map(str, row))}")
+        raise UserError(f"{where}, has no column {column}; the first line names {', '.join(map(str, row))}")
     if not isinstance(row[column], str | int | float):
         raise UserError(f"{where}, column {column}, is {row[column]!r}, neither text nor a number")
     return str(row[column]), f"{where}, column {column},"

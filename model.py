@@ -34,7 +34,7 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class ElectraConfig:
-    """The shape of a network, under HuggingFace's names, and the objective. The defaults are small's.
+    """The shape of a network, under HuggingFace's names, and the objective. The defaults are those of small.
 
     The shape is the discriminator's; `generator_config` derives the generator's.
     """
@@ -72,7 +72,7 @@ class ElectraConfig:
         if self.objective == "mlm":
             return self
         hidden = max(1, round(self.hidden_size * self.generator_size))  # [D18] narrower, not shallower
-        heads = math.gcd(hidden, max(1, hidden // 64))  # the official code takes multiples of 64 only
+        heads = math.gcd(hidden, max(1, hidden // 64))  # 64 wide or, unlike the official code, what divides
         return replace(self, hidden_size=hidden, intermediate_size=4 * hidden, num_attention_heads=heads)
 
     def num_slots(self, length):
@@ -101,8 +101,8 @@ SIZES = {
 class Output(NamedTuple):
     """The result of a forward pass.
 
-    Each loss is summed over these rows and divided by the count of the whole batch, so that the outputs of
-    micro-batches add up to the batch's.
+    If the rows are a micro-batch, their losses are still divided by the counts of the whole batch, so that
+    those of all its micro-batches add up.
     """
 
     loss: torch.Tensor  # () to call backward() on
@@ -113,7 +113,7 @@ class Output(NamedTuple):
     weights: torch.Tensor  # (B, K) 1 for a prediction, 0 for an unused slot
     corrupted_ids: torch.Tensor  # (B, L) the text with the samples in it
     is_replaced: torch.Tensor  # (B, L) bool, where it differs
-    # Without a discriminator:
+    # None without a discriminator:
     disc_loss: torch.Tensor = None  # () the discriminator's part, before its weight
     disc_logits: torch.Tensor = None  # (B, L) above 0 for "replaced"
 
@@ -132,14 +132,14 @@ class Electra(nn.Module):
         """One pass of the objective over rows of token ids (B, L) that begin with [CLS], zero-padded.
 
         `uniforms` (B, L + 2K) float32 in [0, 1) is all the randomness apart from dropout; by default it is
-        drawn here. `counts` (2,) is `count` of the whole batch, if these rows are only a part of it.
+        drawn here. `counts` (2,) is what `count` returns for the whole batch, if these rows are a part of it.
         """
         K = self.config.num_slots(input_ids.shape[1])
         if uniforms is None:
             uniforms = torch.rand(len(input_ids), input_ids.shape[1] + 2 * K, device=input_ids.device)
         if counts is None:
             counts = count(input_ids, self.config)
-        mlm_count, token_count = counts + 1e-6
+        mlm_count, token_count = counts + 1e-6  # as in the official code
         mask_uniforms, sample_uniforms = uniforms[:, :-K], uniforms[:, -K:]  # (B, L + K), (B, K)
         # Computed once, from the original ids: a sampled [PAD] or [SEP] must not change them.
         attention_mask, token_type_ids = mask_and_types(input_ids, self.config.sep_token_id)
@@ -155,7 +155,7 @@ class Electra(nn.Module):
 
         sampled = sample(log_probs.detach(), sample_uniforms)  # (B, K) [D11] no argmax, no gradient
         corrupted_ids = corrupt(input_ids, positions, weights, sampled)  # (B, L)
-        is_replaced = corrupted_ids != input_ids  # [D13] a sample that equals the original is original
+        is_replaced = corrupted_ids != input_ids  # [D13] a correct guess counts as original
 
         mlm_loss = (mlm_losses * weights).sum() / mlm_count
         output = Output(
@@ -183,7 +183,7 @@ class Electra(nn.Module):
 
 
 def mask_and_types(input_ids, sep_token_id):
-    """Attention mask (B, L) bool and token types (B, L) int64. Both follow from the ids. [D35]
+    """Attention mask (B, L) bool and token types (B, L) int64. Both follow from the ids: [PAD] is 0. [D35]
 
     Types are 0 up to and including the first [SEP], then 1, and 0 on padding:
 
@@ -236,20 +236,21 @@ def mask(input_ids, uniforms, config):
     ranks = uniforms[:, :L].masked_fill(~selectable(input_ids, config), -1.0)
     positions = ranks.topk(K).indices  # (B, K)
     is_used = torch.arange(K, device=input_ids.device) < num_predictions(input_ids, config)[:, None]  # (B, K)
-    positions = positions * is_used  # an unused slot points at [CLS]
+    # Short rows need fewer than K predictions. Their spare slots point at [CLS], and write it over itself.
+    positions = positions * is_used
 
     original = input_ids.gather(1, positions)
     becomes_mask = is_used & (uniforms[:, L:] < 0.85)  # [D06] the others stay as they are
     shown = torch.where(becomes_mask, config.mask_token_id, original)
-    return positions, is_used.float(), input_ids.scatter(1, positions, shown)  # unused slots rewrite [CLS]
+    return positions, is_used.float(), input_ids.scatter(1, positions, shown)
 
 
 @torch.no_grad()
 def sample(log_probs, uniforms):
     """Draw from log-probabilities (B, K, V), one token for each of uniforms (B, K): (B, K) int64.
 
-    Unlike the official code, which adds Gumbel noise to all B x K x V logits, this inverts the cumulative
-    distribution: the token drawn is the first whose cumulative probability exceeds the uniform number.
+    The token drawn is the first whose cumulative probability exceeds the uniform number. (The official code
+    adds Gumbel noise to all B x K x V logits instead, and takes the largest: the same distribution.)
 
     >>> sample(torch.tensor([[[0.2, 0.5, 0.3]]]).log(), torch.tensor([[0.6]]))  # 0.2 <= 0.6 < 0.2 + 0.5
     tensor([[1]])
@@ -257,7 +258,7 @@ def sample(log_probs, uniforms):
     cumulative = log_probs.exp().cumsum(-1)  # (B, K, V)
     thresholds = uniforms[..., None] * cumulative[..., -1:]  # the last is 1 up to rounding
     sampled = torch.searchsorted(cumulative, thresholds.to(cumulative), right=True).squeeze(-1)
-    return sampled.clamp(max=log_probs.shape[-1] - 1)  # a NaN is found past the last token
+    return sampled.clamp(max=log_probs.shape[-1] - 1)  # of NaN, the search runs past the end
 
 
 def corrupt(input_ids, positions, weights, sampled):
@@ -354,8 +355,11 @@ class Embeddings(nn.Module):
             truncated_normal_(table, config)  # [PAD]'s row too
 
     def forward(self, input_ids, token_type_ids):
+        length, positions = input_ids.shape[1], len(self.position_embeddings.weight)
+        if length > positions:
+            raise ModelError(f"a row of {length} tokens does not fit into the model's {positions} positions")
         hidden = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)  # (B, L, E)
-        hidden = hidden + self.position_embeddings.weight[: input_ids.shape[1]]
+        hidden = hidden + self.position_embeddings.weight[:length]
         return dropout(self.norm(hidden), self.dropout_prob * self.training)
 
 
@@ -404,18 +408,18 @@ def dropout(hidden, prob):
     if not prob or hidden.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(hidden, prob)
     words = torch.empty(hidden.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
-    bits = words.view(torch.int16)[: hidden.numel()].view(hidden.shape)
+    bits = words.view(torch.int16)[: hidden.numel()].view(hidden.shape)  # uniform in [-2^15, 2^15)
     is_kept = (bits >= round(prob * 2**16) - 2**15).to(hidden.dtype)
     return hidden * is_kept.mul_(1 / (1 - prob))
 
 
 def in_fp32(logits):
-    """bf16 is too coarse for a softmax over a vocabulary and for a loss. fp64 stays."""
+    """bf16 is too coarse for a softmax over a vocabulary and for a loss. fp64, in tests, stays."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def truncated_normal_(module, config):
-    """Standard deviation 0.02, truncated at two standard deviations, which leaves 0.0176. [D21]"""
+    """Standard deviation `initializer_range`, truncated at two of them, which leaves 0.88 of it. [D21]"""
     std = config.initializer_range
     nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
     if isinstance(module, nn.Linear):
@@ -431,7 +435,7 @@ def glorot_uniform_(linear):
 # ------------------------------------------------------------------------------------------------------------
 # Weights in and out, as HuggingFace folders
 
-RENAMES = {  # ours -> HuggingFace's, replaced one after the other
+RENAMES = {  # ours -> HuggingFace's, in this order, for later ones apply to what earlier ones gave
     "encoder.embeddings": "electra.embeddings",
     "encoder.layers": "electra.encoder.layer",
     "embeddings.norm": "embeddings.LayerNorm",
@@ -451,7 +455,7 @@ RENAMES = {  # ours -> HuggingFace's, replaced one after the other
 
 
 def huggingface_tensors(network):
-    """The tensors of a network under HuggingFace's names. They are views: copying into them fills it."""
+    """The tensors of a network under HuggingFace's names. They are views: what is copied into them stays."""
     tensors = {}
     for name, tensor in network.state_dict().items():
         for ours, theirs in RENAMES.items():

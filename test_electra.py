@@ -1097,7 +1097,7 @@ def test_a_run_learns_logs_and_leaves_models(corpus, capsys):
     assert steps[0]["tokens"] == 8 * 32 and header["settings"]["batch_size"] == 8
     assert heldout[-1]["mlm_loss"] < heldout[0]["mlm_loss"] - 0.2
     printed = capsys.readouterr().out
-    assert "held-out text: MLM loss" in printed and "✗]" in printed and "word frequencies alone" in printed
+    assert "held-out text: MLM loss" in printed and "✗]" in printed and "by word frequency alone" in printed
     electra = model.load_electra("out/small/discriminator", "out/small/generator")
     assert electra.config.vocab_size == len(SMALL_VOCAB)
     wordpiece, length = data.read_tokenizer("out/small/discriminator")
@@ -2003,8 +2003,8 @@ def test_own_tasks_are_read_from_every_kind_of_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("files, message", [
     ({"dev.tsv": None}, "own has no dev.tsv, dev.csv or dev.jsonl"),
     ({"dev.csv": "a"}, "there are own/dev.tsv and own/dev.csv; keep one"),
-    ({"train.tsv": "text\tlabel\na\tbad\nb\tgood\n"}, "line 2 has no column sentence1; it has text, label"),
-    ({"train.tsv": "sentence\nba\n"}, "own/train.tsv, line 2 has no column label; it has sentence"),
+    ({"train.tsv": "text\tlabel\na\tbad\nb\tgood\n"}, "line 2, has no column sentence; the first line na"),
+    ({"train.tsv": "sentence\nba\n"}, "own/train.tsv, line 2, has no column label; the first line"),
     ({"train.tsv": "sentence\tlabel\nba\tx\tx\n"}, "own/train.tsv, line 2, has 3 fields, and the header 2"),
     ({"train.tsv": "sentence\tlabel\nba\tx\n"}, "own/train.tsv needs at least two different labels"),
     ({"train.tsv": "sentence\tlabel\nba\t1\nba\t2.5\n"},
@@ -2044,7 +2044,7 @@ def test_a_network_is_kept_and_predicts(toy_glue, capsys, monkeypatch):
     tune(flags + "--save")  # only the best is run again, since it was not kept
     tune(flags + "--save")
     assert ran == [best] and scores[best] > 0.8
-    assert f"out/glue/own has own's seed with the best dev score, {best}" in capsys.readouterr().out
+    assert f"out/glue/own holds the network of seed {best}, own's best on dev" in capsys.readouterr().out
     tune(flags + "--save --out other")
     kept = [model.read_weights(f"{out}/own")[0]["classifier.weight"] for out in ("out/glue", "other")]
     assert torch.equal(*kept) and ran == [best, 0, 1, 2]
@@ -2059,9 +2059,13 @@ def test_a_network_is_kept_and_predicts(toy_glue, capsys, monkeypatch):
     assert [line.split("\t")[0] for line in printed] == [line.split("\t")[1] for line in submitted]
     predictor = finetune.Predictor("out/glue/own")
     for line, (label, probabilities) in zip(
-            printed, predictor.predict([(line, "") for line in lines[1:]]), strict=True):
+            printed, predictor.predict(lines[1:]), strict=True):
         assert line.split("\t") == [label, *(f"{value:.4f}" for value in probabilities.values())]
         assert sum(probabilities.values()) == pytest.approx(1)
+    Path("empty.tsv").write_text("A fine film.\n")
+    with pytest.raises(UserError, match="empty.tsv has no rows; the first line of a table names its columns"):
+        finetune.main("--predict-file empty.tsv --model out/glue/own --device cpu".split())
+    assert capsys.readouterr().out == ""
     stdin = "".join(json.dumps(dict(sentence=line)) + "\n" for line in lines[1:]).encode()
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
     finetune.main("--predict-file - --model out/glue/own --device cpu".split())
@@ -2523,7 +2527,7 @@ CUT_SHORT = struct.pack("<Q", 61) + b'{"a": {"dtype": "F32", "shape": [2], "data
     ("--max-length 65", {}, "out/small/discriminator has 64 positions; use --max-length 64 or less"),
     ("--seeds 0", {}, "seeds is 0"), ("--max-length 2", {}, "max_length is 2"),
     ("--task cola rte wnli --glue-dir part", {}, "no part/RTE/train.tsv, .* part/WNLI/dev.tsv; --gl"),
-    ("--predict-file a.tsv --model out/small/discriminator", {}, "discriminator has no classifier; --save"),
+    ("--predict-file a.tsv --model out/small/discriminator", {}, "has no classifier; --model takes what --save"),
     ("", {"config.json": None}, "there is no model in out/small; pre-train one"),
     ("", {"config.json": b"{"}, "config.json is not the config of a model"),
     ("", {"config.json": b'{"model_type": "bert"}'}, "describes a model of type 'bert'"),

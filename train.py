@@ -333,7 +333,8 @@ class Run:
             old, new = state["settings"], self.settings
         except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError):
             raise UserError(f"{self.checkpoint} is damaged; --restart starts over") from None
-        changed = [f"{name} was {old.get(name)} and is now {new.get(name)}"
+        changed = [f"{name} differs" if name in ("files", "vocab") else
+                   f"{name} was {old.get(name)} and is now {new.get(name)}"
                    for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
         if changed:
             longer = f"; to train it for longer, use another --out and --init {self.folder}"
@@ -370,8 +371,8 @@ class Run:
         heldout = self.cache.heldout(HELDOUT_ROWS)
         if heldout is not None and len(heldout):
             unigram = unigram_entropy(heldout, self.model.config)
-            tqdm.write(f"{len(heldout):,} rows are held out; word frequencies alone give them an MLM loss of "
-                       f"{unigram:.3f}")
+            tqdm.write(f"{len(heldout):,} rows are held out; guessing by word frequency alone would give an "
+                       f"MLM loss of {unigram:.3f}")
         elif heldout is not None:
             tqdm.write("no evaluation: one document in a hundred is held out, and this text has too few")
         return heldout
@@ -566,9 +567,10 @@ def describe(metrics, is_late):
     """A sentence about held-out text. Late in training it warns of networks that have not learned."""
     text = f"MLM loss {metrics['mlm_loss']:.3f}"
     if "auc" in metrics:
-        share = metrics["disc_loss"] / metrics["all_original"]
-        text += f", discriminator loss {share:.3f} x all-original, AUC {metrics['auc']:.3f}"
-        if is_late and share >= 0.97:
+        loss, guessing = metrics["disc_loss"], metrics["all_original"]
+        text += (f", discriminator loss {loss:.3f} (guessing: {guessing:.3f}), AUC {metrics['auc']:.3f} "
+                 "(guessing: 0.5)")
+        if is_late and loss >= 0.97 * guessing:
             text += "; warning: the discriminator is stuck; try a smaller generator or a lower learning rate"
     if is_late and metrics["mlm_loss"] > 6:
         text += "; warning: the generator is stuck; try a lower learning rate"
@@ -586,8 +588,7 @@ DISCRIMINATOR_LEGEND = """\
              ✓    ... and the discriminator flagged it
              ✗    ... and the discriminator did not flag it
   [word !]        flagged, but not replaced
-The tokens with the highest scores are flagged, as many as were replaced: early in training few scores exceed
-one half."""
+If N tokens were replaced, the N with the highest scores are flagged."""
 
 
 def finish(run, producer_error):
@@ -596,10 +597,13 @@ def finish(run, producer_error):
         if error := producer_error():
             raise UserError(error)
         time.sleep(0.05)
-    if len(heldout):
+    if not len(heldout):
+        print("no text is held out, so there is nothing to show")
+        return
+    if run.config.eval_only:
         metrics = compute_metrics(*run.evaluate(heldout))
         print(f"step {run.step}, held-out text: {describe(metrics, is_late=False)}")
-        show(run, choose_readable(heldout, run.cache.wordpiece))
+    show(run, choose_readable(heldout, run.cache.wordpiece))
 
 
 def choose_readable(rows, wordpiece):
@@ -643,7 +647,7 @@ def show(run, rows):
                 words.append(f"[{tokens[original]} {'!' if suspect else '='}]")
             else:
                 words.append(tokens[original])
-        print("\n" + " ".join(words).replace(" ##", ""))
+        print("\n" + re.sub(r"(?<!\]) ##", "", " ".join(words)))  # word pieces, unless one is marked
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -665,8 +669,8 @@ def parse(argv, description, config_classes, sizes):
         for field in sorted(fields(config_class), key=lambda field: field.name not in vars(config_class)):
             if field.name not in comments:
                 continue
-            defaults = [str(field.default)] + [f"{size}: {row[field.name]}" for size, row in sizes.items()
-                                               if field.name in row]
+            defaults = [str(field.default or "none" if field.type is list else field.default)]
+            defaults += [f"{size}: {row[field.name]}" for size, row in sizes.items() if field.name in row]
             help = f"{comments[field.name]} ({'; '.join(defaults)})".replace("%", "%%")
             kinds = {bool: dict(action=argparse.BooleanOptionalAction), list: dict(nargs="+")}
             parser.add_argument(f"--{field.name.replace('_', '-')}", help=help,

@@ -1,6 +1,7 @@
-"""Learning curves of runs of train.py, on held-out text, as a PNG.
+"""Pictures of runs of train.py: learning curves on held-out text, or one sentence through both networks.
 
     python bench/plot.py out/small out/mlm/small [--official] [--out curves.png]
+    python bench/plot.py out/tiny --sentence "Return the most common data point." [--out sentence.png]
 
 Draws the MLM loss with the loss that word frequencies alone give, the discriminator's loss with the loss of
 one that takes every token for the original, and the AUC. --official adds the published curve of ELECTRA-Small
@@ -10,12 +11,18 @@ on OpenWebText (bench/official_curve.csv, read off the figure in google-research
 import argparse
 import csv
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
+import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import model
 
 OFFICIAL = Path(__file__).with_name("official_curve.csv")
 OFFICIAL_TOKENS = 128 * 128  # in a step
@@ -69,13 +76,54 @@ def plot(folders, out, official=False):
     print(f"wrote {out}")
 
 
+def plot_sentence(run, text, out, seed=0):
+    """A sentence as it was, masked, as the generator fills it in, and what the discriminator says of it."""
+    wordpiece, _ = data.read_tokenizer(Path(run) / "discriminator")
+    electra = model.load_electra(Path(run) / "discriminator", Path(run) / "generator").eval()
+    [ids] = wordpiece.encode([text])
+    input_ids = torch.tensor([[wordpiece.cls_token_id, *ids, wordpiece.sep_token_id]])
+    slots = electra.config.num_slots(input_ids.shape[1])
+    width = input_ids.shape[1] + 2 * slots
+    uniforms = torch.rand(1, width, generator=torch.Generator().manual_seed(seed))
+    _, _, masked_ids = model.mask(input_ids, uniforms[:, :-slots], electra.config)
+    output = electra(input_ids, uniforms)
+    chosen = torch.zeros_like(input_ids).scatter(1, output.positions, (output.weights > 0).long())[0].bool()
+    rows = [[wordpiece.tokens[number] for number in row[0][1:-1].tolist()]
+            for row in (input_ids, masked_ids, output.corrupted_ids)]
+    said = output.disc_logits[0, 1:-1].sigmoid().tolist()
+    rows.append([f"{100 * probability:.0f} %" for probability in said])
+    chosen, replaced = chosen[1:-1].tolist(), output.is_replaced[0, 1:-1].tolist()
+
+    starts = [0.0]
+    for column in zip(*rows[:3], strict=True):
+        starts.append(starts[-1] + max(4, *map(len, column)) + 1.6)
+    figure, axis = plt.subplots(figsize=(12, 2.2), layout="constrained")
+    names = "original", "masked", "generator", "replaced?"
+    for number, (name, row) in enumerate(zip(names, rows, strict=True)):
+        axis.text(-2, -number, name, ha="right", va="center", fontsize=11, color="gray")
+        for column, word in enumerate(row):
+            shade = [0, 0.35 * chosen[column], 0.35 * replaced[column], said[column]][number]
+            color = matplotlib.colormaps["Oranges" if number == 3 else "Blues"](0.8 * shade)
+            box = dict(boxstyle="round,pad=0.25", facecolor=color if shade else "white", linewidth=0)
+            middle = (starts[column] + starts[column + 1]) / 2
+            axis.text(middle, -number, word, ha="center", va="center", fontsize=11, bbox=box)
+    axis.set(xlim=(-11, starts[-1]), ylim=(-3.6, 0.6))
+    axis.axis("off")
+    figure.savefig(out, dpi=150)
+    print(f"wrote {out}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", help="folders with a log.jsonl")
     parser.add_argument("--official", action="store_true", help="add the published curve")
-    parser.add_argument("--out", default="curves.png", help="the picture")
+    parser.add_argument("--sentence", help="draw this sentence through the networks of the first run")
+    parser.add_argument("--out", help="the picture; by default curves.png or sentence.png")
     options = parser.parse_args()
-    plot(options.runs, options.out, options.official)
+    if options.sentence:
+        plot_sentence(options.runs[0], options.sentence, options.out or "sentence.png")
+    else:
+        plot(options.runs, options.out or "curves.png", options.official)
 
 
 if __name__ == "__main__":
