@@ -50,9 +50,9 @@ from glue import (
     check_folder,
     find_tasks,
     read_examples,
+    read_sentences,
     read_table,
     score,
-    sentences,
     submission_file,
     submission_splits,
     write_submission,
@@ -105,7 +105,7 @@ class FinetuneConfig(StepConfig):
     predict: bool = False  # keep predictions of the test sets
     submit: bool = False  # write those of the seeds with the best dev scores as files; GLUE as a zip
     save: bool = False  # keep the network of the seed with the best dev score in OUT/TASK
-    predict_file: str = ""  # print predictions for a .tsv, .csv or .jsonl file, or "-", by such a network
+    predict_file: str = ""  # a .tsv, .csv or .jsonl file, or - for standard input: print predictions for it
     cache: str = DataConfig.cache  # folder for downloads
     out: str = "out/glue"  # folder for results
 
@@ -350,6 +350,10 @@ class Sweep:
                         for name, task in tasks.items()}
         if config.glue_dir:
             check_folder([needed for name in tasks for needed in self.splits(name)], config.glue_dir)
+        for name in tasks if config.save else ():
+            folder = self.folder / name
+            if folder.exists() and not is_kept_network(folder):
+                raise UserError(f"--save would overwrite {folder}, which is not a network; use another --out")
         # Everything is read here once, so that damage is reported now, not in the middle of the night.
         self.sha256 = {name: {split: sha256 for split, (_, sha256) in self.read(name).items()}
                        for name in tasks}
@@ -368,8 +372,11 @@ class Sweep:
     def tokenize(self, name):
         """(Rows, labels) by split."""
         wordpiece, length, task = self.pretrained.wordpiece, self.config.max_length, self.tasks[name]
+        splits = self.read(name)
+        if {split: sha256 for split, (_, sha256) in splits.items()} != self.sha256[name]:
+            raise UserError(f"the files of {task.title} have changed; run the same command again")
         return {split: tokenize_examples(examples, wordpiece, length, task.both_orders and split == "train")
-                for split, (examples, _) in self.read(name).items()}
+                for split, (examples, _) in splits.items()}
 
     def settings(self, name):
         """Everything that decides a task's result, except the seed."""
@@ -461,7 +468,7 @@ class Sweep:
             new.rename(folder)
 
     def save_best(self):
-        """See that each task has its best seed in its folder. If it was not kept, it is run again."""
+        """Keep the network of each task's best seed. If it is not at hand any more, the seed is run again."""
         for name, task in self.tasks.items():
             seed, path = self.best_seed(name), self.folder / name / "config.json"
             if not path.exists() or read_json(path).get("result") != self.key(name, seed):
@@ -471,26 +478,28 @@ class Sweep:
 
     def submit(self):
         """Write the predictions of each task's best seed and, with all nine of GLUE, the zip."""
-        files, folder = {}, self.folder / "submission"
+        files, folder, is_whole = {}, self.folder / "submission", set(TASKS) <= set(self.tasks)
         for name, task in self.tasks.items():
             with np.load(self.predictions_path(name, self.best_seed(name))) as kept:
-                files |= {file: submission_file(owner, kept[file])
-                          for owner, split in submission_splits(task) for file in [owner.submissions[split]]}
+                for owner, split in submission_splits(task):
+                    file = owner.submissions[split]
+                    files[file] = submission_file(owner, kept[file])
         with lock(self.folder / "locks" / "results", "waiting to write the submission"):
             for file, text in files.items():
                 with atomic_write(folder / file) as opened:
                     opened.write(text.encode())
-            if set(TASKS) <= set(self.tasks):
+            if is_whole:
                 write_submission(self.folder / "submission.zip", files)
         chosen = ", ".join(f"{task.title} {self.best_seed(name)}" for name, task in self.tasks.items())
         print(f"{folder} has the test predictions of the seeds with the best dev scores: {chosen}")
-        if not set(TASKS) <= set(self.tasks):
+        if not is_whole and set(TASKS) & set(self.tasks):
             print("submission.zip for gluebenchmark.com needs --task all")
 
 
 def format_table(results, tasks):
     """What papers print: of every metric the mean, deviation, median and best of the seeds; averages."""
-    lines = [f"{'':10}{'':22}{'seeds':>6}{'mean':>8}{'sd':>7}{'median':>8}{'best':>7}"]
+    width = max(10, *(len(task.title) + 1 for task in tasks.values()))
+    lines = [f"{'':{width}}{'':22}{'seeds':>6}{'mean':>8}{'sd':>7}{'median':>8}{'best':>7}"]
     means, medians, notes = {}, {}, []
     for name, task in tasks.items():
         entries = [entry for (other, _), entry in results.items() if other == name]
@@ -501,7 +510,7 @@ def format_table(results, tasks):
             deviation = f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "-"
             is_averaged = name in AVERAGED_BY_ELECTRA and len(TASKS.keys() & tasks) > 1 and not task.files
             mark = "*" if is_averaged and metric == task.metrics[0] else ""
-            lines.append(f"{task.title:10}{metric + mark:22}{len(values):6}{np.mean(values):8.2f}"
+            lines.append(f"{task.title:{width}}{metric + mark:22}{len(values):6}{np.mean(values):8.2f}"
                          f"{deviation:>7}{np.median(values):8.2f}{np.max(values):7.2f}")
         if constant := [str(entry["seed"]) for entry in entries if entry["is_constant"]]:
             notes.append(f"{task.title}: seed {', '.join(constant)} gave every example the same answer; it "
@@ -523,6 +532,12 @@ def format_table(results, tasks):
 # A network that was kept
 
 
+def is_kept_network(folder):
+    """Whether --save wrote a folder."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and "label_range" in read_json(path)
+
+
 class Predictor:
     """A fine-tuned network in a folder that --save wrote.
 
@@ -534,9 +549,9 @@ class Predictor:
 
     def __init__(self, folder, config=FinetuneConfig(device="cpu", dtype="fp32")):
         folder, self.config = Path(folder), config
-        content = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-        if "label_range" not in content:
+        if not is_kept_network(folder):
             raise UserError(f"{folder} has no classifier; --model takes what --save wrote, as out/glue/mrpc")
+        content = read_json(folder / "config.json")
         self.labels, (self.low, self.high) = list(content["id2label"].values()), content["label_range"]
         self.wordpiece, self.max_length = read_tokenizer(folder)
         self.network = Classifier(load_config(folder), len(self.labels) or 1)
@@ -546,6 +561,8 @@ class Predictor:
     def predict(self, texts):
         """For each sentence or pair of sentences: (label, {label: probability}), or (number, {})."""
         pairs = [(text, "") if isinstance(text, str) else text for text in texts]
+        if not pairs:
+            return []
         examples = [Example(first, second, None) for first, second in pairs]
         rows, _ = tokenize_examples(examples, self.wordpiece, self.max_length)
         logits = torch.from_numpy(compute_logits(self.network, rows, self.config))
@@ -561,12 +578,12 @@ def predict_file(config):
     header = ["prediction", *predictor.labels]
     with sys.stdin.buffer if source == "-" else open(source, "rb") as file:
         rows = read_table(file, source)
-        while chunk := [sentences(row, where) for where, row in itertools.islice(rows, CHUNK)]:
+        while chunk := [read_sentences(row, where) for where, row in itertools.islice(rows, CHUNK)]:
             if header:  # not before there is something below it
                 print(*header, sep="\t")
                 header = None
             for label, probabilities in predictor.predict(chunk):
-                text = label if predictor.labels else f"{label:.4f}"
+                text = label if predictor.labels else f"{label:.6g}"
                 print(text, *(f"{probability:.4f}" for probability in probabilities.values()), sep="\t")
     if header:
         raise UserError(f"{source} has no rows; the first line of a table names its columns")

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import io
 import itertools
+import re
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -165,15 +166,19 @@ def find_tasks(names, is_regression=False):
     tasks = {}
     for name in names:
         key = name.lower().replace("-", "")
-        found = list(TASKS.values()) if key == "all" else [TASKS.get(key)]
-        if found == [None]:
-            if not Path(name).is_dir():
-                raise UserError(f"there is no task {name}; there are {', '.join(TASKS)}, all, and folders "
-                                "with train and dev as .tsv, .csv or .jsonl")
+        if key == "all":
+            found = list(TASKS.values())
+        elif key in TASKS:
+            found = [TASKS[key]]
+        elif Path(name).is_dir():
             found = [own_task(Path(name), is_regression)]
+        else:
+            raise UserError(f"there is no task {name}; there are {', '.join(TASKS)}, all, and folders with "
+                            "train and dev as .tsv, .csv or .jsonl")
         for task in found:
-            if tasks.setdefault(task.name, task) != task:
-                raise UserError(f"two tasks are called {task.name}; rename a folder")
+            if any(task.title == other.title and task != other for other in tasks.values()):
+                raise UserError(f"two tasks are called {task.title}; rename a folder")
+            tasks[task.name] = task
     return tasks
 
 
@@ -192,7 +197,11 @@ def read_examples(task, split, cache, glue_dir=None):
     if task.files:
         raw, source = task.files[split].read_bytes(), task.files[split]
         return read_own(task, split, raw, source), hashlib.sha256(raw).hexdigest()
-    raw, source = read_file(task, split, glue_dir) if glue_dir else read_download(task, split, cache)
+    if glue_dir:
+        source = official_path(task, split, glue_dir)
+        raw = source.read_bytes()
+    else:
+        raw, source = read_download(task, split, cache)
     return parse_official(task, split, raw, source), hashlib.sha256(raw).hexdigest()
 
 
@@ -245,7 +254,7 @@ def read_number(text, where):
 
 
 def check_folder(splits, folder):
-    """Report all files at once that are missing of (task, split) in a folder."""
+    """Check that the files of all (task, split) are in a folder. Those that are missing are named at once."""
     paths = [official_path(task, split, folder) for task, split in splits if not task.files]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
@@ -255,12 +264,6 @@ def check_folder(splits, folder):
 
 def official_path(task, split, folder):
     return Path(folder) / task.title / f"{split}.tsv"
-
-
-def read_file(task, split, folder):
-    """(Bytes, name) of a split in a folder that is laid out as the official zips are."""
-    path = official_path(task, split, folder)
-    return path.read_bytes(), str(path)
 
 
 def read_download(task, split, cache):
@@ -318,72 +321,87 @@ def own_task(folder, is_regression):
     title = folder.resolve().name
     task = Task(title, dict.fromkeys(files), ("accuracy", "macro f1", "matthews"),
                 {"test": f"{title}.tsv"} if "test" in files else {}, in_words=True, files=files)
-    texts = {}  # where each label is seen first
+    places = {}  # of each label, where it is seen first
     with open(files["train"], "rb") as file:
         for where, row in read_table(file, files["train"]):
-            texts.setdefault(*cell(row, "label", where))
+            places.setdefault(read_cell(row, "label", where), f"{where}, column label")
     if is_regression:
-        numbers = [read_number(text, where) for text, where in texts.items()]
-        task = replace(task, labels=(), metrics=("spearman", "pearson"), low=min(numbers), high=max(numbers))
-    else:
-        fractions = [text for text in texts if "." in text and text.replace(".", "").isdigit()]
-        if fractions:
-            raise UserError(f"{texts[fractions[0]]} is {fractions[0]}, a number; use --regression")
-        task = replace(task, labels=tuple(sorted(texts, key=lambda text: (len(text) * text.isdigit(), text))))
-    if len(texts) < 2:
+        numbers = {read_number(text, where) for text, where in places.items()}
+        if len(numbers) < 2:
+            raise UserError(f"{files['train']} needs at least two different labels")
+        return replace(task, labels=(), metrics=("spearman", "pearson"), low=min(numbers), high=max(numbers))
+    for text, where in places.items():
+        if not text or re.search(r"[\t\r\n]", text):
+            raise UserError(f"{where}: the label is {text!r}; it must be a word, without tab or line break")
+        if re.fullmatch(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?", text) and not re.fullmatch(r"[-+]?\d+", text):
+            raise UserError(f"{where}: the label is {text}, a number; use --regression")
+    if len(places) < 2:
         raise UserError(f"{files['train']} needs at least two different labels")
-    return task
+    in_order = sorted(places, key=lambda text: (int(text) if re.fullmatch(r"[-+]?\d+", text) else 0, text))
+    return replace(task, labels=tuple(in_order))
 
 
 def read_own(task, split, raw, source):
     """The examples in a file of one's own."""
     examples = []
     for where, row in read_table(io.BytesIO(raw), source):
-        first, second = sentences(row, where)
-        label = None if split in task.submissions else read_label(task, *cell(row, "label", where))
-        examples.append(Example(first, second, label))
+        label = None
+        if split not in task.submissions:
+            label = read_label(task, read_cell(row, "label", where), f"{where}, column label")
+        examples.append(Example(*read_sentences(row, where), label))
     if not examples:
-        raise UserError(f"{source} has no rows")
+        raise UserError(f"{source} has no rows; the first line of a table names its columns")
     return examples
 
 
-def sentences(row, where):
+def read_sentences(row, where):
     """The one or two sentences of a row, under `sentence` or `sentence1` and `sentence2`."""
-    first, _ = cell(row, "sentence1" if "sentence1" in row else "sentence", where)
-    return first, cell(row, "sentence2", where)[0] if "sentence2" in row else ""
+    if not {"sentence", "sentence1"} & row.keys():
+        raise UserError(f"{where}, has no column sentence, or sentence1 and sentence2; there are "
+                        f"{', '.join(map(str, row))}")
+    first = read_cell(row, "sentence1" if "sentence1" in row else "sentence", where)
+    return first, read_cell(row, "sentence2", where) if "sentence2" in row else ""
 
 
-def cell(row, column, where):
-    """(Text, where it stands) of a column."""
+def read_cell(row, column, where):
+    """The text in a column."""
     if column not in row:
-        raise UserError(f"{where}, has no column {column}; the first line names {', '.join(map(str, row))}")
-    if not isinstance(row[column], str | int | float):
-        raise UserError(f"{where}, column {column}, is {row[column]!r}, neither text nor a number")
-    return str(row[column]), f"{where}, column {column},"
+        raise UserError(f"{where}, has no column {column}; there are {', '.join(map(str, row))}")
+    value = row[column]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UserError(f"{where}, column {column}, is {value!r}, neither text nor a number")
+    return str(value).encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
 
 
 def read_table(file, source):
     """Yield ("SOURCE, line N", {column: value}) for each row of a binary .tsv, .csv or .jsonl file.
 
-    The name of the source tells which, or for standard input ("-") the first line: .jsonl begins with "{".
+    Of standard input ("-") the first line tells which: .jsonl begins with "{", .tsv has tabs, .csv commas.
     """
     lines = (decode(line, f"{source}, line {number},") for number, line in enumerate(file, 1))
-    first = next(lines, "")
-    lines, kind = itertools.chain([first], lines), Path(source).suffix
-    if kind == ".jsonl" or (kind != ".csv" and first.startswith("{")):
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield f"{source}, line {number}", parse_json(line, f"{source}, line {number},")
-        return
+    first, kind = next(lines, ""), Path(source).suffix.lower()
+    if kind not in (".jsonl", ".csv", ".tsv"):
+        kind = ".jsonl" if first.startswith("{") else ".csv" if "," in first and "\t" not in first else ".tsv"
+    lines = itertools.chain([first], lines)
+    return read_objects(lines, source) if kind == ".jsonl" else read_separated(lines, source, kind)
+
+
+def read_objects(lines, source):
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield f"{source}, line {number}", parse_json(line, f"{source}, line {number},")
+
+
+def read_separated(lines, source, kind):
     rows = csv.reader(lines) if kind == ".csv" else (line.rstrip("\r\n").split("\t") for line in lines)
     try:
-        header = next(rows)
+        header = next(rows, [])
         for number, fields in enumerate(rows, 2):
             where = f"{source}, line {rows.line_num if kind == '.csv' else number}"
             if fields in ([], [""]):
                 continue
             if len(fields) != len(header):
-                raise UserError(f"{where}, has {len(fields)} fields, and the header {len(header)}")
+                raise UserError(f"{where}, has {len(fields)} fields, and the first line {len(header)}")
             yield where, dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise UserError(f"{source}, line {rows.line_num}, is not CSV: {error}") from None
@@ -461,7 +479,8 @@ def submission_file(task, predictions):
     """The text of a file to submit."""
     if not task.labels:
         scores = task.low + (task.high - task.low) * np.clip(predictions, 0, 1)
-        values = [f"{score:.3f}" for score in scores + 0.0]  # [D31] and no -0
+        digits = ".6g" if task.files else ".3f"
+        values = [f"{score:{digits}}" for score in scores + 0.0]  # [D31] and no -0
     else:
         values = [task.labels[int(label)] if task.in_words else str(int(label)) for label in predictions]
     return "index\tprediction\n" + "".join(f"{index}\t{value}\n" for index, value in enumerate(values))

@@ -529,6 +529,8 @@ def load_weights(network, folder, encoder_only=False):
     Every tensor must be there, have its shape and be finite. Others in the folder are ignored.
     """
     tensors, path = read_weights(folder)
+    if encoder_only and not any(name.startswith("electra.") for name in tensors):  # by AutoModel
+        tensors = {f"electra.{name}": tensor for name, tensor in tensors.items()}
     for name, ours in huggingface_tensors(network).items():
         if encoder_only and not name.startswith("electra."):
             continue

@@ -2,12 +2,13 @@
 # Everything to run on the day a GPU is at hand:  bench/gpu.sh [GLUE]
 # Tests on CUDA; speed and memory of a step, eager, compiled and with CUDA graphs, beside transformers' modules; an
 # MRPC epoch if GLUE is a folder laid out as the official zips are. Each stage takes under nine minutes and leaves a
-# file in $OUT; call it again, and finished stages are skipped. Prints one table and writes $OUT/gpu.json.
+# file in $OUT; call it again, and stages that ended are skipped. Prints one table and writes $OUT/gpu.json.
 # SIZES="tiny" STAGES=1 is a trial on a CPU: STAGES is the number of stages to run, by default all.
 set -uo pipefail
+glue=${1:+$(realpath "$1")}
 cd "$(dirname "$0")/.."
-glue=${1:-}
-OUT=${OUT:-out/gpu}
+device=$(python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
+OUT=${OUT:-out/gpu-$device}
 SIZES=${SIZES:-small base}
 left=${STAGES:-1000}
 mkdir -p "$OUT"
@@ -15,17 +16,16 @@ mkdir -p "$OUT"
 stage() {  # NAME COMMAND...: writes $OUT/NAME.txt, or .failed
     local name=$1
     shift
-    if [[ -e $OUT/$name.txt || $left -le 0 ]]; then
+    if [[ -e $OUT/$name.txt || -e $OUT/$name.failed || $left -le 0 ]]; then
         return
     fi
     left=$((left - 1))
     echo "== $name: $*"
     if timeout 540 "$@" > "$OUT/$name.part" 2>&1; then
         mv "$OUT/$name.part" "$OUT/$name.txt"
-        rm -f "$OUT/$name.failed"
     else
         mv "$OUT/$name.part" "$OUT/$name.failed"
-        echo "   failed or took over nine minutes; see $OUT/$name.failed"
+        echo "   failed or took over nine minutes; see $OUT/$name.failed, and delete it to try again"
     fi
 }
 
@@ -42,7 +42,7 @@ for size in $SIZES; do
     done
 done
 if [[ -n $glue ]]; then
-    stage mrpc python bench/mrpc.py --glue-dir "$glue" --json "$OUT/mrpc.json"
+    stage mrpc python bench/mrpc.py --glue-dir "$glue" --size "${SIZES%% *}" --json "$OUT/mrpc.json"
 else
     echo "no GLUE folder was given: the MRPC epoch is skipped"
 fi

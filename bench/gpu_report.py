@@ -25,7 +25,8 @@ def main():
         print("MRPC: {examples_per_second:,.0f} examples/s, an epoch in {epoch_seconds:.1f} s, {outside:.1%} "
               "of it outside the network".format(**results["mrpc"]))
     for path in sorted(folder.glob("*.failed")):
-        print(f"{path.stem} failed: {path.read_text().strip().splitlines()[-1:]}")
+        last = (path.read_text().strip().splitlines() or ["nothing was printed"])[-1]
+        print(f"{path.stem} failed: {last}")
 
 
 if __name__ == "__main__":

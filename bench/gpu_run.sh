@@ -2,23 +2,30 @@
 # A short pre-training run and what it is good for:  bench/gpu_run.sh STEPS TEXT GLUE
 # Pre-trains small by its recipe, decayed over STEPS, on a folder of text; then fine-tunes CoLA, MRPC, STS-B and SST-2
 # with five seeds, and prints curve and table. It stops after $LIMIT seconds, by default 500, and is called again to go
-# on where it stopped. SIZE=tiny SEEDS=1 is a trial on a CPU. VOCAB is BERT's, downloaded, or a file.
+# on where it stopped; a seed must fit into $LIMIT. SIZE=tiny SEEDS=1 is a trial on a CPU. VOCAB is BERT's, downloaded,
+# or a file. MORE has more flags for train.py.
 set -uo pipefail
-cd "$(dirname "$0")/.."
 if [[ $# -lt 3 ]]; then
-    sed -n 2,5p "$0"
+    sed -n 2,7p "$0"
     exit 1
 fi
-steps=$1 text=$2 glue=$3
+steps=$1 text=$(realpath "$2") glue=$(realpath "$3")
+cd "$(dirname "$0")/.."
 LIMIT=${LIMIT:-500} SIZE=${SIZE:-small} SEEDS=${SEEDS:-5} VOCAB=${VOCAB:-bert} OUT=${OUT:-out/gpu_run}
 run="$OUT/$SIZE"
 began=$SECONDS
 
 limited() {  # stops the command in time to save
-    local seconds=$((LIMIT - SECONDS + began))
-    if [[ $seconds -lt 1 ]] || ! timeout -s INT "$seconds" "$@"; then
+    local seconds=$((LIMIT - SECONDS + began)) status=124
+    if [[ $seconds -gt 0 ]]; then
+        timeout -s INT "$seconds" "$@"
+        status=$?
+    fi
+    if [[ $status -eq 124 ]]; then
         echo "not finished; call it again to go on"
-        exit 1
+    fi
+    if [[ $status -ne 0 ]]; then
+        exit "$status"
     fi
 }
 
@@ -35,4 +42,4 @@ for line in lines:
 PYTHON
 length=$(python -c "import json; print(json.load(open('$run/discriminator/tokenizer_config.json'))['model_max_length'])")
 limited python finetune.py --task cola mrpc stsb sst2 --seeds "$SEEDS" --model "$run" --glue-dir "$glue" \
-    --max-length "$length" --out "$OUT/glue" ${MORE_FINETUNE:-}
+    --max-length "$length" --out "$OUT/glue"

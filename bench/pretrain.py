@@ -186,6 +186,7 @@ def peak_memory(options, kind):
     command = [sys.executable, __file__, "--only", kind, "--size", options.size, "--dtype", options.dtype,
                "--device", options.device, "--threads", str(options.threads), "--rounds", "1",
                "--batch-size", str(options.batch_size)] + ["--compile"] * options.compile
+    command += ["--cuda-graphs"] * options.cuda_graphs
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)["peak_memory"]
 
 
