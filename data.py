@@ -24,6 +24,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -873,6 +874,16 @@ def atomic_write(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder):
+    """Yield a new folder that takes the place of `folder` once it is filled."""
+    new = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    yield new
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
 
 
 def append_json(file, entry):

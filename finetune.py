@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import math
 import re
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +31,7 @@ from data import (
     UserError,
     WordPiece,
     append_json,
+    atomic_folder,
     atomic_write,
     digest,
     find_model,
@@ -458,14 +458,12 @@ class Sweep:
 
     def save(self, name, seed, network):
         """Write encoder, classifier, names of the labels and tokenizer of a task to its folder."""
-        task, folder, new = self.tasks[name], self.folder / name, self.folder / f"{name}.tmp"
+        task = self.tasks[name]
         labels = dict(id2label=dict(enumerate(task.labels)), label_range=[task.low, task.high])
-        with lock(self.folder / "locks" / "results", "waiting to write the network"):
-            shutil.rmtree(new, ignore_errors=True)
-            save_pretrained(network, new, **labels, result=self.key(name, seed))
-            self.pretrained.wordpiece.save(new, self.config.max_length)
-            shutil.rmtree(folder, ignore_errors=True)
-            new.rename(folder)
+        with (lock(self.folder / "locks" / "results", "waiting to write the network"),
+              atomic_folder(self.folder / name) as folder):
+            save_pretrained(network, folder, **labels, result=self.key(name, seed))
+            self.pretrained.wordpiece.save(folder, self.config.max_length)
 
     def save_best(self):
         """Keep the network of each task's best seed. If it is not at hand any more, the seed is run again."""

@@ -1748,7 +1748,7 @@ def test_glue_files_are_read_as_they_are_written(name, split, corpus, monkeypatc
 
 @pytest.fixture
 def toy_glue(corpus, monkeypatch):
-    """`corpus` with a model in out/small and toy tasks in glue/, whose label is one word."""
+    """`corpus` with a model in out/small and toy tasks in glue/, whose label is one word. The folder."""
     save_discriminator("out/small/discriminator")
     random_ = random.Random(0)
     for name, task in OWNERS.items():
@@ -1767,6 +1767,7 @@ def toy_glue(corpus, monkeypatch):
                     row[task.label] = task.labels[label] if task.labels else str(5 * label)
                 rows.append(row)
             write_split(name, split, "".join("\t".join(row) + "\n" for row in rows).encode())
+    return corpus
 
 
 def read_results(folder="out/glue"):
@@ -2080,6 +2081,23 @@ def test_a_network_is_kept_and_predicts(toy_glue, capsys, monkeypatch):
         assert torch.allclose(encoder(ids).last_hidden_state, ours, atol=1e-5)
 
 
+def test_what_is_kept_replaces_nothing_else(toy_glue, monkeypatch):
+    """--save refuses a folder that it did not write; files that change during a sweep end it."""
+    write_task("mine/own")
+    with pytest.raises(UserError, match="--save would overwrite mine/own, which is not a network"):
+        tune("--task mine/own --out mine --save")
+    assert Path("mine/own/train.tsv").exists()
+    watch(monkeypatch, finetune.Sweep, "tokenize", lambda *_: Path("mine/own/dev.tsv").write_text("changed"))
+    with pytest.raises(UserError, match="mine/own/dev.tsv has no rows"):
+        tune("--task mine/own")
+    write_task("mine/own")
+    monkeypatch.undo()
+    monkeypatch.chdir(toy_glue)
+    watch(monkeypatch, finetune.Sweep, "tokenize", lambda *_: write_task("mine/own", count=20))
+    with pytest.raises(UserError, match="the files of own have changed; run the same command again"):
+        finetune.main("--task mine/own --max-length 32".split())
+
+
 def test_own_numbers_are_scaled_by_their_range_and_back(toy_glue, capsys):
     """--regression learns numbers of any range and predicts in that range."""
     write_task("own", "jsonl", label=lambda number: 100.0 * number - 50)
@@ -2129,6 +2147,11 @@ def test_folders_of_transformers_and_generators_are_taken(toy_glue, capsys, tmp_
     tune("--task wnli --model theirs")
     tune("--task wnli")
     assert len(read_results()) == 1 and "generator" not in capsys.readouterr().out
+    encoder = transformers.AutoModel.from_pretrained("out/small/discriminator")
+    encoder.save_pretrained("encoder")  # its names lack "electra."
+    shutil.copy("vocab.txt", "encoder")
+    tune("--task wnli --model encoder")
+    assert len(read_results()) == 1  # the same weights
     torch.manual_seed(0)
     model.save_pretrained(model.Generator(FINETUNED), "theirs")
     tune("--task wnli --model theirs")

@@ -39,6 +39,7 @@ from data import (
     Order,
     UserError,
     append_json,
+    atomic_folder,
     atomic_write,
     digest,
     find_model,
@@ -337,9 +338,11 @@ class Run:
                    f"{name} was {old.get(name)} and is now {new.get(name)}"
                    for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
         if changed:
-            longer = f"; to train it for longer, use another --out and --init {self.folder}"
-            raise UserError(f"{self.folder} holds another run ({'; '.join(changed)}); use its settings, "
-                            "another --out, or --restart" + longer * ("num_train_steps" in str(changed)))
+            message = (f"{self.folder} holds another run ({'; '.join(changed)}); use its settings, another "
+                       "--out, or --restart")
+            if old.get("num_train_steps") != new["num_train_steps"]:
+                message += f"; to train it for longer, use another --out and --init {self.folder}"
+            raise UserError(message)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():
@@ -428,12 +431,9 @@ class Run:
         if RANK:
             return
         for name, network in self.networks.items():
-            folder, new = parent / name, parent / f"{name}.tmp"
-            shutil.rmtree(new, ignore_errors=True)
-            save_pretrained(network, new)
-            self.cache.wordpiece.save(new, self.max_length)
-            shutil.rmtree(folder, ignore_errors=True)
-            new.rename(folder)
+            with atomic_folder(parent / name) as folder:
+                save_pretrained(network, folder)
+                self.cache.wordpiece.save(folder, self.max_length)
 
 
 @contextmanager
