@@ -65,6 +65,9 @@ class ElectraConfig:
                              f"{self.num_attention_heads}")
         if not 0 < self.mask_prob <= 1:
             raise ModelError(f"mask_prob is {self.mask_prob}; it must be above 0 and at most 1")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ModelError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
         if self.objective not in ("electra", "mlm"):
             raise ModelError(f"there is no objective {self.objective}; there are electra and mlm")
 

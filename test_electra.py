@@ -2520,6 +2520,8 @@ def test_a_full_disk_loses_nothing_and_the_same_command_resumes(corpus, monkeypa
     ("--micro-batch-size 3", None, "a batch of 8 rows does not split into 1 times micro-batches of 3"),
     ("--batch-size 0", None, "batch_size is 0; it must be at least 1"),
     ("--hidden-size 33", None, "hidden_size 33 is not a multiple of num_attention_heads 2"),
+    ("--hidden-dropout-prob 2", None, "hidden_dropout_prob is 2.0; it must be at least 0 and below 1"),
+    ("--objective bert", None, "there is no objective bert; there are electra and mlm"),
     ("--size huge", None, "there is no size huge; there are tiny, small, base, large"),
     ("--learning 1", None, "there is no --learning 1; --help lists the flags"),
     ("--batch-size many", None, "invalid int value: 'many'"),
