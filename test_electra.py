@@ -2238,10 +2238,14 @@ def test_a_download_survives_what_goes_wrong_on_the_way(corpus, quick, capfd):
         happened.append(random_.choice(kinds))
         return happened[-1]
 
+    def resumed_at():
+        return set(server.ranges_asked) - {""}  # bytes that are not the first
+
     with Server({"/owt.tar": content}, fault) as server:
-        while set(happened) != set(kinds):
+        # What a reset loses depends on timing: a few requests more may be needed to break at a second place.
+        while set(happened) != set(kinds) or (len(resumed_at()) < 2 and time.monotonic() - began < 50):
             assert read_texts(f"{server.url}/owt.tar", one_document_per_file=True) == texts
-        assert len(set(server.ranges_asked) - {""}) >= 2  # it continued at bytes that are not the first
+        assert len(resumed_at()) >= 2
     assert time.monotonic() - began < 50  # it did not wait for a stalled body
     said = capfd.readouterr().err
     assert re.search(r"owt.tar: \w+, at byte [\d,]+; trying again in 0 s", said)
