@@ -45,14 +45,15 @@ EXERCISES = {
     "MLM only": "--objective mlm",
 }
 SEEDS = 3
-# The network of the claim.
-SHAPE = dict(embedding_size=128, hidden_size=128, num_hidden_layers=3, num_attention_heads=2,
+# The network of the claim. LOG.md has what else was tried.
+SHAPE = dict(embedding_size=128, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
              intermediate_size=512, max_position_embeddings=64, hidden_dropout_prob=0.0,
-             attention_probs_dropout_prob=0.0, initializer_range=0.05, generator_size=0.5)
-VOCAB, LENGTH, BATCH = 8192, 64, 32
-LEARNING_RATES = (5e-4, 1e-3, 2e-3)
+             attention_probs_dropout_prob=0.0, initializer_range=0.07)
+GENERATOR_SIZE = 0.5  # the generator's share of the width; for "mlm" it is 1
+VOCAB, LENGTH, BATCH = 4096, 64, 16
+LEARNING_RATES = (2.5e-4, 5e-4, 1e-3)
 ARMS = ("electra", "mlm")
-PILOT_FLOPS, MAIN_FLOPS = 2e13, 1.2e14
+PILOT_FLOPS, MAIN_FLOPS = 6e13, 3e14  # 20 and 100 minutes
 TASKS = {"cola": 5, "mrpc": 5, "stsb": 5, "sst2": 2}
 
 
@@ -107,67 +108,73 @@ def exercises(options):
                         for name in EXERCISES})
 
 
-def steps_for(flops, arm, generator_size):
+def steps_for(flops, arm, generator_size=GENERATOR_SIZE):
     shape = SHAPE | dict(vocab_size=VOCAB, objective=arm, generator_size=generator_size)
     return int(flops / (pretrain.flops_per_token(model.ElectraConfig(**shape), LENGTH) * LENGTH * BATCH))
 
 
-def train_command(options, name, arm, lr, flops, generator_size):
-    """(The command of a run of the claim, its folder.)"""
+def folder_of(arm, lr, flops, generator_size=GENERATOR_SIZE):
+    """The folder of a run. Stages that need the same run share it."""
+    return OUT / f"{flops:.0e}-flops" / f"{arm}-lr-{lr}-generator-{generator_size}" / "small"
+
+
+def train_command(options, arm, lr, flops, generator_size=GENERATOR_SIZE):
     steps = steps_for(flops, arm, generator_size)
-    shape = SHAPE | dict(generator_size=generator_size)
-    flags = {**shape, "data": options.data, "vocab": f"train:{VOCAB}", "max_length": LENGTH,
-             "batch_size": BATCH, "num_train_steps": steps, "num_warmup_steps": steps // 20,
-             "learning_rate": lr, "objective": arm, "log_every": 100, "eval_every": max(1, steps // 20),
-             "cache": OUT / "cache", "out": OUT / name, "dtype": options.dtype}
+    flags = {**SHAPE, "generator_size": generator_size, "data": options.data, "vocab": f"train:{VOCAB}",
+             "max_length": LENGTH, "batch_size": BATCH, "num_train_steps": steps,
+             "num_warmup_steps": steps // 20, "learning_rate": lr, "objective": arm, "log_every": 100,
+             "eval_every": steps // 20, "cache": OUT / "cache", "dtype": options.dtype,
+             "out": folder_of(arm, lr, flops, generator_size).parent}
     words = " ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in flags.items())
-    return f"{HERE.parent / 'train.py'} {words} --one-document-per-file", OUT / name / "small"
+    return f"{HERE.parent / 'train.py'} {words} --one-document-per-file --split-long-lines"
 
 
-def claims(options, stage, runs, flops):
-    """Train (name, arm, learning rate, generator size), and keep curves, seconds and counts."""
-    made = {name: train_command(options, f"{stage}/{name}", arm, lr, flops, size)
-            for name, arm, lr, size in runs}
-    first, _ = next(iter(made.values()))
-    run(f"{first} --prepare-only")  # the vocabulary, and the text, once
-    run_all(options.jobs, [(command,) for command, _ in made.values()])
+def claims(options, stage, runs):
+    """Train {name: settings of folder_of}, and keep curves, steps and speed."""
+    commands = [train_command(options, *settings) for settings in runs.values()]
+    run(f"{commands[0]} --prepare-only")  # the vocabulary, and the text, once
+    run_all(options.jobs, [(command,) for command in commands])
     figures = {}
-    for name, arm, lr, size in runs:
-        folder = made[name][1]
-        figures[name] = dict(arm=arm, learning_rate=lr, generator_size=size, flops=flops,
-                             steps=steps_for(flops, arm, size), curve=read_log(folder),
-                             tokens_per_second=read_log(folder, "train")[-1]["tokens_per_second"])
+    for name, (arm, lr, flops, *size) in runs.items():
+        folder = folder_of(arm, lr, flops, *size)
+        figures[name] = dict(arm=arm, learning_rate=lr, flops=flops, steps=steps_for(flops, arm, *size),
+                             tokens_per_second=read_log(folder, "train")[-1]["tokens_per_second"],
+                             curve=read_log(folder))
     write(stage, dict(shape=SHAPE, vocab=VOCAB, length=LENGTH, batch=BATCH, dtype=options.dtype,
                       runs=figures))
 
 
 def pilots(options):
-    claims(options, "pilots", [(f"{arm}-{lr}", arm, lr, SHAPE["generator_size"])
-                               for lr in LEARNING_RATES for arm in ARMS], PILOT_FLOPS)
+    claims(options, "pilots", {f"{arm}, {lr}": (arm, lr, PILOT_FLOPS)
+                               for lr in LEARNING_RATES for arm in ARMS})
+
+
+def score(line):
+    """The lower the better: a discriminator counts by its share of the all-original line."""
+    return line["disc_loss"] / line["all_original"] if "disc_loss" in line else line["mlm_loss"]
 
 
 def best_rates():
-    """The learning rate of each arm that was best in the pilots: by its own loss on held-out text."""
+    """The learning rate of each arm that was best in the pilots, on held-out text."""
     runs = json.loads((RESULTS / "pilots.json").read_text())["runs"].values()
-    metric = dict(electra="disc_loss", mlm="mlm_loss")
     return {arm: min((one for one in runs if one["arm"] == arm),
-                     key=lambda one: one["curve"][-1][metric[one["arm"]]])["learning_rate"] for arm in ARMS}
+                     key=lambda one: score(one["curve"][-1]))["learning_rate"] for arm in ARMS}
 
 
 def main_runs(options):
-    rates = best_rates()
-    claims(options, "main", [(arm, arm, rates[arm], SHAPE["generator_size"]) for arm in ARMS], MAIN_FLOPS)
+    claims(options, "main", {arm: (arm, lr, MAIN_FLOPS) for arm, lr in best_rates().items()})
 
 
 def sizes(options):
     rate = best_rates()["electra"]
-    claims(options, "sizes", [(f"generator-{size}", "electra", rate, size) for size in (0.25, 0.5, 1.0)],
-           PILOT_FLOPS)
+    claims(options, "sizes", {f"generator size {size}": ("electra", rate, PILOT_FLOPS, size)
+                              for size in (0.25, 0.5, 1.0)})
 
 
 def fine_tune(options):
-    models = {"electra": OUT / "main/electra/small/discriminator", "mlm": OUT / "main/mlm/small/generator",
-              "random": OUT / "main/electra/small/discriminator"}
+    runs = {arm: folder_of(arm, lr, MAIN_FLOPS) for arm, lr in best_rates().items()}
+    models = {"electra": runs["electra"] / "discriminator", "mlm": runs["mlm"] / "generator",
+              "random": runs["electra"] / "discriminator"}
     commands = []
     for name, folder in models.items():
         for task, seeds in TASKS.items():
@@ -188,7 +195,7 @@ def main():
     parser.add_argument("--data", help="folder or files of text, one document per file")
     parser.add_argument("--glue", help="folder laid out as the official zips are")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
-    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--dtype", default="bf16", help="of the claim; fp32 where the CPU has no bf16")
     options = parser.parse_args()
     STAGES[options.stage](options)
 
