@@ -1496,7 +1496,7 @@ def test_curves_are_plotted(corpus, monkeypatch):
     pretrain("--objective mlm --out mlm")
     axes = []
     watch(monkeypatch, plot, "draw", lambda axis, *_, **__: axes.append(axis))
-    plot.plot(["out/small", "mlm/small"], "curves.png", official=True)
+    plot.plot({run: plot.read_run(run) for run in ("out/small", "mlm/small")}, "curves.png", official=True)
     assert Path("curves.png").read_bytes().startswith(b"\x89PNG")
     mlm, disc, auc = dict.fromkeys(axes)
     assert [len(axis.lines) for axis in (mlm, disc, auc)] == [5, 3, 2]

@@ -57,14 +57,14 @@ def draw(axis, lines, metric, **style):
         axis.plot(*zip(*points, strict=True), **style)
 
 
-def plot(folders, out, official=False):
+def plot(runs, out, official=False):
+    """Draw curves: runs are {label: evaluations, as read_run returns them}."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for axis, (title, (metric, baseline, baseline_name)) in zip(axes, PANELS.items(), strict=True):
-        for number, folder in enumerate(folders):
-            lines = read_run(folder)
-            draw(axis, lines, metric, label=str(folder), color=f"C{number}")
+        for number, (name, lines) in enumerate(runs.items()):
+            draw(axis, lines, metric, label=name, color=f"C{number}")
             if baseline:
-                label = f"{folder}: {baseline_name}"
+                label = f"{name}: {baseline_name}"
                 draw(axis, lines, baseline, label=label, color=f"C{number}", linestyle=":")
         if official:
             draw(axis, read_official(), metric, label="published", color="gray", linestyle="--")
@@ -123,7 +123,8 @@ def main():
     if options.sentence:
         plot_sentence(options.runs[0], options.sentence, options.out or "sentence.png")
     else:
-        plot(options.runs, options.out or "curves.png", options.official)
+        runs = {folder: read_run(folder) for folder in options.runs}
+        plot(runs, options.out or "curves.png", options.official)
 
 
 if __name__ == "__main__":

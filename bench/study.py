@@ -11,6 +11,7 @@ pilots     both arms of the claim with three learning rates each
 main       both arms with their best learning rate and the whole budget
 sizes      generators of a quarter, half and all of the discriminator's width
 glue       fine-tuning of both arms and of random weights
+report     prints the tables of these figures, and draws their curves; needs nothing but bench/results
 
 The arms are replaced-token detection and masked language modelling with a network of the discriminator's
 size, at equal training FLOPs: bench/pretrain.py counts them, backward passes and the output layer included.
@@ -18,9 +19,11 @@ size, at equal training FLOPs: bench/pretrain.py counts them, backward passes an
 
 import argparse
 import json
+import math
 import os
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -28,9 +31,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import plot
 import pretrain
 
 import model
+from glue import TASKS
 
 HERE = Path(__file__).resolve().parent
 OUT, RESULTS = Path("out/study"), HERE / "results"
@@ -54,7 +59,7 @@ VOCAB, LENGTH, BATCH = 4096, 64, 16
 LEARNING_RATES = (2.5e-4, 5e-4, 1e-3)
 ARMS = ("electra", "mlm")
 PILOT_FLOPS, MAIN_FLOPS = 6e13, 3e14  # 20 and 100 minutes
-TASKS = {"cola": 5, "mrpc": 5, "stsb": 5, "sst2": 2}
+FINE_TUNED = {"cola": 5, "mrpc": 5, "stsb": 5, "sst2": 2}  # seeds
 
 
 def run(command, folder=Path(".")):
@@ -177,16 +182,64 @@ def fine_tune(options):
               "random": runs["electra"] / "discriminator"}
     commands = []
     for name, folder in models.items():
-        for task, seeds in TASKS.items():
+        for task, seeds in FINE_TUNED.items():
             commands.append((f"{HERE.parent / 'finetune.py'} --task {task} --seeds {seeds} --model {folder} "
                              f"--max-length {LENGTH} --glue-dir {options.glue} --out {OUT / 'glue' / name} "
                              f"--dtype {options.dtype} " + "--random-weights" * (name == "random"),))
     run_all(options.jobs, commands)
-    results = {name: (OUT / "glue" / name / "results.jsonl").read_text().splitlines() for name in models}
-    write("glue", {name: list(map(json.loads, lines)) for name, lines in results.items()})
+    figures = {}
+    for name in models:
+        lines = (OUT / "glue" / name / "results.jsonl").read_text().splitlines()
+        results = [json.loads(line) for line in lines]
+        for task in FINE_TUNED:
+            metric = TASKS[task].metrics[0]
+            scores = [one["metrics"][metric] for one in results if one["task"] == task]
+            figures.setdefault(f"{task} {metric}", {})[name] = scores
+    write("glue", figures)
 
 
-STAGES = {"exercises": exercises, "pilots": pilots, "main": main_runs, "sizes": sizes, "glue": fine_tune}
+def format_mean(values):
+    return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+
+
+def format_difference(values, others):
+    """The difference of means, with its standard error."""
+    variance = sum(statistics.variance(each) / len(each) for each in (values, others))
+    return f"{100 * (statistics.mean(values) - statistics.mean(others)):+.1f} ± {100 * variance**0.5:.1f}"
+
+
+def print_table(corner, columns, rows):
+    print(f"\n| {corner} | {' | '.join(columns)} |\n" + "|---" * (1 + len(columns)) + "|")
+    for name, cells in rows.items():
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def report(options):
+    found = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    if "exercises" in found:
+        print_table("changed", ["MLM loss", "AUC"], {
+            name: [", ".join(f"{line[metric]:.3f}" for line in found["exercises"][name] if metric in line)
+                   for metric in ("mlm_loss", "auc")] for name in EXERCISES})
+    for stage in "pilots", "main", "sizes":
+        if stage in found:
+            runs = found[stage]["runs"]
+            plot.plot({name: one["curve"] for name, one in runs.items()}, RESULTS / f"{stage}.png")
+            metrics = "mlm_loss", "unigram_entropy", "disc_loss", "all_original", "auc"
+            print_table(stage, ["steps", "tokens/s", *metrics], {
+                name: [f"{one['steps']:,}", f"{one['tokens_per_second']:,}",
+                       *(f"{one['curve'][-1].get(metric, math.nan):.3f}" for metric in metrics)]
+                for name, one in runs.items()})
+    if "glue" in found:
+        table = {column: scores for column, scores in found["glue"].items() if isinstance(scores, dict)}
+        rows = {name: [format_mean(scores[name]) for scores in table.values()] for name in ("random", *ARMS)}
+        for one, other in [("electra", "mlm"), ("electra", "random"), ("mlm", "random")]:
+            rows[f"{one} - {other}"] = [format_difference(scores[one], scores[other])
+                                        for scores in table.values()]
+        print_table("", [f"{column}, n = {len(scores['electra'])}" for column, scores in table.items()], rows)
+
+
+STAGES = {"exercises": exercises, "pilots": pilots, "main": main_runs, "sizes": sizes, "glue": fine_tune,
+          "report": report}
 
 
 def main():
