@@ -18,6 +18,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -2627,8 +2628,8 @@ def test_glue_is_downloaded_once_and_checked(corpus, quick):
         glue.read_examples(good, "dev", "cache")
 
 
-def test_mrpcs_dev_set_is_cut_out_by_its_ids(corpus, monkeypatch):
-    """Pairs of ids that are listed are MRPC's dev set, the other rows its training set."""
+def keep_mrpc(monkeypatch):
+    """Small files where the official ones of MRPC would be after a download. The task."""
     rows = "".join(f"{n % 2}\t{n}\t{n + 1}\tA{n}\tB{n}\n" for n in range(6))
     contents = dict(train=(MRPC + rows).encode(), test=(MRPC + "1\t7\t8\tX\tY\n").encode(),
                     ids=b"4\t5\n1\t2\n0\t9\n")  # the last pair is of no row
@@ -2639,6 +2640,12 @@ def test_mrpcs_dev_set_is_cut_out_by_its_ids(corpus, monkeypatch):
     monkeypatch.setitem(glue.TASKS, "mrpc", task)
     monkeypatch.setattr(glue, "MRPC_TEST", sources["test"])
     monkeypatch.setattr(glue, "MRPC_DEV_IDS", sources["ids"])
+    return task
+
+
+def test_mrpcs_dev_set_is_cut_out_by_its_ids(corpus, monkeypatch):
+    """Pairs of ids that are listed are MRPC's dev set, the other rows its training set."""
+    task = keep_mrpc(monkeypatch)
     for split, numbers in dict(train=[0, 2, 3, 5], dev=[1, 4]).items():
         examples, _ = glue.read_examples(task, split, "cache")
         assert examples == [(f"A{n}", f"B{n}", n % 2) for n in numbers]
@@ -2766,12 +2773,54 @@ def test_the_flags_that_the_readme_names_exist(module, configs, capsys):
         assert "peak learning rate (0.0005; tiny: 0.001; base: 0.0002; large: 0.0002)" in text
 
 
-def test_the_readmes_session_runs(corpus, monkeypatch):
-    """The README's Python session runs as it is written, on a finished run of tiny."""
-    flags = "--size tiny --data corpus.txt --vocab vocab.txt --num-train-steps 2 --num-warmup-steps 1"
-    train.main(flags.split())
-    [session] = re.findall(r"```python\n(.*?out/tiny.*?)```", README, re.DOTALL)
+def test_the_readmes_commands_and_sessions_run(toy_glue, monkeypatch, quick):
+    """The README's commands and Python sessions run as they are written, on small files and networks."""
+    shape = dict(embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                 intermediate_size=64, max_length=32, batch_size=8, num_train_steps=4, num_warmup_steps=1)
+    tiny = shape | dict(data=["corpus.txt"], vocab="vocab.txt")
+    monkeypatch.setattr(train, "DEFAULTS", dict(tiny=tiny, small=shape, base=shape))
+    vocab, files = Path("vocab.txt").read_bytes(), {"/owt.tar": make_openwebtext()[1]}
+    monkeypatch.setattr(data, "OPENWEBTEXT", ["hub:/owt.tar"])
+    monkeypatch.setattr(data, "BERT_VOCAB", data.BERT_VOCAB | dict(
+        address="hub:/vocab.txt", size=len(vocab), sha256=hashlib.sha256(vocab).hexdigest()))
+    files["/vocab.txt"] = vocab
+    train.main("--size tiny --max-position-embeddings 128 --out google".split())
+    for network in "discriminator", "generator":
+        for path in Path("google/tiny", network).iterdir():
+            files[f"/google/electra-small-{network}/resolve/main/{path.name}"] = path.read_bytes()
+    keep_mrpc(monkeypatch)
+    write_task("reviews")
+    shutil.copy("reviews/test.tsv", "new.tsv")
+    write_files("my_texts", {"a.txt": Path("corpus.txt").read_bytes()})
     monkeypatch.syspath_prepend(str(HERE))
-    namespace = {}
-    exec(session, namespace)  # noqa: S102
-    assert namespace["output"].is_replaced.shape == (1, len(namespace["ids"]) + 2)
+    monkeypatch.syspath_prepend(str(HERE / "bench"))
+    import plot
+
+    def run(command):
+        program, script, *flags = shlex.split(command.split(" > ")[0])
+        if program == "printf":
+            subprocess.run(command, shell=True, check=True)
+        elif program == "torchrun":
+            process = launch(2, " ".join(flags[2:]))
+            printed = process.communicate(timeout=120)[0]
+            assert process.returncode == 0, printed
+        elif script == "finetune.py":
+            finetune.main(flags)
+        elif script == "bench/plot.py":
+            monkeypatch.setattr(sys, "argv", [script, *flags])
+            plot.main()
+        elif script == "train.py":
+            shutil.rmtree("out/small", ignore_errors=True)  # the README offers alternatives
+            train.main(flags)
+        else:
+            return script
+        return None
+
+    commands = re.findall(r"(?:^ {4}|[`&] ?)((?:python|printf|torchrun) [^`\n]+)", README, re.MULTILINE)
+    assert len(commands) > 10
+    with Server(files) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        not_run = {run(command) for command in commands}
+    assert not_run <= {None, "bench/study.py"}
+    for session in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(session, {})  # noqa: S102
