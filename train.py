@@ -101,7 +101,7 @@ class TrainConfig(StepConfig):
     num_warmup_steps: int = 10_000  # steps over which the learning rate rises from 0
     micro_batch_size: int = 0  # rows in a forward pass, to save memory; 0 is all
     init: list = ()  # start from weights: DISCRIMINATOR [GENERATOR], runs, folders or names on the hub
-    compile: bool = None  # use torch.compile; None is on a GPU only
+    compile: bool = None  # use torch.compile; by default on a GPU only
     out: str = "out"  # parent folder; the run goes to OUT/SIZE
     log_every: int = 100  # steps between lines of log.jsonl
     eval_every: int = 1000  # steps between evaluations on held-out text
@@ -660,21 +660,25 @@ def parse(argv, description, config_classes, sizes):
     A field that has a comment is a flag, with the comment as its help. What is not typed is as in `sizes`, a
     table of what differs from the defaults, and else the default.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS, exit_on_error=False)
+    parser = argparse.ArgumentParser(description=description, usage="%(prog)s [--FLAG VALUE ...]",
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     exit_on_error=False)
     for config_class in config_classes:
         source = "".join(map(inspect.getsource, config_class.__mro__[-2::-1]))
         comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
+        group = parser.add_argument_group(inspect.getdoc(config_class).partition(".")[0])
         # A class's own fields come first, then those it inherits.
         for field in sorted(fields(config_class), key=lambda field: field.name not in vars(config_class)):
             if field.name not in comments:
                 continue
-            defaults = [str(field.default or "none" if field.type is list else field.default)]
-            defaults += [f"{size}: {row[field.name]}" for size, row in sizes.items() if field.name in row]
-            help = f"{comments[field.name]} ({'; '.join(defaults)})".replace("%", "%%")
+            defaults = [format_default(field.default)]
+            defaults += [f"{size}: {format_default(row[field.name])}" for size, row in sizes.items()
+                         if field.name in row]
+            shown = "; ".join(filter(None, defaults))
+            help = comments[field.name] + f" ({shown})" * bool(shown)
             kinds = {bool: dict(action=argparse.BooleanOptionalAction), list: dict(nargs="+")}
-            parser.add_argument(f"--{field.name.replace('_', '-')}", help=help,
-                                **kinds.get(field.type, dict(type=field.type)))
+            group.add_argument(f"--{field.name.replace('_', '-')}", help=help.replace("%", "%%"),
+                               **kinds.get(field.type, dict(type=field.type)))
     try:
         typed, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -685,6 +689,15 @@ def parse(argv, description, config_classes, sizes):
     configs = [config_class(**{field.name: values[field.name] for field in fields(config_class)
                                if field.name in values}) for config_class in config_classes]
     return configs, vars(typed).keys()
+
+
+def format_default(default):
+    """A default as --help shows it: nothing if there is none."""
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if isinstance(default, list | tuple):
+        return " ".join(default)
+    return "" if default is None else str(default)
 
 
 def resolve_device(config):
