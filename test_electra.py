@@ -1507,6 +1507,42 @@ def test_curves_are_plotted(corpus, monkeypatch):
     assert auc.lines[0].get_ydata().tolist() == logged
 
 
+def test_the_study_runs_its_stages_and_reports_them(toy_glue, monkeypatch, capsys):
+    """bench/study.py on a small scale: runs that two stages need are made once; differences have errors."""
+    monkeypatch.syspath_prepend(HERE / "bench")
+    import study
+
+    def run(command, *_):
+        script, *flags = shlex.split(command)
+        dict(train=train, finetune=finetune)[Path(script).stem].main(flags)
+
+    shape = dict(embedding_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=1,
+                 intermediate_size=32, max_position_embeddings=32)
+    for name, value in dict(run=run, run_all=lambda _, commands: [run(*each) for each in commands],
+                            RESULTS=Path("results"), SHAPE=shape, VOCAB=90, LENGTH=32, BATCH=8,
+                            LEARNING_RATES=(1e-3, 1e-2), PILOT_FLOPS=5e8, MAIN_FLOPS=1e9,
+                            FINE_TUNED=dict(sst2=2, stsb=3)).items():
+        monkeypatch.setattr(study, name, value)
+    write_files("texts", {f"{number}.txt": text.encode() for number, text in enumerate(make_text())})
+    options = SimpleNamespace(data="texts", glue="glue", jobs=1, dtype="fp32")
+    for stage in "pilots", "main", "sizes", "glue":
+        study.STAGES[stage](options)
+    found = {path.stem: json.loads(path.read_text()) for path in Path("results").iterdir()}
+    assert len(list(Path("out/study").glob("*-flops/*"))) == 2 * 2 + 2 + 2  # a pilot has generator size 0.5
+    for runs in (found[stage]["runs"] for stage in ("pilots", "main", "sizes")):
+        tokens = {one["curve"][-1]["tokens"] for one in runs.values()}
+        assert all(one["curve"][-1]["step"] == one["steps"] > 20 for one in runs.values()) and len(tokens) > 1
+    assert [len(found["glue"]["sst2 accuracy"][name]) for name in ("electra", "mlm", "random")] == [2, 2, 2]
+    capsys.readouterr()
+    study.report(options)
+    lines = [line for line in capsys.readouterr().out.splitlines() if " | " in line]
+    table = dict(line.strip("| ").split(" | ", 1) for line in lines)
+    ours, theirs = (np.array(found["glue"]["stsb spearman"][name]) * 100 for name in ("electra", "mlm"))
+    error = math.sqrt(ours.var(ddof=1) / 3 + theirs.var(ddof=1) / 3)
+    assert table["electra - mlm"].endswith(f"{ours.mean() - theirs.mean():+.1f} ± {error:.1f}")
+    assert Path("results/main.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_long_lines_can_be_split(corpus):
     """--split-long-lines loses less of long lines, and changes no text whose lines fit."""
     for length, max_length in itertools.product((9, 31, 32, 33, 100), (8, 9, 31, 32)):
