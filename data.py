@@ -490,6 +490,8 @@ def train_vocab(config, size, path):
     ids = tokenizer.get_vocab()
     if len(ids) == len(SPECIAL_TOKENS):
         raise UserError(f"there is no text to train on in {' '.join(config.data)}")
+    if len(ids) < size:
+        tqdm.write(f"the text yields a vocabulary of {len(ids):,} and not {size:,}", file=sys.stderr)
     with atomic_write(path) as file:
         file.write("".join(f"{token}\n" for token in sorted(ids, key=ids.get)).encode())
 

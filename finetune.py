@@ -512,7 +512,7 @@ def format_table(results, tasks):
                          f"{deviation:>7}{np.median(values):8.2f}{np.max(values):7.2f}")
         if constant := [str(entry["seed"]) for entry in entries if entry["is_constant"]]:
             notes.append(f"{task.title}: seed {', '.join(constant)} gave every example the same answer; it "
-                         "counts")
+                         "counts, too. With little data, more --num-train-epochs help")
     if len(TASKS.keys() & tasks) > 1:
         for title, average, needed in (
             ("ELECTRA's average of 8 (* of each, no WNLI)", average_of_8, AVERAGED_BY_ELECTRA),
@@ -572,9 +572,10 @@ class Predictor:
 
 def predict_file(config):
     """Print a table of predictions for a file of any size, in its order."""
-    predictor, source = Predictor(config.model, config), config.predict_file
+    predictor, is_stdin = Predictor(config.model, config), config.predict_file == "-"
+    source = "standard input" if is_stdin else config.predict_file
     header = ["prediction", *predictor.labels]
-    with sys.stdin.buffer if source == "-" else open(source, "rb") as file:
+    with sys.stdin.buffer if is_stdin else open(source, "rb") as file:
         rows = read_table(file, source)
         while chunk := [read_sentences(row, where) for where, row in itertools.islice(rows, CHUNK)]:
             if header:  # not before there is something below it

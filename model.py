@@ -5,6 +5,12 @@ of the result whether it was replaced. Read from `Electra.forward` downwards: ma
 corrupt, discriminator, loss. The end of the file reads and writes HuggingFace folders. [Dnn] marks a detail
 that DETAILS.md explains and links to the official code and to its test.
 
+It is no GAN: the generator never learns to fool the discriminator, since no gradient passes a sampled token,
+and the paper found reinforcement learning in its place to be worse. The generator is the smaller network: one
+that guesses too well leaves the other too little to learn from. So a high AUC is no aim in itself. Both share
+the embeddings, which the generator's softmax over the whole vocabulary trains best. After training only the
+discriminator is kept; for a task, a layer on its [CLS] vector is added, and all of it is fine-tuned.
+
     electra = Electra(ElectraConfig())
     output = electra(torch.tensor([[101, 1996, 4937, 2938, 102]]))  # [CLS] the cat sat [SEP]
     output.loss.backward()
@@ -53,7 +59,7 @@ class ElectraConfig:
     initializer_range: float = 0.02  # standard deviation of the initial weights, before truncation
     generator_size: float = 0.25  # width of the generator as a share of the discriminator's
     mask_prob: float = 0.15  # share of the tokens that the generator predicts
-    discriminator_weight: float = 50.0  # weight of the discriminator's loss; the generator's is 1
+    discriminator_weight: float = 50.0  # weight of its loss, the smaller one; the generator's is 1
     objective: str = "electra"  # electra, or mlm: only a generator, as wide as the discriminator would be
     cls_token_id: int = 101
     sep_token_id: int = 102

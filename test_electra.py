@@ -2466,7 +2466,7 @@ def test_another_run_in_the_folder_is_left_alone_unless_restarted(corpus):
     before, another = kept(), "out/small holds another run .*"
     for change, message in [
         ("--learning-rate 0.1", another + "learning_rate was 0.002 and is now 0.1"),
-        ("--data b.txt", another + "files"), ("--hidden-size 16", another + "hidden_size"),
+        ("--data b.txt", another + "the text differs"), ("--hidden-size 16", another + "hidden_size"),
         ("--restart --data empty.txt", "there is no text to train on in empty.txt"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -2809,8 +2809,8 @@ def test_the_flags_that_the_readme_names_exist(module, configs, capsys):
         assert "peak learning rate (0.0005; tiny: 0.001; base: 0.0002; large: 0.0002)" in text
 
 
-def test_the_readmes_commands_and_sessions_run(toy_glue, monkeypatch, quick):
-    """The README's commands and Python sessions run as they are written, on small files and networks."""
+def test_the_readmes_commands_and_session_run(toy_glue, monkeypatch, quick):
+    """The README's commands and Python session run as they are written, on small files and networks."""
     shape = dict(embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
                  intermediate_size=64, max_length=32, batch_size=8, num_train_steps=4, num_warmup_steps=1)
     tiny = shape | dict(data=["corpus.txt"], vocab="vocab.txt")
@@ -2858,5 +2858,8 @@ def test_the_readmes_commands_and_sessions_run(toy_glue, monkeypatch, quick):
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         not_run = {run(command) for command in commands}
     assert not_run <= {None, "bench/study.py"}
-    for session in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        exec(session, {})  # noqa: S102
+    [session], [call] = (re.findall(pattern, README, re.DOTALL)
+                         for pattern in (r"```python\n(.*?)```", r"`(finetune\.Predictor.*?)`"))
+    exec(session, {})  # noqa: S102
+    [(label, probabilities)] = eval(call)  # noqa: S307
+    assert label == max(probabilities, key=probabilities.get)

@@ -69,6 +69,7 @@ from model import (
 RANK, LOCAL_RANK, WORLD_SIZE = (
     int(os.environ.get(name, default)) for name, default in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items())
 HELDOUT_ROWS = 1024  # rows of every evaluation, always with the same masks and samples
+FEW_ROWS = 50  # held-out rows whose metrics are mostly chance
 SAVE_SECONDS = 600  # the most work that a kill can cost
 SHOWN_ROWS, SHOWN_TOKENS = 5, 40  # what is shown at the end
 SLOW_DAYS = 14  # warn about a run that takes longer
@@ -334,13 +335,13 @@ class Run:
             old, new = state["settings"], self.settings
         except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError):
             raise UserError(f"{self.checkpoint} is damaged; --restart starts over") from None
-        changed = [f"{name} differs" if name in ("files", "vocab") else
+        changed = [{"files": "the text differs", "vocab": "the vocabulary differs"}.get(name) or
                    f"{name} was {old.get(name)} and is now {new.get(name)}"
                    for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
         if changed:
             message = (f"{self.folder} holds another run ({'; '.join(changed)}); use its settings, another "
                        "--out, or --restart")
-            if old.get("num_train_steps") != new["num_train_steps"]:
+            if old.get("num_train_steps") != new["num_train_steps"] and not self.config.eval_only:
                 message += f"; to train it for longer, use another --out and --init {self.folder}"
             raise UserError(message)
         self.model.load_state_dict(state["model"])
@@ -356,7 +357,7 @@ class Run:
             if state["numerics"] != self.numerics:
                 append_json(log, dict(step=self.step, numerics=self.numerics))
         if self.step == self.config.num_train_steps:
-            print(f"all {self.step} steps are done already")
+            print(f"all {self.step} steps are done already; after a change of the code, use another --out")
         else:
             print(f"resuming after step {self.step} of {self.config.num_train_steps}")
 
@@ -374,8 +375,9 @@ class Run:
         heldout = self.cache.heldout(HELDOUT_ROWS)
         if heldout is not None and len(heldout):
             unigram = unigram_entropy(heldout, self.model.config)
-            tqdm.write(f"{len(heldout):,} rows are held out; guessing by word frequency alone would give an "
-                       f"MLM loss of {unigram:.3f}")
+            doubt = ", too few for reliable metrics" * (len(heldout) < FEW_ROWS)
+            tqdm.write(f"{len(heldout):,} rows are held out{doubt}; guessing by word frequency alone would "
+                       f"give an MLM loss of {unigram:.3f}")
         elif heldout is not None:
             tqdm.write("no evaluation: one document in a hundred is held out, and this text has too few")
         return heldout

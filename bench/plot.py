@@ -35,7 +35,7 @@ def read_run(folder):
     """The evaluations in a run's log."""
     path = Path(folder) / "log.jsonl"
     if not path.is_file():
-        raise SystemExit(f"{folder} is not a run of train.py, such as out/small")
+        raise SystemExit(f"{folder} has no log.jsonl; give the folder of a run of train.py, as out/tiny")
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")  # the run may be writing the last line
     lines = [json.loads(line) for line in whole.split("\n")]
     lines = [line for line in lines if line.get("split") == "heldout"]
