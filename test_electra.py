@@ -1528,7 +1528,7 @@ def test_the_study_runs_its_stages_and_reports_them(toy_glue, monkeypatch, capsy
     for stage in "pilots", "main", "sizes", "glue":
         study.STAGES[stage](options)
     found = {path.stem: json.loads(path.read_text()) for path in Path("results").iterdir()}
-    assert len(list(Path("out/study").glob("*-flops/*"))) == 2 * 2 + 2 + 2  # a pilot has generator size 1
+    assert len(list(Path("out/study").glob("*-flops/*"))) == 2 * 2 + 2 + 2  # a pilot has generator size 0.5
     for runs in (found[stage]["runs"] for stage in ("pilots", "main", "sizes")):
         tokens = {one["curve"][-1]["tokens"] for one in runs.values()}
         assert all(one["curve"][-1]["step"] == one["steps"] > 20 for one in runs.values()) and len(tokens) > 1
