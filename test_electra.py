@@ -2863,3 +2863,22 @@ def test_the_readmes_commands_and_session_run(toy_glue, monkeypatch, quick):
     exec(session, {})  # noqa: S102
     [(label, probabilities)] = eval(call)  # noqa: S307
     assert label == max(probabilities, key=probabilities.get)
+
+
+def test_the_readmes_exercises_are_those_that_were_run(monkeypatch):
+    """The exercises' figures are in bench/results, and the lines that they change are in the code."""
+    monkeypatch.syspath_prepend(HERE / "bench")
+    import study
+
+    found = json.loads((HERE / "bench/results/exercises.json").read_text(encoding="utf-8"))
+    assert f"`{found['command']}`, commit {found['commit']}" in README
+    for name, change in study.EXERCISES.items():
+        metrics = dict(unchanged=["auc", "mlm_loss"]).get(name, ["mlm_loss" if name == "MLM only" else "auc"])
+        for metric in metrics:
+            assert ", ".join(f"{line[metric]:.2f}" for line in found[name]) in README
+        if isinstance(change, tuple):
+            file, old, new = change
+            assert (HERE / file).read_text(encoding="utf-8").count(old) == 1
+            assert new.removesuffix(" if") in README
+        else:
+            assert change in README
