@@ -870,7 +870,7 @@ def test_printable_ascii_needs_no_normalizer(do_lower_case):
     assert sum(map(str.isascii, lines)) > 200 and wordpiece.encode([]) == []
 
 
-def test_a_vocabulary_is_trained_once_for_a_text(corpus):
+def test_a_vocabulary_is_trained_once_for_a_text(corpus, capsys):
     """train:SIZE gives at most SIZE tokens, once for a text, with room for words beside rare letters."""
     config = data_config(vocab="train:60")
     first = data.load_wordpiece(config)
@@ -878,6 +878,9 @@ def test_a_vocabulary_is_trained_once_for_a_text(corpus):
     assert first.tokens[:5] == data.SPECIAL_TOKENS and 20 < len(first.tokens) <= 60
     path.write_text("\n".join([*first.tokens, "marker"]))
     assert data.load_wordpiece(config).tokens[-1] == "marker"  # reused, not trained again
+    assert "yields" not in capsys.readouterr().err
+    count = len(data.load_wordpiece(data_config(vocab="train:5000")).tokens)
+    assert f"the text yields a vocabulary of {count} and not 5,000" in capsys.readouterr().err
     letters = "".join(chr(0x4E00 + n) + "ab" * (n % 7) for n in range(900))
     Path("corpus.txt").write_text(letters, encoding="utf-8")
     tokens = data.load_wordpiece(config).tokens
@@ -1099,6 +1102,7 @@ def test_a_run_learns_logs_and_leaves_models(corpus, capsys):
     assert heldout[-1]["mlm_loss"] < heldout[0]["mlm_loss"] - 0.2
     printed = capsys.readouterr().out
     assert "held-out text: MLM loss" in printed and "✗]" in printed and "by word frequency alone" in printed
+    assert "2 rows are held out, too few for reliable metrics" in printed
     electra = model.load_electra("out/small/discriminator", "out/small/generator")
     assert electra.config.vocab_size == len(SMALL_VOCAB)
     wordpiece, length = data.read_tokenizer("out/small/discriminator")
@@ -1482,6 +1486,7 @@ def test_a_saved_run_is_evaluated_again(corpus, capsys):
     pretrain("--eval-only")
     assert capsys.readouterr().out.split("step 24, held-out text")[-1] == end
     for flags, message in [("--eval-only --out elsewhere", "there is no run in elsewhere/small to evaluate"),
+                           ("--eval-only --num-train-steps 25", "now 25.; use its settings.* or --restart$"),
                            ("--eval-only --restart", "and --restart deletes it; leave one out")]:
         with pytest.raises(UserError, match=message):
             pretrain(flags)
@@ -2860,7 +2865,9 @@ def test_the_readmes_commands_and_session_run(toy_glue, monkeypatch, quick):
     assert not_run <= {None, "bench/study.py"}
     [session], [call] = (re.findall(pattern, README, re.DOTALL)
                          for pattern in (r"```python\n(.*?)```", r"`(finetune\.Predictor.*?)`"))
-    exec(session, {})  # noqa: S102
+    namespace = {}
+    exec(session, namespace)  # noqa: S102
+    assert namespace["output"].is_replaced.shape == (1, len(namespace["ids"]) + 2)
     [(label, probabilities)] = eval(call)  # noqa: S307
     assert label == max(probabilities, key=probabilities.get)
 
