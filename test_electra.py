@@ -1544,7 +1544,7 @@ def test_the_study_runs_its_stages_and_reports_them(toy_glue, monkeypatch, capsy
     table = dict(line.strip("| ").split(" | ", 1) for line in lines)
     ours, theirs = (np.array(found["glue"]["stsb spearman"][name]) * 100 for name in ("electra", "mlm"))
     error = math.sqrt(ours.var(ddof=1) / 3 + theirs.var(ddof=1) / 3)
-    assert table["electra - mlm"].endswith(f"{ours.mean() - theirs.mean():+.1f} ± {error:.1f}")
+    assert table["ELECTRA − MLM"].endswith(f"{ours.mean() - theirs.mean():+.1f} ± {error:.1f}")
     assert Path("results/main.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -2889,3 +2889,18 @@ def test_the_readmes_exercises_are_those_that_were_run(monkeypatch):
             assert new.removesuffix(" if") in README
         else:
             assert change in README
+
+
+def test_the_figures_of_the_log_are_those_of_the_runs(monkeypatch, capsys):
+    """LOG.md has the tables of bench/results, with the runs' commands and commits."""
+    monkeypatch.syspath_prepend(HERE / "bench")
+    import study
+
+    log = (HERE / "LOG.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(study.plot, "plot", lambda *_: None)
+    study.report(None)
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert all(table in log for table in tables)
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in study.RESULTS.glob("*.json")]
+    assert len(tables) == len(found) > 0
+    assert all(stage["command"] in log and f"commit {stage['commit']}" in log for stage in found)

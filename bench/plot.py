@@ -26,8 +26,8 @@ import model
 
 OFFICIAL = Path(__file__).with_name("official_curve.csv")
 OFFICIAL_TOKENS = 128 * 128  # in a step
-PANELS = {"MLM loss": ("mlm_loss", "unigram_entropy", "word frequencies"),
-          "discriminator loss": ("disc_loss", "all_original", "all original"),
+PANELS = {"MLM loss": ("mlm_loss", "unigram_entropy", "word frequencies alone"),
+          "discriminator loss": ("disc_loss", "all_original", "all called original"),
           "AUC": ("auc", None, None)}
 
 
@@ -59,19 +59,17 @@ def draw(axis, lines, metric, **style):
 
 def plot(runs, out, official=False):
     """Draw curves: runs are {label: evaluations, as read_run returns them}."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     for axis, (title, (metric, baseline, baseline_name)) in zip(axes, PANELS.items(), strict=True):
         for number, (name, lines) in enumerate(runs.items()):
             draw(axis, lines, metric, label=name, color=f"C{number}")
-            if baseline:
-                label = f"{name}: {baseline_name}"
-                draw(axis, lines, baseline, label=label, color=f"C{number}", linestyle=":")
+            draw(axis, lines, baseline, color=f"C{number}", linestyle=":")
         if official:
             draw(axis, read_official(), metric, label="published", color="gray", linestyle="--")
-        axis.set(title=title, xlabel="million tokens, padding included")
+        axis.set(title=f"{title} (dotted: {baseline_name})" if baseline else title,
+                 xlabel="million tokens, padding included")
         axis.spines[["top", "right"]].set_visible(False)
-        if axis.lines:
-            axis.legend(fontsize="small", frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(out, dpi=150)
     print(f"wrote {out}")
 

@@ -19,7 +19,6 @@ size, at equal training FLOPs: bench/pretrain.py counts them, backward passes an
 
 import argparse
 import json
-import math
 import os
 import shlex
 import shutil
@@ -58,6 +57,8 @@ GENERATOR_SIZE = 0.5  # the generator's share of the width; "mlm" has one of the
 VOCAB, LENGTH, BATCH = 4096, 64, 16
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 ARMS = ("electra", "mlm")
+NAMES = {"random": "no pre-training", "mlm": "MLM", "electra": "ELECTRA"}
+METRICS = ("mlm_loss", "unigram_entropy", "disc_loss", "all_original", "auc")  # in the tables
 PILOT_FLOPS, MAIN_FLOPS = 9e13, 4.5e14  # 20 and 100 minutes
 FINE_TUNED = {"cola": 5, "mrpc": 5, "stsb": 5, "sst2": 2}  # seeds
 
@@ -223,19 +224,22 @@ def report(options):
     for stage in "pilots", "main", "sizes":
         if stage in found:
             runs = found[stage]["runs"]
-            plot.plot({name: one["curve"] for name, one in runs.items()}, RESULTS / f"{stage}.png")
-            metrics = "mlm_loss", "unigram_entropy", "disc_loss", "all_original", "auc"
-            print_table(stage, ["steps", "tokens/s", *metrics], {
+            plot.plot({NAMES.get(name, name): one["curve"] for name, one in runs.items()},
+                      RESULTS / f"{stage}.png")
+            print_table(stage, ["steps", "tokens/s", *METRICS], {
                 name: [f"{one['steps']:,}", f"{one['tokens_per_second']:,}",
-                       *(f"{one['curve'][-1].get(metric, math.nan):.3f}" for metric in metrics)]
+                       *(f"{one['curve'][-1][metric]:.3f}" if metric in one["curve"][-1] else ""
+                         for metric in METRICS)]
                 for name, one in runs.items()})
     if "glue" in found:
         table = {column: scores for column, scores in found["glue"].items() if isinstance(scores, dict)}
-        rows = {name: [format_mean(scores[name]) for scores in table.values()] for name in ("random", *ARMS)}
+        columns = [f"{TASKS[column.split()[0]].title}, n = {len(scores['electra'])}"
+                   for column, scores in table.items()]
+        rows = {NAMES[name]: [format_mean(scores[name]) for scores in table.values()] for name in NAMES}
         for one, other in [("electra", "mlm"), ("electra", "random"), ("mlm", "random")]:
-            rows[f"{one} - {other}"] = [format_difference(scores[one], scores[other])
-                                        for scores in table.values()]
-        print_table("", [f"{column}, n = {len(scores['electra'])}" for column, scores in table.items()], rows)
+            rows[f"{NAMES[one]} − {NAMES[other]}"] = [format_difference(scores[one], scores[other])
+                                                      for scores in table.values()]
+        print_table("GLUE dev sets", columns, rows)
 
 
 STAGES = {"exercises": exercises, "pilots": pilots, "main": main_runs, "sizes": sizes, "glue": fine_tune,
