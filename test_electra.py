@@ -1548,6 +1548,23 @@ def test_the_study_runs_its_stages_and_reports_them(toy_glue, monkeypatch, capsy
     assert Path("results/main.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_studys_arms_have_equal_flops(monkeypatch):
+    """Steps of both arms at a budget: a matrix product of n weights is 2n operations, 4n more backward."""
+    monkeypatch.syspath_prepend(HERE / "bench")
+    import study
+
+    length, slots, vocab, layers = study.LENGTH, 9, study.VOCAB, 2  # 9 of 64 are 15 %
+
+    def encoder(H):
+        return layers * (4 * H * H + 2 * H * 4 * H + 2 * length * H)  # projections, FFN, attention
+
+    head = (128 * vocab + 128 * 128) * slots / length
+    assert study.steps_for(1e14, "mlm") == int(1e14 / (6 * (encoder(128) + head) * length * study.BATCH))
+    generator = 128 * 64 + encoder(64) + (128 * vocab + 64 * 128) * slots / length
+    both = generator + encoder(128) + 128 * 128 + 128
+    assert study.steps_for(1e14, "electra") == int(1e14 / (6 * both * length * study.BATCH))
+
+
 def test_long_lines_can_be_split(corpus):
     """--split-long-lines loses less of long lines, and changes no text whose lines fit."""
     for length, max_length in itertools.product((9, 31, 32, 33, 100), (8, 9, 31, 32)):

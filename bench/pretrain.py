@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
@@ -152,15 +153,12 @@ def matmul_rate(recipe):
 
 
 def flops_per_token(config, length):
-    """Multiplications and additions of a step, forward and backward, for each position of a row."""
-    K = config.num_slots(length)
-    total = 3 * 2 * config.embedding_size * config.vocab_size * K / length  # the output layer
-    shapes = [config.generator_config()] + [config] * (config.objective == "electra")
-    for shape in shapes:
-        H, layers = shape.hidden_size, shape.num_hidden_layers
-        weights = layers * (4 * H * H + 2 * H * shape.intermediate_size) + shape.embedding_size * H
-        total += 3 * 2 * (weights + layers * 2 * length * H)
-    return total
+    """Multiplications and additions of matrix products in a step, for each position, counted by torch."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        rows = torch.zeros(1, length, dtype=torch.long)
+        uniforms = torch.zeros(1, length + 2 * config.num_slots(length))
+        model.Electra(config)(rows, uniforms, torch.ones(2)).loss.backward()
+    return counter.get_total_flops() / length
 
 
 def where_time_goes(step, device):

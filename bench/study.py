@@ -14,7 +14,7 @@ glue       fine-tuning of both arms and of random weights
 report     prints the tables of these figures, and draws their curves; needs nothing but bench/results
 
 The arms are replaced-token detection and masked language modelling with a network of the discriminator's
-size, at equal training FLOPs: bench/pretrain.py counts them, backward passes and the output layer included.
+size, at equal training FLOPs: those of all matrix products, forward and backward, as torch counts them.
 """
 
 import argparse
@@ -37,6 +37,8 @@ import model
 from glue import TASKS
 
 HERE = Path(__file__).resolve().parent
+COMMIT = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=HERE,
+                        capture_output=True, text=True).stdout.strip()
 OUT, RESULTS = Path("out/study"), HERE / "results"
 FILES = ("model.py", "data.py", "train.py", "glue.py", "finetune.py")
 # What README's exercises change: flags, or one line of a file.
@@ -83,9 +85,8 @@ def read_log(folder, split="heldout"):
 
 
 def write(stage, figures):
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     RESULTS.mkdir(exist_ok=True)
-    text = json.dumps(dict(command=f"python bench/study.py {stage}", commit=commit.stdout.strip(),
+    text = json.dumps(dict(command=f"python bench/study.py {stage}", commit=COMMIT,
                            date=time.strftime("%Y-%m-%d"), **figures), indent=1)
     (RESULTS / f"{stage}.json").write_text(text + "\n")
 
@@ -156,7 +157,7 @@ def pilots(options):
 
 
 def score(line):
-    """The lower the better: a discriminator counts by its share of the all-original line."""
+    """Lower is better: the discriminator's loss as a share of the all-original line, or else the MLM loss."""
     return line["disc_loss"] / line["all_original"] if "disc_loss" in line else line["mlm_loss"]
 
 
