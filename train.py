@@ -292,7 +292,7 @@ class Run:
         self.checkpoint, self.log_path = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
         everything = asdict(config) | asdict(model_config) | cache.fingerprint
         self.settings = {name: value for name, value in everything.items() if name not in MAY_CHANGE}
-        # These may change on resume. They change the rounding, so they are logged.
+        # These may change on resume. They change rounding and dropout, so they are logged.
         self.numerics = dict(device=config.device, dtype=config.dtype, compile=config.compile,
                              micro_batch_size=config.micro_batch_size, ranks=WORLD_SIZE,
                              threads=torch.get_num_threads(), torch=str(torch.__version__))

@@ -3,7 +3,7 @@
     python bench/pretrain.py [--size small] [--batch-size 32] [--dtype bf16] [--threads 2] [--rounds 5]
 
 Both steps read the same random rows, apply the same masks, and end with clipping and the fused AdamW. The
-other is made as replications of ELECTRA make it: ElectraForMaskedLM and ElectraForPreTraining with one
+other is built as replications of ELECTRA build it: ElectraForMaskedLM and ElectraForPreTraining with one
 embedding object and sdpa attention, logits at every position, Gumbel noise at the masked ones, each loss
 computed once.
 
