@@ -1553,7 +1553,7 @@ def test_the_studys_arms_have_equal_flops(monkeypatch):
     monkeypatch.syspath_prepend(HERE / "bench")
     import study
 
-    length, slots, vocab, layers = study.LENGTH, 9, study.VOCAB, 2  # 9 of 64 are 15 %
+    length, slots, vocab, layers = study.LENGTH, 9, study.VOCAB, 2  # int(0.155 x 64) slots
 
     def encoder(H):
         return layers * (4 * H * H + 2 * H * 4 * H + 2 * length * H)  # projections, FFN, attention
