@@ -2908,8 +2908,8 @@ def test_the_readmes_exercises_are_those_that_were_run(monkeypatch):
             assert change in README
 
 
-def test_the_figures_of_the_log_are_those_of_the_runs(monkeypatch, capsys):
-    """LOG.md has the tables of bench/results, with the runs' commands and commits."""
+def test_the_figures_of_log_and_readme_are_those_of_the_runs(monkeypatch, capsys):
+    """LOG.md has the tables of bench/results, with commands and commits; README has the scores."""
     monkeypatch.syspath_prepend(HERE / "bench")
     import study
 
@@ -2918,6 +2918,8 @@ def test_the_figures_of_the_log_are_those_of_the_runs(monkeypatch, capsys):
     study.report(None)
     tables = capsys.readouterr().out.strip().split("\n\n")
     assert all(table in log for table in tables)
+    [scores] = (table for table in tables if table.startswith("| GLUE dev sets"))
+    assert scores[: scores.index("\n| ELECTRA − no pre-training")] in README
     found = [json.loads(path.read_text(encoding="utf-8")) for path in study.RESULTS.glob("*.json")]
     assert len(tables) == len(found) > 0
     assert all(stage["command"] in log and f"commit {stage['commit']}" in log for stage in found)
