@@ -69,7 +69,7 @@ def plot(runs, out, official=False):
         axis.set(title=f"{title} (dotted: {baseline_name})" if baseline else title,
                  xlabel="million tokens, padding included")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(out, dpi=150)
     print(f"wrote {out}")
 
