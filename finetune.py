@@ -1,7 +1,7 @@
 """Fine-tune on GLUE or on your own labels, and score: `python finetune.py --task mrpc --seeds 10`.
 
-Read `finetune` first: one run of one task with one seed. `Sweep` runs all tasks and seeds. Each finished run
-is a line of out/glue/results.jsonl and is never repeated. The table is what papers print; --submit writes
+Read `Finetuner.run` first: one run of one task with one seed. `Sweep` runs all tasks and seeds. Each finished
+run is a line of out/glue/results.jsonl and is never repeated. The table is what papers print; --submit writes
 files for gluebenchmark.com. The result of a seed does not depend on what else runs. --save keeps the best
 network of a task, and `Predictor` uses it.
 """
@@ -68,11 +68,13 @@ from model import (
     save_pretrained,
 )
 from train import (
+    CudaGraphs,
     StepConfig,
     autocast,
     build_optimizer,
     learning_rate,
     parse,
+    reset_moments,
     resolve_device,
     run_command,
 )
@@ -130,46 +132,73 @@ def resolve(config, task, hidden_size):
 # One fine-tuning run
 
 
-def finetune(task, seed, splits, pretrained, config):
-    """Train a classifier on a task: (network, its predictions by split, NumPy arrays (N,)).
+class Finetuner:
+    """Fine-tunes a task. The network, its optimizer and its CUDA graphs are made once and serve all seeds."""
 
-    `splits` has the (rows, labels) of each split.
-    """
-    rows, labels = splits["train"]
-    torch.manual_seed(int(rng(seed, f"{task.name} classifier").integers(2**63)))  # of dropout, too
-    network = Classifier(pretrained.config, len(task.labels) or 1)
-    if pretrained.encoder_state is not None:
-        network.encoder.load_state_dict(pretrained.encoder_state)
-    network = network.to(config.device).train()
-    layers, decay = pretrained.config.num_hidden_layers, config.layerwise_lr_decay
-    optimizer = build_optimizer(network.named_parameters(), config, lambda key: lr_scale(key, layers, decay))
-    scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
-    # Everything is on the device, and the host knows the lengths: no step waits for the device.
-    ids, lengths = to_device(rows, config)
-    labels = torch.tensor(labels, dtype=torch.long if task.labels else torch.float32, device=config.device)
-    total, step = num_steps(len(rows), config.batch_size, config.num_train_epochs), 0
-    title = f"{task.title}, seed {seed}"
-    with tqdm(total=total, desc=title, unit=" steps", leave=False, disable=None) as bar:
-        for epoch in range(config.num_train_epochs):
-            order = rng(seed, f"{task.name} order", epoch).permutation(len(rows))
-            for chosen, places in batches(order, config.batch_size, config.device):
-                lr = learning_rate(step, config.learning_rate, total, config.warmup_proportion * total)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * group["lr_scale"]
-                with autocast(config):
-                    logits = network(ids[places, : lengths[chosen].max()])
-                loss = losses(logits, labels[places], task).sum()  # [D34] not the mean
-                scaler.scale(loss).backward()
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                step += 1
-                bar.update()
-    # The last step is scored: no best epoch is picked.
-    return network, {split: predict(network, rows, task, config)
-                     for split, (rows, _) in splits.items() if split != "train"}
+    def __init__(self, task, pretrained, config):
+        self.task = task
+        self.pretrained = pretrained
+        self.config = config
+        self.network = self.new_classifier().to(config.device)
+        layers, decay = pretrained.config.num_hidden_layers, config.layerwise_lr_decay
+        self.optimizer = build_optimizer(self.network.named_parameters(), config,
+                                         lambda name: lr_scale(name, layers, decay))
+        self.step = CudaGraphs(self.take_step) if config.graph else self.take_step
+
+    def run(self, seed, splits):
+        """Train with a seed on splits["train"], and return the predictions of the others, NumPy arrays (N,).
+
+        `splits` has the (rows, labels) of each split.
+        """
+        task, config = self.task, self.config
+        self.start(seed)
+        rows, labels = splits["train"]
+        # Everything is on the device, and the host knows the lengths: no step waits for the device.
+        ids, lengths = to_device(rows, config)
+        kind = torch.long if task.labels else torch.float32
+        labels = torch.tensor(labels, dtype=kind, device=config.device)
+        total, step = num_steps(len(rows), config.batch_size, config.num_train_epochs), 0
+        title = f"{task.title}, seed {seed}"
+        with tqdm(total=total, desc=title, unit=" steps", leave=False, disable=None) as bar:
+            for epoch in range(config.num_train_epochs):
+                order = rng(seed, f"{task.name} order", epoch).permutation(len(rows))
+                for chosen, places in batches(order, config.batch_size, config.device):
+                    lr = learning_rate(step, config.learning_rate, total, config.warmup_proportion * total)
+                    for group in self.optimizer.param_groups:
+                        group["lr"].fill_(lr * group["lr_scale"])
+                    self.step(ids[places, : cut_length(lengths[chosen], config)], labels[places])
+                    step += 1
+                    bar.update()
+        # The last step is scored: no best epoch is picked.
+        return {split: predict(self.network, rows, task, config)
+                for split, (rows, _) in splits.items() if split != "train"}
+
+    def start(self, seed):
+        """Go back to the pre-trained weights, a new classifier and empty moments, all in place."""
+        torch.manual_seed(int(rng(seed, f"{self.task.name} classifier").integers(2**63)))  # of dropout, too
+        self.network.load_state_dict(self.new_classifier().state_dict())
+        self.network.train()
+        reset_moments(self.optimizer)
+        device = torch.device(self.config.device).type
+        self.scaler = torch.amp.GradScaler(device, enabled=self.config.dtype == "fp16")
+
+    def new_classifier(self):
+        network = Classifier(self.pretrained.config, len(self.task.labels) or 1)
+        if self.pretrained.encoder_state is not None:
+            network.encoder.load_state_dict(self.pretrained.encoder_state)
+        return network
+
+    def take_step(self, ids, labels):
+        """One optimizer step on ids (B, L) and labels (B,)."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.config):
+            logits = self.network(ids)
+        loss = losses(logits, labels, self.task).sum()  # [D34] not the mean
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
 
 class Classifier(nn.Module):
@@ -230,6 +259,12 @@ def batches(order, size, device):
         yield order[start : start + size], places[start : start + size]
 
 
+def cut_length(lengths, config):
+    """The length to which a batch is cut: its longest row's. On a GPU few lengths save captures and plans."""
+    longest = int(lengths.max())
+    return 16 * math.ceil(longest / 16) if config.device.startswith("cuda") else longest
+
+
 @torch.no_grad()
 def compute_logits(network, rows, config):
     """(N, num_outputs), without dropout. Rows of like length share a batch."""
@@ -237,7 +272,7 @@ def compute_logits(network, rows, config):
     ids, lengths = to_device(rows, config)
     order = np.argsort(lengths, kind="stable")
     with autocast(config):
-        logits = torch.cat([network(ids[places, : lengths[chosen].max()])
+        logits = torch.cat([network(ids[places, : cut_length(lengths[chosen], config)])
                             for chosen, places in batches(order, EVAL_BATCH_SIZE, config.device)])
     unsorted = np.empty(logits.shape, dtype=np.float32)
     unsorted[order] = logits.cpu().numpy()
@@ -382,7 +417,7 @@ class Sweep:
         """Everything that decides a task's result, except the seed."""
         model, task = self.pretrained, self.tasks[name]
         others = ("task", "seeds", "model", "random_weights", "glue_dir", "predict", "submit", "save",
-                  "predict_file", "cache", "out", "device")
+                  "predict_file", "cache", "out", "device", "graph", "deterministic")
         settings = {key: value for key, value in asdict(self.configs[name]).items() if key not in others}
         return settings | dict(
             data={split: self.sha256[name][split] for split in ("train", *task.dev_splits)},
@@ -419,18 +454,19 @@ class Sweep:
 
     def run(self):
         """Run everything that is not finished, except what another process is working on."""
-        loaded, splits = None, None
+        finetuner, splits = None, None
         for name, seed in self.jobs:
             with lock(self.folder / "locks" / self.key(name, seed)) as is_ours:
                 if is_ours and (name, seed) not in self.results():  # another process may have finished it
-                    if loaded != name:
-                        loaded, splits = name, self.tokenize(name)
-                    self.run_one(name, seed, splits)
+                    if finetuner is None or finetuner.task is not self.tasks[name]:
+                        finetuner = Finetuner(self.tasks[name], self.pretrained, self.configs[name])
+                        splits = self.tokenize(name)
+                    self.run_one(name, seed, finetuner, splits)
 
-    def run_one(self, name, seed, splits):
+    def run_one(self, name, seed, finetuner, splits):
         """Fine-tune a task with a seed, and add its line to the results."""
         task, config, began = self.tasks[name], self.configs[name], time.perf_counter()
-        network, predictions = finetune(task, seed, splits, self.pretrained, config)
+        predictions = finetuner.run(seed, splits)
         seconds = round(time.perf_counter() - began, 1)
         metrics = score(task, predictions, {split: splits[split][1] for split in task.dev_splits})
         if self.keeps_predictions:
@@ -447,7 +483,7 @@ class Sweep:
         scores = ", ".join(f"{metric} {100 * value:.1f}" for metric, value in metrics.items())
         print(f"{task.title}, seed {seed}: {scores} ({seconds:.0f} s)")
         if self.config.save and seed == self.best_seed(name):
-            self.save(name, seed, network)
+            self.save(name, seed, finetuner.network)
 
     def best_seed(self, name):
         """The finished seed with the best dev score."""
@@ -470,8 +506,9 @@ class Sweep:
         for name, task in self.tasks.items():
             seed, path = self.best_seed(name), self.folder / name / "config.json"
             if not path.exists() or read_json(path).get("result") != self.key(name, seed):
-                network, _ = finetune(task, seed, self.tokenize(name), self.pretrained, self.configs[name])
-                self.save(name, seed, network)
+                finetuner = Finetuner(task, self.pretrained, self.configs[name])
+                finetuner.run(seed, self.tokenize(name))
+                self.save(name, seed, finetuner.network)
             print(f"{path.parent} holds the network of seed {seed}, {task.title}'s best on dev")
 
     def submit(self):

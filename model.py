@@ -167,8 +167,19 @@ class Electra(nn.Module):
         is_replaced = corrupted_ids != input_ids  # [D13] a correct guess counts as original
 
         mlm_loss = (mlm_losses * weights).sum() / mlm_count
-        output = Output(
-            loss=mlm_loss,
+
+        loss = mlm_loss
+        disc_loss = None  # of the baseline, a masked language model
+        disc_logits = None
+        if self.discriminator is not None:
+            disc_logits = self.discriminator(corrupted_ids, attention_mask, token_type_ids)  # (B, L)
+            targets = is_replaced.to(disc_logits.dtype)
+            disc_losses = F.binary_cross_entropy_with_logits(disc_logits, targets, reduction="none")  # (B, L)
+            disc_loss = (disc_losses * attention_mask).sum() / token_count  # [D14] [CLS] and [SEP] too
+            loss = mlm_loss + self.config.discriminator_weight * disc_loss  # [D15]
+
+        return Output(
+            loss=loss,
             mlm_loss=mlm_loss.detach(),
             mlm_correct=((mlm_logits.argmax(-1) == labels) * weights).sum(),
             sampled_correct=((sampled == labels) * weights).sum(),
@@ -176,19 +187,14 @@ class Electra(nn.Module):
             weights=weights,
             corrupted_ids=corrupted_ids,
             is_replaced=is_replaced,
+            disc_loss=detach(disc_loss),
+            disc_logits=detach(disc_logits),
         )
-        if self.discriminator is None:  # the baseline, a masked language model
-            return output
 
-        disc_logits = self.discriminator(corrupted_ids, attention_mask, token_type_ids)  # (B, L)
-        targets = is_replaced.to(disc_logits.dtype)
-        disc_losses = F.binary_cross_entropy_with_logits(disc_logits, targets, reduction="none")  # (B, L)
-        disc_loss = (disc_losses * attention_mask).sum() / token_count  # [D14] [CLS] and [SEP] too
-        return output._replace(
-            loss=mlm_loss + self.config.discriminator_weight * disc_loss,  # [D15]
-            disc_loss=disc_loss.detach(),
-            disc_logits=disc_logits.detach(),
-        )
+
+def detach(tensor):
+    """A tensor without the graph that autograd made for it, or None."""
+    return None if tensor is None else tensor.detach()
 
 
 def mask_and_types(input_ids, sep_token_id):

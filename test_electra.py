@@ -5,6 +5,7 @@ training, resuming, transformers. Part III: what can go wrong. Text, models and 
 network but the loopback interface, no GPU.
 """
 
+import collections
 import doctest
 import gzip
 import hashlib
@@ -28,6 +29,7 @@ import sys
 import tarfile
 import threading
 import time
+import warnings
 import zipfile
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, replace
@@ -51,6 +53,8 @@ import model
 import train
 from data import Cache, DataConfig, Order, UserError, WordPiece
 from model import Electra, ElectraConfig, ModelError
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic, before cuBLAS is loaded
 
 HERE = Path(__file__).parent
 GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
@@ -168,7 +172,7 @@ def steps(monkeypatch):
     def look(optimizer):
         gradients = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
         norm = math.sqrt(sum((gradient**2).sum().item() for gradient in gradients))
-        groups = [dict(group) for group in optimizer.param_groups]
+        groups = [dict(group, lr=float(group["lr"])) for group in optimizer.param_groups]
         seen.append(SimpleNamespace(groups=groups, gradients=gradients, norm=norm))
 
     watch(monkeypatch, torch.optim.AdamW, "step", look)
@@ -1589,28 +1593,39 @@ class SyncIsError:
     """Fails, on a GPU, where the host waits for it."""
 
     def __enter__(self):
-        torch.cuda.set_sync_debug_mode("error")
+        self.set_mode("error")
 
     def __exit__(self, *error):
-        torch.cuda.set_sync_debug_mode("default")
+        self.set_mode("default")
+
+    def set_mode(self, mode):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that this mode is a prototype
+            torch.cuda.set_sync_debug_mode(mode)
 
 
-@pytest.mark.parametrize("device, mode", [("cpu", NoSync), pytest.param("cuda", SyncIsError, marks=GPU)])
-def test_no_step_of_pre_training_waits_for_the_device(corpus, monkeypatch, device, mode):
+@pytest.mark.parametrize("device, graph, mode", [
+    ("cpu", "--no-graph", NoSync),
+    pytest.param("cuda", "--no-graph", SyncIsError, marks=GPU),
+    pytest.param("cuda", "--graph", SyncIsError, marks=GPU),
+])
+def test_no_step_of_pre_training_waits_for_the_device(corpus, monkeypatch, device, graph, mode):
     """Between two lines of the log nothing crosses from the device, and no size or branch depends on data."""
     steps, crossings = ExitStack(), []
+    first = train.WARM_UP_CALLS + 1 if graph == "--graph" else 1  # capturing waits, once
 
     def look(step, *args):
-        if step == 1:  # the first step is logged; the last one, too, and evaluated
+        if step == first:  # step 0 is logged; the last one, too, and evaluated
             steps.enter_context(mode())
         if step == 22:
             steps.close()
 
+    monkeypatch.setattr(train, "KEPT", ())  # to export a network, the host waits for it
     watch(monkeypatch, train, "learning_rate", look)
     watch(monkeypatch, train, "gather_outputs", crossings.append)
     with steps:
-        pretrain(f"--device {device} --log-every 100 --eval-every 100 --save-every 100 --micro-batch-size 4 "
-                 "--no-compile")
+        pretrain(f"--device {device} {graph} --log-every 100 --eval-every 100 --save-every 100 "
+                 "--micro-batch-size 4 --no-compile")
     assert len(crossings) == len(read_log(split="train")) == 2
 
 
@@ -1668,15 +1683,228 @@ def test_a_gpu_agrees_with_the_cpu(dtype, corpus):
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_a_run_on_a_gpu_resumes(corpus):
-    """Stopped and resumed on a GPU, a run follows the same losses but for rounding."""
-    pretrain("--device cuda --no-compile --out whole")
-    pretrain_until_killed("--device cuda --no-compile --out killed --cache cache2", "checkpoint.pt", 2)
-    pretrain("--device cuda --no-compile --out killed --cache cache2")
-    losses = [[line["loss"] for line in read_log(f"{out}/small", "train")] for out in ("whole", "killed")]
-    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+def tensors_of(results):
+    """The tensors in nested lists and tuples."""
+    if isinstance(results, torch.Tensor):
+        return [results]
+    return [tensor for result in results or () for tensor in tensors_of(result)]
+
+
+class Recorded(train.CudaGraphs):
+    """A stand-in for CUDA graphs on a CPU: a replay calls again and writes into the same tensors each time."""
+
+    captures = 0
+    replays = 0
+
+    def __init__(self, function):
+        self.function = function
+        self.num_calls = collections.Counter()
+        self.captured = {}
+        self.has_failed = False
+
+    def call(self, inputs):
+        return self.function(*inputs)
+
+    def capture(self, inputs):
+        Recorded.captures += 1
+        results = []
+
+        def replay():
+            Recorded.replays += 1
+            new = self.function(*inputs)
+            results.append(new)
+            for old, tensor in zip(tensors_of(results[0]), tensors_of(new), strict=True):
+                old.copy_(tensor)
+            return results[0]
+
+        return inputs, replay
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Steps are replayed, on a CPU."""
+    resolve = train.resolve_device
+    for module in train, finetune:
+        monkeypatch.setattr(module, "CudaGraphs", Recorded)
+        monkeypatch.setattr(module, "resolve_device", lambda config: replace(resolve(config), graph=True))
+    monkeypatch.setattr(Recorded, "captures", 0)
+    monkeypatch.setattr(Recorded, "replays", 0)
+
+
+def test_a_replayed_run_is_the_plain_run(corpus, monkeypatch, request):
+    """Through captures, replays, evaluations, a stop and a resume, a run ends in the bits of a plain one."""
+    pretrain("--micro-batch-size 4 --out plain")
+    request.getfixturevalue("recorded")
+    pretrain("--micro-batch-size 4 --out replayed")
+    assert (Recorded.captures, Recorded.replays) == (1, 24 - train.WARM_UP_CALLS)
+
+    def interrupt(step, *args):
+        if step == 9:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        watch(patch, train, "learning_rate", interrupt)
+        with pytest.raises(UserError, match="stopped after step 10; the same command resumes"):
+            pretrain("--micro-batch-size 4 --out resumed")
+    pretrain("--micro-batch-size 4 --out resumed")
+    assert_same_run("replayed", "resumed")
+    for name in ("discriminator/model.safetensors", "generator/model.safetensors"):
+        assert Path("plain/small", name).read_bytes() == Path("replayed/small", name).read_bytes()
+    for split in ("train", "heldout"):
+        assert read_log("plain/small", split) == read_log("replayed/small", split)
+
+
+def test_replayed_fine_tuning_is_plain_fine_tuning(toy_glue, request):
+    """A shape of a batch is captured once for all seeds; scores and networks are those of plain steps."""
+    flags = "--task mrpc --seeds 3 --save --predict "
+    tune(flags + "--out plain")
+    request.getfixturevalue("recorded")
+    tune(flags + "--out replayed")
+    assert 0 < Recorded.captures < Recorded.replays
+    plain, replayed = (read_results(out) for out in ("plain", "replayed"))
+    assert plain == replayed
+    plain, replayed = (model.read_weights(f"{out}/mrpc")[0] for out in ("plain", "replayed"))
+    assert all(torch.equal(plain[name], replayed[name]) for name in plain)
+
+
+def test_a_graph_for_each_shape_and_plain_calls_after_a_failure(recorded, monkeypatch, capsys):
+    """Shapes are captured apart; the next replay overwrites the results; a failure ends all captures."""
+    graphs = Recorded(lambda ids: [ids * 2])
+    for width in 2, 3, 2, 3, 2, 3, 2, 3:
+        [doubled] = graphs(torch.full((width,), 7))
+        assert doubled.tolist() == [14] * width
+    assert Recorded.captures == len(graphs.captured) == 2
+    [first], [second] = graphs(torch.full((2,), 1)), graphs(torch.full((2,), 5))
+    assert first is second and second.tolist() == [10, 10]
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorded, "capture", fail_to_capture)
+        graphs = Recorded(lambda ids: [ids + 1])
+        for _ in range(6):
+            assert graphs(torch.zeros(1))[0].tolist() == [1]
+    out = capsys.readouterr().out
+    assert out == "without CUDA graphs, and more slowly, since the capture failed: not permitted\n"
+
+
+def fail_to_capture(graphs, inputs):
+    raise RuntimeError("not permitted\nCUDA kernel errors might be asynchronously reported")
+
+
+def test_where_there_are_no_graphs_it_is_said(monkeypatch, capsys):
+    """Graphs are the default on a GPU; fp16 and several processes go without, and say so."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    sentence = "no CUDA graphs: they are for bf16 and fp32 in one process\n"
+    for changes, size, expected, printed in (
+            ({}, 1, True, ""), (dict(dtype="fp32"), 1, True, ""), (dict(graph=False), 1, False, ""),
+            (dict(dtype="fp16"), 1, False, sentence), ({}, 2, False, sentence),
+            (dict(device="cpu"), 1, False, "")):
+        monkeypatch.setattr(train, "WORLD_SIZE", size)
+        assert train.resolve_device(train.TrainConfig(**changes)).graph is expected
+        assert capsys.readouterr().out == printed
+
+
+@pytest.fixture
+def on_gpu():
+    """Leaves torch as it was."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.backends.cuda.enable_mem_efficient_sdp(True)
+
+
+def on_cuda(function):
+    return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")(
+        pytest.mark.usefixtures("on_gpu")(function)))
+
+
+@on_cuda
+def test_graphs_and_resuming_change_no_bit_on_a_gpu(corpus, monkeypatch):
+    """With --deterministic, 24 steps replayed as a graph equal 24 plain ones; so does a resumed run."""
+    flags = "--device cuda --no-compile --deterministic --log-every 1 --out "
+    pretrain(flags + "plain --no-graph")
+    pretrain(flags + "graph")
+
+    def interrupt(step, *args):
+        if step == 9:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        watch(patch, train, "learning_rate", interrupt)
+        with pytest.raises(UserError, match="stopped after step 10"):
+            pretrain(flags + "resumed")
+    pretrain(flags + "resumed")
+    assert_same_run("graph", "resumed")
+    assert read_log("plain/small", "train") == read_log("graph/small", "train")
+    for name in ("discriminator/model.safetensors", "generator/model.safetensors"):
+        assert Path("plain/small", name).read_bytes() == Path("graph/small", name).read_bytes()
+
+
+@on_cuda
+def test_a_compiled_graph_follows_plain_steps(corpus):
+    """Compiled and replayed, a run follows the losses of plain steps but for rounding, and moves to a CPU."""
+    calm = "--hidden-dropout-prob 0 --attention-probs-dropout-prob 0 --dtype fp32 "
+    pretrain(calm + "--device cuda --no-graph --no-compile --out plain")
+    pretrain(calm + "--device cuda --out graph")
+    pretrain(calm + "--device cpu --out cpu")
+    plain, graph, cpu = ([line["loss"] for line in read_log(f"{out}/small", "train")]
+                         for out in ("plain", "graph", "cpu"))
+    assert graph == pytest.approx(plain, rel=0.01) and cpu == pytest.approx(plain, rel=0.01)
+
+
+@on_cuda
+def test_a_run_moves_between_gpu_and_cpu(corpus, monkeypatch):
+    """A run that began on a GPU resumes on a CPU, and the other way round."""
+    def interrupt(step, *args):
+        if step in (5, 11):
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        watch(patch, train, "learning_rate", interrupt)
+        for device in "cuda", "cpu":
+            with pytest.raises(UserError, match="stopped after step"):
+                pretrain(f"--no-compile --device {device}")
+    pretrain("--no-compile --device cuda")
+    devices = [line["numerics"]["device"] for line in read_log() if "numerics" in line]
+    assert devices == ["cuda:0", "cpu", "cuda:0"]
+    assert read_log(split="heldout")[-1]["step"] == 24
+
+
+@on_cuda
+def test_dropout_differs_from_replay_to_replay():
+    """The seed that is set before a replay reaches the graph: another seed, another mask."""
+    torch.manual_seed(0)
+    graphs = train.CudaGraphs(lambda hidden: F.dropout(hidden, 0.5))
+    hidden, plain, replayed = torch.ones(1000, device="cuda"), [], []
+    for seed in (*range(train.WARM_UP_CALLS), 5, 6, 5):
+        torch.manual_seed(seed)
+        replayed.append(graphs(hidden).clone())
+        torch.manual_seed(seed)
+        plain.append(F.dropout(hidden, 0.5))
+    assert all(torch.equal(*pair) for pair in zip(plain, replayed, strict=True))
+    assert not torch.equal(replayed[-1], replayed[-2])
+
+
+@on_cuda
+def test_a_function_that_cannot_be_captured_is_called(capsys):
+    """Where the host must wait there can be no graph; the function is called as it is, with its dropout."""
+    torch.manual_seed(0)
+    graphs = train.CudaGraphs(lambda hidden: F.dropout(hidden, 0.5) * hidden.sum().item())
+    for _ in range(train.WARM_UP_CALLS + 3):
+        assert graphs(torch.ones(1000, device="cuda")).max().item() == 2000
+    assert "without CUDA graphs, and more slowly, since the capture failed" in capsys.readouterr().out
+
+
+@on_cuda
+def test_fine_tuning_replays_the_plain_steps(toy_glue):
+    """With --deterministic, scores and the kept network are, with graphs, to the bit those without."""
+    flags = "--task mrpc --device cuda --deterministic --seeds 3 --save --predict --out "
+    tune(flags + "plain --no-graph")
+    tune(flags + "graph")
+    plain, graph = (read_results(out) for out in ("plain", "graph"))
+    assert {key: plain[key]["metrics"] for key in plain} == {key: graph[key]["metrics"] for key in graph}
+    plain, graph = (model.read_weights(f"{out}/mrpc")[0] for out in ("plain", "graph"))
+    assert all(torch.equal(plain[name], graph[name]) for name in plain)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1919,7 +2147,7 @@ def test_finished_seeds_survive_and_are_never_repeated(toy_glue, monkeypatch, ca
     tune(sweep)
     lines = path.read_bytes()
     assert read_results() == read_results("whole") and lines.startswith(first)
-    monkeypatch.setattr(finetune, "finetune", None)  # it is not called again
+    monkeypatch.setattr(finetune.Finetuner, "run", None)  # it is not called again
     capsys.readouterr()
     tune("--task WNLI --seeds 2 --predict")
     assert "WNLI " in capsys.readouterr().out and path.read_bytes() == lines
@@ -2100,7 +2328,7 @@ def test_a_network_is_kept_and_predicts(toy_glue, capsys, monkeypatch):
     scores = [read_results()["own", seed]["metrics"]["accuracy"] for seed in range(3)]
     assert set(read_results()["own", 0]["metrics"]) == {"accuracy", "macro f1", "matthews"}
     best, ran = int(np.argmax(scores)), []
-    watch(monkeypatch, finetune, "finetune", lambda task, seed, *_: ran.append(seed))
+    watch(monkeypatch, finetune.Finetuner, "run", lambda finetuner, seed, *_: ran.append(seed))
     tune(flags + "--save")  # only the best is run again, since it was not kept
     tune(flags + "--save")
     assert ran == [best] and scores[best] > 0.8
@@ -2183,11 +2411,11 @@ def test_no_step_of_fine_tuning_waits_for_the_device(toy_glue, monkeypatch):
     watch(monkeypatch, finetune, "learning_rate", lambda step, *_: step or steps.enter_context(NoSync()))
     watch(monkeypatch, finetune, "predict", lambda *_: steps.close())
     config = finetune.FinetuneConfig(glue_dir="glue", max_length=32, num_train_epochs=1, device="cpu",
-                                     dtype="fp32", learning_rate=1e-3, layerwise_lr_decay=0.8)
+                                     dtype="fp32", graph=False, learning_rate=1e-3, layerwise_lr_decay=0.8)
     task = glue.TASKS["mrpc"]
     sweep = finetune.Sweep(config, {"mrpc": task}, finetune.load_pretrained(config))
     with steps:
-        finetune.finetune(task, 0, sweep.tokenize("mrpc"), sweep.pretrained, config)
+        finetune.Finetuner(task, sweep.pretrained, config).run(0, sweep.tokenize("mrpc"))
 
 
 def test_folders_of_transformers_and_generators_are_taken(toy_glue, capsys, tmp_path):

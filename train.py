@@ -16,6 +16,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
+import collections
 import inspect
 import io
 import pickle
@@ -24,6 +25,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -72,6 +74,7 @@ HELDOUT_ROWS = 1024  # rows of every evaluation, always with the same masks and 
 FEW_ROWS = 50  # held-out rows whose metrics are mostly chance
 SAVE_SECONDS = 600  # the most work that a kill can cost
 SHOWN_ROWS, SHOWN_TOKENS = 5, 40  # what is shown at the end
+WARM_UP_CALLS = 3  # before a CUDA graph is captured: they compile, choose and load kernels
 SLOW_DAYS = 14  # warn about a run that takes longer
 MIN_LOSS_SCALE = 1e-4  # of fp16; below it every step has overflowed for long
 FIRST_ADAM_STEP = 1_000_000  # see build_optimizer
@@ -89,6 +92,8 @@ class StepConfig:
     max_grad_norm: float = 1.0  # global norm to which gradients are clipped
     dtype: str = "auto"  # fp32, bf16 or fp16; auto is bf16 on a GPU that has it, fp16 on another, else fp32
     device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto is cuda if there is one, else cpu
+    graph: bool = True  # on a GPU, replay steps as CUDA graphs; not in fp16, nor with several processes
+    deterministic: bool = False  # on a GPU, repeat a run to the bit, with slower kernels
 
 
 @dataclass(frozen=True)
@@ -139,8 +144,8 @@ RECIPES = {
 }
 DEFAULTS = {size: RECIPES[size] | SIZES[size] for size in SIZES}
 # Flags that a resumed run may change. All others decide its result.
-MAY_CHANGE = {"micro_batch_size", "dtype", "device", "compile", "out", "log_every", "eval_every",
-              "save_every", "restart", "eval_only", "prepare_only", "show"}
+MAY_CHANGE = {"micro_batch_size", "dtype", "device", "graph", "deterministic", "compile", "out", "log_every",
+              "eval_every", "save_every", "restart", "eval_only", "prepare_only", "show"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -149,10 +154,9 @@ MAY_CHANGE = {"micro_batch_size", "dtype", "device", "compile", "out", "log_ever
 
 def train(run, producer_error):
     """Train to the last step, or stop at a signal or an error of the producer, and save."""
-    config, model, optimizer, scaler = run.config, run.model, run.optimizer, run.scaler
-    forward = torch.compile(model, fullgraph=True) if config.compile else model
+    config, model, optimizer = run.config, run.model, run.optimizer
+    step = make_step(run)
     order, heldout, error = Order(run.cache, config.batch_size), None, None
-    share = config.batch_size // WORLD_SIZE  # rows of this rank
     kept_steps = {round(part * config.num_train_steps) for part in KEPT}
     saved_at = logged_at = time.perf_counter()
     first_step = logged_step = run.step
@@ -179,32 +183,19 @@ def train(run, producer_error):
             epoch, rows = batch
             input_ids, uniforms = run.to_device(rows, "train", run.step)
 
-            # Forward and backward, in micro-batches and on ranks whose gradients add up to the batch's.
             lr = learning_rate(run.step, config.learning_rate, config.num_train_steps,
                                config.num_warmup_steps)
             for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
+                group["lr"].fill_(lr * group["lr_scale"])
             torch.manual_seed(int(rng(run.seed, "dropout", run.step, RANK).integers(2**63)))
-            counts, outputs = count(input_ids, model.config), []
-            parts = (tensor[share * RANK :][:share].split(config.micro_batch_size)
-                     for tensor in (input_ids, uniforms))
-            for part in zip(*parts, strict=True):
-                with autocast(config):
-                    output = forward(*part, counts)
-                scaler.scale(output.loss).backward()
-                outputs.append(output._replace(loss=output.loss.detach()))
-            add_up_gradients(model)
-            scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)  # [D27]
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            outputs, grad_norm = step(input_ids, uniforms)
             run.step += 1
             bar.update()
 
             # Log, evaluate, save. A checkpoint leaves no trace in the log.
             is_logged = evaluates or run.step == 1 or run.step % config.log_every == 0
             if is_logged:
+                counts = count(input_ids, model.config)
                 metrics = compute_metrics(gather_outputs(outputs), input_ids, counts)  # waits for the device
                 seconds = (time.perf_counter() - logged_at) / (run.step - logged_step)
                 rate = round(input_ids.numel() / seconds)
@@ -234,6 +225,99 @@ def train(run, producer_error):
         error = next(filter(None, gather(error)), None)  # also waits for the rank that saves
         again = "the same command" + " without --restart" * config.restart
         raise UserError(error or f"stopped after step {run.step}; {again} resumes")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The step
+
+
+def make_step(run):
+    """The function that takes a step of a run: from ids (B, L) and uniforms (B, L + 2K) of the whole batch to
+    the Outputs of the micro-batches and the norm of the gradient before clipping.
+    """
+    config, model, optimizer, scaler = run.config, run.model, run.optimizer, run.scaler
+    forward = torch.compile(model, fullgraph=True) if config.compile else model
+    share = config.batch_size // WORLD_SIZE
+    mine = slice(share * RANK, share * (RANK + 1))  # rows of this rank
+
+    def step(input_ids, uniforms):
+        optimizer.zero_grad(set_to_none=True)
+        counts = count(input_ids, model.config)  # of the whole batch, so that the gradients add up to its own
+        outputs = []
+        for ids, draws in micro_batches(input_ids[mine], uniforms[mine], config.micro_batch_size):
+            with autocast(config):
+                output = forward(ids, draws, counts)
+            scaler.scale(output.loss).backward()
+            outputs.append(output._replace(loss=output.loss.detach()))
+        add_up_gradients(model)
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)  # [D27]
+        scaler.step(optimizer)
+        scaler.update()
+        return outputs, grad_norm
+
+    return CudaGraphs(step) if config.graph else step
+
+
+def micro_batches(input_ids, uniforms, size):
+    """Yield parts of a batch with `size` rows each."""
+    return zip(input_ids.split(size), uniforms.split(size), strict=True)
+
+
+class CudaGraphs:
+    """A function of tensors on a GPU whose kernels are launched all at once, as a CUDA graph, for each shape.
+
+    To launch a kernel of a small network takes the host longer than the kernel takes the GPU. So the function
+    is called as it is a few times, then captured, which computes nothing, and replayed from there on. Each
+    replay writes its results into the same tensors. What the function reads besides its inputs, such as
+    weights and learning rates, must be changed in place.
+    """
+
+    def __init__(self, function):
+        self.function = function
+        self.num_calls = collections.Counter()
+        self.captured = {}  # (inputs, replay) by shapes
+        self.has_failed = False
+        self.stream = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()  # of memory, which all graphs share
+
+    def __call__(self, *inputs):
+        shapes = tuple(tensor.shape for tensor in inputs)
+        self.num_calls[shapes] += 1
+        if self.has_failed or self.num_calls[shapes] <= WARM_UP_CALLS:
+            return self.call(inputs)
+        if shapes not in self.captured:
+            try:
+                self.captured[shapes] = self.capture([tensor.clone() for tensor in inputs])
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                tqdm.write(f"without CUDA graphs, and more slowly, since the capture failed: {reason}")
+                self.has_failed = True
+                return self.call(inputs)
+        captured, replay = self.captured[shapes]
+        for old, new in zip(captured, inputs, strict=True):
+            old.copy_(new)
+        return replay()
+
+    def call(self, inputs):
+        """Call the function as it is, on the stream of the captures, as torch's notes ask for."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            results = self.function(*inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return results
+
+    def capture(self, inputs):
+        """(inputs, a function that computes the results from what they hold when it is called)."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            results = self.function(*inputs)
+
+        def replay():
+            graph.replay()
+            return results
+
+        return inputs, replay
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -294,6 +378,7 @@ class Run:
         self.settings = {name: value for name, value in everything.items() if name not in MAY_CHANGE}
         # These may change on resume. They change rounding and dropout, so they are logged.
         self.numerics = dict(device=config.device, dtype=config.dtype, compile=config.compile,
+                             graph=config.graph, deterministic=config.deterministic,
                              micro_batch_size=config.micro_batch_size, ranks=WORLD_SIZE,
                              threads=torch.get_num_threads(), torch=str(torch.__version__))
         torch.manual_seed(self.seed)
@@ -345,7 +430,9 @@ class Run:
                 message += f"; to train it for longer, use another --out and --init {self.folder}"
             raise UserError(message)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # Its groups hold settings, which are this run's, and rates, which must stay on this run's device.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict(state["optimizer"] | dict(param_groups=groups))
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
@@ -388,9 +475,9 @@ class Run:
         self.model.eval()
         ids, uniforms = self.to_device(rows, "heldout", 0)
         counts = count(ids, self.model.config)
-        parts = (tensor.split(self.config.micro_batch_size) for tensor in (ids, uniforms))
         with autocast(self.config):
-            outputs = [self.model(*part, counts) for part in zip(*parts, strict=True)]
+            outputs = [self.model(*part, counts)
+                       for part in micro_batches(ids, uniforms, self.config.micro_batch_size)]
         self.model.train()
         return outputs, ids, counts
 
@@ -472,15 +559,28 @@ def build_optimizer(parameters, config, lr_scale=None):
         decay = config.weight_decay if parameter.ndim > 1 else 0.0  # [D25] not of LayerNorms and biases
         options = dict(weight_decay=decay, lr_scale=lr_scale(name) if lr_scale else 1.0)
         groups.setdefault(tuple(options.items()), []).append(parameter)
+    # Rates are tensors on the device, for a CUDA graph to read.
     optimizer = torch.optim.AdamW(
-        [dict(options, params=members) for options, members in groups.items()], lr=0.0,
-        betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon, fused=True)
+        [dict(options, params=members, lr=torch.zeros((), device=members[0].device))
+         for options, members in groups.items()],
+        betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon, fused=True,
+        capturable=config.device.startswith("cuda"))
+    reset_moments(optimizer)
+    return optimizer
+
+
+def reset_moments(optimizer):
+    """Set the moments to 0, in place if there are any: a CUDA graph may know them by their addresses."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = dict(
-                step=torch.tensor(FIRST_ADAM_STEP, dtype=torch.float32, device=parameter.device),
-                exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
-    return optimizer
+            state = optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state["step"].fill_(FIRST_ADAM_STEP)
+            state["exp_avg"].zero_()
+            state["exp_avg_sq"].zero_()
 
 
 def learning_rate(step, peak, num_train_steps, num_warmup_steps):
@@ -717,7 +817,25 @@ def resolve_device(config):
     dtypes = dtypes_of(device)
     if config.dtype not in ("auto", *dtypes):
         raise UserError(f"{device} does not compute in {config.dtype}; --dtype takes {', '.join(dtypes)}")
-    return replace(config, device=device, dtype=dtypes[0] if config.dtype == "auto" else config.dtype)
+    dtype = dtypes[0] if config.dtype == "auto" else config.dtype
+    graph = config.graph and device in gpus
+    if graph and (dtype == "fp16" or WORLD_SIZE > 1):
+        print("no CUDA graphs: they are for bf16 and fp32 in one process")
+        graph = False
+    if config.deterministic and device in gpus:
+        compute_deterministically()
+    return replace(config, device=device, dtype=dtype, graph=graph)
+
+
+def compute_deterministically():
+    """Have torch choose kernels that give the same bits each time."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's condition
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # torch warns of every cumsum. `model.sample` adds up along rows, which is always done in the same order.
+    warnings.filterwarnings("ignore", message="cumsum")
+    # The backward passes of these two add up in any order.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
 def dtypes_of(device):
@@ -761,6 +879,8 @@ def main(argv=None):
     (config, data_config, model_config), typed = parse(
         argv, description, (TrainConfig, DataConfig, ElectraConfig), DEFAULTS)
     config = resolve_device(config)
+    if config.size == "tiny" and config.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # a second gains little, and loses much on a busy machine (LOG.md)
     config = replace(config, micro_batch_size=config.micro_batch_size or config.batch_size // WORLD_SIZE,
                      compile=config.device.startswith("cuda") if config.compile is None else config.compile)
     if config.init:

@@ -68,7 +68,7 @@ def main():
         return learning_rate(*args)
 
     finetune.learning_rate = mark
-    finetune.finetune(task, 0, {"train": (rows, labels)}, pretrained, config)
+    finetune.Finetuner(task, pretrained, config).run(0, {"train": (rows, labels)})
     (began, inside_before), (ended, inside_after) = marks[0], marks[-1]
     seconds, steps = ended - began, len(marks) - 1
     outside = 1 - (inside_after - inside_before) / seconds
