@@ -277,23 +277,20 @@ class CudaGraphs:
         self.function = function
         self.num_calls = collections.Counter()
         self.captured = {}  # (inputs, replay) by shapes
-        self.has_failed = False
         self.stream = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()  # of memory, which all graphs share
 
     def __call__(self, *inputs):
         shapes = tuple(tensor.shape for tensor in inputs)
         self.num_calls[shapes] += 1
-        if self.has_failed or self.num_calls[shapes] <= WARM_UP_CALLS:
+        if self.num_calls[shapes] <= WARM_UP_CALLS:
             return self.call(inputs)
         if shapes not in self.captured:
             try:
                 self.captured[shapes] = self.capture([tensor.clone() for tensor in inputs])
-            except RuntimeError as error:
+            except RuntimeError as error:  # after which torch gives no more random numbers on the GPU
                 reason = str(error).partition("\n")[0]
-                tqdm.write(f"without CUDA graphs, and more slowly, since the capture failed: {reason}")
-                self.has_failed = True
-                return self.call(inputs)
+                raise UserError(f"no CUDA graph can be made of a step ({reason}); add --no-graph") from error
         captured, replay = self.captured[shapes]
         for old, new in zip(captured, inputs, strict=True):
             old.copy_(new)

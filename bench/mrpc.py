@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,23 @@ import train
 from data import SPECIAL_TOKENS, WordPiece
 
 
+def make_finetuner(glue_dir, size, num_examples=None, **flags):
+    """A Finetuner of MRPC with random weights of a size, for an epoch, and rows and labels to train on."""
+    config = train.resolve_device(finetune.FinetuneConfig(glue_dir=glue_dir, num_train_epochs=1, **flags))
+    task = glue.TASKS["mrpc"]
+    shape = model.ElectraConfig(**model.SIZES[size])
+    config = finetune.resolve(config, task, shape.hidden_size)
+    examples, _ = glue.read_examples(task, "train", config.cache, glue_dir)
+    # A vocabulary of the words that are there: rows are about as long as with BERT's.
+    words = {word for example in examples for word in " ".join(example[:2]).lower().split()}
+    wordpiece = WordPiece([*SPECIAL_TOKENS, *sorted(words)])
+    shape = replace(shape, sep_token_id=wordpiece.sep_token_id,
+                    max_position_embeddings=max(128, shape.max_position_embeddings))
+    rows, labels = finetune.tokenize_examples(examples[:num_examples], wordpiece, config.max_length)
+    pretrained = finetune.Pretrained(Path("random"), shape, wordpiece, None, "random")
+    return finetune.Finetuner(task, pretrained, config), rows, labels
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--glue-dir", required=True)
@@ -31,17 +49,8 @@ def main():
     parser.add_argument("--json", help="file for the figures")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    config = train.resolve_device(finetune.FinetuneConfig(glue_dir=options.glue_dir, num_train_epochs=1))
-    task, shape = glue.TASKS["mrpc"], model.ElectraConfig(**model.SIZES[options.size])
-    config = finetune.resolve(config, task, shape.hidden_size)
-    examples, _ = glue.read_examples(task, "train", config.cache, options.glue_dir)
-    # A vocabulary of the words that are there: rows are about as long as with BERT's.
-    words = {word for example in examples for word in " ".join(example[:2]).lower().split()}
-    wordpiece = WordPiece([*SPECIAL_TOKENS, *sorted(words)])
-    shape = model.replace(shape, sep_token_id=wordpiece.sep_token_id,
-                          max_position_embeddings=max(128, shape.max_position_embeddings))
-    rows, labels = finetune.tokenize_examples(examples[: options.examples], wordpiece, config.max_length)
-    pretrained = finetune.Pretrained(Path("random"), shape, wordpiece, None, "random")
+    finetuner, rows, labels = make_finetuner(options.glue_dir, options.size, options.examples)
+    config = finetuner.config
     inside = [0.0]
 
     def watch(owner, name):
@@ -68,7 +77,7 @@ def main():
         return learning_rate(*args)
 
     finetune.learning_rate = mark
-    finetune.Finetuner(task, pretrained, config).run(0, {"train": (rows, labels)})
+    finetuner.run(0, {"train": (rows, labels)})
     (began, inside_before), (ended, inside_after) = marks[0], marks[-1]
     seconds, steps = ended - began, len(marks) - 1
     outside = 1 - (inside_after - inside_before) / seconds

@@ -50,8 +50,6 @@ def parse(argv=None):
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
-    parser.add_argument("--compile", action="store_true", help="compile our step, and theirs")
-    parser.add_argument("--cuda-graphs", action="store_true", help='with --compile: mode="reduce-overhead"')
     parser.add_argument("--json", help="file for the figures")
     parser.add_argument("--only", choices=["ours", "transformers"], help="one of the two; prints JSON")
     return parser.parse_args(argv)
@@ -101,13 +99,11 @@ class TransformersElectra(torch.nn.Module):
         return mlm_loss + 50.0 * (losses * attention_mask).sum() / attention_mask.sum()
 
 
-def make_step(kind, options, config, recipe, rows):
+def make_step(kind, config, recipe, rows):
     """A function that takes one optimizer step, by the number of the step."""
     torch.manual_seed(0)
     network = model.Electra(config) if kind == "ours" else TransformersElectra(config)
     network = network.to(recipe.device).train()
-    mode = "reduce-overhead" if options.cuda_graphs else None
-    forward = torch.compile(network, fullgraph=kind == "ours", mode=mode) if options.compile else network
     if kind == "ours":
         optimizer = train.build_optimizer(network.named_parameters(), recipe)
     else:
@@ -119,7 +115,7 @@ def make_step(kind, options, config, recipe, rows):
         uniforms = data.rng(0, "train", number).random((len(rows), width), dtype="float32")
         uniforms = torch.from_numpy(uniforms).to(recipe.device)
         with train.autocast(recipe):
-            output = forward(rows, uniforms)
+            output = network(rows, uniforms)
         scaler.scale(output.loss if kind == "ours" else output).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.max_grad_norm)
@@ -183,8 +179,7 @@ def peak_memory(options, kind):
     """Bytes. On a CPU those of a process that does nothing else."""
     command = [sys.executable, __file__, "--only", kind, "--size", options.size, "--dtype", options.dtype,
                "--device", options.device, "--threads", str(options.threads), "--rounds", "1",
-               "--batch-size", str(options.batch_size)] + ["--compile"] * options.compile
-    command += ["--cuda-graphs"] * options.cuda_graphs
+               "--batch-size", str(options.batch_size)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)["peak_memory"]
 
 
@@ -208,7 +203,7 @@ def measure(options):
     if not options.only and importlib.util.find_spec("transformers") is None:
         print("transformers is not installed: there is nothing to compare with")
         kinds = ["ours"]
-    steps = {kind: make_step(kind, options, config, recipe, rows) for kind in kinds}
+    steps = {kind: make_step(kind, config, recipe, rows) for kind in kinds}
     times = {kind: [] for kind in kinds}
     for number in range(2 + options.rounds):
         for kind in kinds:
