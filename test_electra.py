@@ -1641,9 +1641,18 @@ def test_batches_are_pinned_and_copied_without_waiting(monkeypatch):
     assert copied == [(("cuda:0",), dict(non_blocking=True))] * 2
 
 
+def test_an_old_torch_does_not_compile_on_a_cpu(corpus, monkeypatch):
+    """torch 2.6 was seen to compile wrong gradients on a CPU, so --compile is refused there."""
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.6.0+cu124"))
+    with pytest.raises(UserError, match="torch 2.6.0.cu124 may compile wrong gradients"):
+        pretrain("--compile")
+
+
 @pytest.mark.filterwarnings("ignore")  # torch's own
 def test_inductor_compiles_the_step():
     """Compiled for real, one layer gives the loss and the gradients of the same layer uncompiled."""
+    if torch.__version__ < "2.11":
+        pytest.skip("it compiles wrong gradients of embeddings on a CPU")
     if not shutil.which("g++"):
         pytest.skip("inductor needs a C++ compiler")
     torch.set_float32_matmul_precision("highest")
@@ -2212,8 +2221,12 @@ def test_the_averages_are_the_papers():
     assert f"averaged first): {mean + 0.1:.2f} from means, {mean:.2f} from medians" in text
 
 
-def test_submission_is_eleven_files_of_the_best_seeds(toy_glue, capsys):
+def test_submission_is_eleven_files_of_the_best_seeds(toy_glue, monkeypatch, capsys):
     """The zip has eleven files, each from its task's best seed; it is reproducible."""
+    scores = itertools.cycle([0.1, 0.2, 0.2, 0.1])  # of two seeds, task after task
+    watched = finetune.score
+    monkeypatch.setattr(finetune, "score",
+                        lambda task, *args: watched(task, *args) | {task.metrics[0]: next(scores)})
     tune("--seeds 2 --submit --learning-rate 2e-3")
     said, results, path = capsys.readouterr().out, read_results(), Path("out/glue/submission.zip")
     content = path.read_bytes()

@@ -880,6 +880,9 @@ def main(argv=None):
         torch.set_num_threads(1)  # a second gains little, and loses much on a busy machine (LOG.md)
     config = replace(config, micro_batch_size=config.micro_batch_size or config.batch_size // WORLD_SIZE,
                      compile=config.device.startswith("cuda") if config.compile is None else config.compile)
+    if config.compile and config.device == "cpu" and torch.__version__ < "2.11":
+        raise UserError(f"torch {torch.__version__} may compile wrong gradients of embeddings on a CPU; "
+                        "leave out --compile, or use torch 2.11 or later")
     if config.init:
         config, data_config, model_config = resolve_init(config, data_config, model_config, typed)
     if config.prepare_only:

@@ -14,13 +14,13 @@ cd "$(dirname "$0")/.."
 LIMIT=${LIMIT:-500} SIZE=${SIZE:-small} SEEDS=${SEEDS:-3} PROCESSES=${PROCESSES:-4} VOCAB=${VOCAB:-bert}
 OUT=${OUT:-out/gpu_run}
 
-timeout -s INT "$LIMIT" python train.py --size "$SIZE" --num-train-steps "$steps" --data "$text" --vocab "$VOCAB" \
+timeout -s TERM "$LIMIT" python train.py --size "$SIZE" --num-train-steps "$steps" --data "$text" --vocab "$VOCAB" \
     --out "$OUT" ${MORE:-}
 length=$(python -c "import json; print(json.load(open('$OUT/$SIZE/discriminator/tokenizer_config.json'))['model_max_length'])")
 finetune=(python finetune.py --task cola mrpc stsb sst2 --seeds "$SEEDS" --model "$OUT/$SIZE" --glue-dir "$glue"
           --max-length "$length" --out "$OUT/glue")
 for _ in $(seq "$PROCESSES"); do
-    OMP_NUM_THREADS=2 timeout -s INT "$LIMIT" "${finetune[@]}" > /dev/null &
+    OMP_NUM_THREADS=2 timeout -s TERM "$LIMIT" "${finetune[@]}" > /dev/null &
 done
 wait
 "${finetune[@]}"  # the table, and what another process left unfinished
