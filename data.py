@@ -394,6 +394,8 @@ def find_sentences(source):
 # ------------------------------------------------------------------------------------------------------------
 # Tokenize: lines -> WordPiece ids
 
+NOT_PRINTABLE_ASCII = re.compile(r"[^ -~]+")
+
 
 def tokenize(texts, wordpiece):
     """(Is held out, [ids of each line]) for each document. All lines are tokenized in parallel."""
@@ -432,9 +434,9 @@ class WordPiece:
         return [encoding.ids for encoding in encodings]
 
     def normalize(self, line):
-        if line.isascii() and line.isprintable():  # needs nothing but lower-casing: a third faster
-            return line.lower() if self.do_lower_case else line
-        return self.normalizer.normalize_str(line)
+        # Printable ASCII needs nothing but lower-casing, and the other characters do not depend on it.
+        line = NOT_PRINTABLE_ASCII.sub(lambda match: self.normalizer.normalize_str(match[0]), line)
+        return line.lower() if self.do_lower_case else line
 
     def decode(self, ids):
         """Readable text, with special tokens and without padding."""

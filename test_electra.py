@@ -862,8 +862,9 @@ def test_text_becomes_wordpieces():
 
 @pytest.mark.parametrize("do_lower_case", [True, False])
 def test_printable_ascii_needs_no_normalizer(do_lower_case):
-    """Lines that skip the normalizer get the ids that they would get with it."""
-    random_, others = random.Random(0), [*map(chr, range(128)), *"éÉ中İſ\u2028\ufffd\xa0\xad"]
+    """Characters that skip the normalizer give the ids that they would give with it, whatever follows."""
+    random_ = random.Random(0)
+    others = [*map(chr, range(128)), *"éÉ中İſΣσ\u2028\ufffd\xa0\xad\u0301\u0327\u302e"]
     lines = ["".join(random_.choices(others[32:127] + others * (number % 2), k=60)) for number in range(400)]
     tokens = [*data.SPECIAL_TOKENS, *{c for line in lines for c in line if c.isprintable() and c != " "}]
     wordpiece = WordPiece(tokens + [f"##{token}" for token in tokens[5:]], do_lower_case)
@@ -872,6 +873,8 @@ def test_printable_ascii_needs_no_normalizer(do_lower_case):
     wordpiece.tokenizer.normalizer = None
     assert wordpiece.encode(lines) == [encoding.ids for encoding in library]
     assert sum(map(str.isascii, lines)) > 200 and wordpiece.encode([]) == []
+    unicode = "a".join(chr(number) for number in range(0x110000) if not 0xD800 <= number < 0xE000)
+    assert wordpiece.normalize(unicode) == wordpiece.normalizer.normalize_str(unicode)
 
 
 def test_a_vocabulary_is_trained_once_for_a_text(corpus, capsys):
