@@ -7,7 +7,8 @@ The disk holds one array, uint16 (rows, max_length), zero-padded, in shards: att
 follow from the ids. The same text, vocabulary and seed give the same bytes, however often the run is killed,
 and the rows of a step are a function of (seed, step).
 
-As a program (`python data.py CONFIG`) this file is the child process that train.py runs beside itself.
+As a program (`python data.py CONFIG`) this file is the child process that train.py runs beside itself, and
+`python data.py worker` is one of the processes among which `prepare` divides the work.
 """
 
 import fcntl
@@ -21,6 +22,7 @@ import json
 import lzma
 import math
 import os
+import pickle
 import platform
 import random
 import re
@@ -34,7 +36,8 @@ import threading
 import time
 import zipfile
 import zlib
-from contextlib import contextmanager, nullcontext, suppress
+from collections import deque
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -58,6 +61,8 @@ MAX_DOCUMENT = 10_000_000  # characters; a longer document of a .txt is split
 VOCAB_DOCUMENTS = 100_000  # documents used to train a vocabulary
 MAX_GROUP = 128  # most shards that are shuffled together, about 100 MB
 HELDOUT_SHARE = 100  # one document in 100 is held out
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # on macOS
+WORKERS = min(8, CORES)  # processes that turn text into rows; one that reads it feeds no more than about 8
 TIMEOUT = 30  # seconds without an answer
 BACKOFF = 0.5  # seconds before a new attempt, doubled each time, at most a minute
 PATIENCE = 600  # seconds of waiting before giving up; a tenth of it for a server that never answered
@@ -96,11 +101,10 @@ def prepare(config, progress=True):
         if cache.is_complete:
             return cache
         start = cache.shards[-1]["end"] if cache.shards else (0, 0)  # see read_documents
+        units = enumerate(read_units(config, start), len(cache.shards))
         with tqdm(desc="preparing", unit=" rows", disable=None if progress else True) as bar:
-            for number, (texts, end) in enumerate(read_units(config, start), len(cache.shards)):
-                documents = tokenize(texts, cache.wordpiece)
-                train, heldout, counts = build_rows(documents, number, cache.wordpiece, config)
-                cache.write_shard(number, train, heldout, counts | {"end": end})
+            for number, train, heldout, info in build_shards(units, cache.wordpiece, config):
+                cache.write_shard(number, train, heldout, info)
                 bar.update(len(train))
         if cache.identities != [identify(file) for file in find_files(config)]:
             raise UserError("the text changed while it was being read; run the same command again")
@@ -389,6 +393,99 @@ def find_sentences(source):
     texts = [" ".join(re.sub("[`*]", "", paragraph).split()) for paragraph in paragraphs]
     sentences = [sentence for text in texts for sentence in re.split(r"(?<=[.?!]) ", text)]
     return list(dict.fromkeys(filter(SENTENCE.fullmatch, sentences)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Workers: units of documents -> shards, on several cores
+
+
+def build_shards(units, wordpiece, config):
+    """Yield (number, rows for training, held-out rows, info) of each unit, in order.
+
+    `units` yields (number, (texts, position after them)). The workers take turns, and each has one unit at a
+    time, so memory does not grow with the text.
+    """
+    if WORKERS < 2:
+        for unit in units:
+            yield build_shard(unit, wordpiece, config)
+        return
+    with ExitStack() as stack:
+        idle = [stack.enter_context(start_worker()) for _ in range(WORKERS)]
+        for worker in idle:
+            send(worker, (wordpiece.tokens, asdict(config)))
+        busy, error = deque(), None  # the workers that have a unit, in the order of their units
+        for unit in until_error(units):
+            if isinstance(unit, Exception):
+                error = unit
+            elif idle:
+                busy.append(idle.pop())
+                send(busy[-1], unit)
+            else:
+                busy.append(busy.popleft())
+                shard = receive(busy[-1])
+                send(busy[-1], unit)  # before the shard is written: a worker that waits is a core that waits
+                yield shard
+        yield from map(receive, busy)
+        if error:
+            raise error
+
+
+def build_shard(unit, wordpiece, config):
+    """(number, rows for training, held-out rows, info) of a unit."""
+    number, (texts, end) = unit
+    train, heldout, counts = build_rows(tokenize(texts, wordpiece), number, wordpiece, config)
+    return number, train, heldout, counts | {"end": end}
+
+
+def until_error(units):
+    """Yield the units. An error in the text comes last, so that the shards before it can be written first."""
+    try:
+        yield from units
+    except (UserError, OSError) as error:
+        yield error
+
+
+@contextmanager
+def start_worker():
+    """A process that runs `work`. It ends when its standard input closes, so it cannot outlive its parent."""
+    with subprocess.Popen([sys.executable, __file__, "worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},  # one core each
+                          start_new_session=True) as worker:  # only the parent gets Ctrl-C
+        try:
+            yield worker
+        finally:
+            worker.kill()
+            with suppress(BrokenPipeError):  # what could not be sent stays unsent
+                worker.stdin.close()
+
+
+def send(worker, message):
+    """Give a worker a message that `work` awaits."""
+    with suppress(BrokenPipeError):  # the worker has ended, which `receive` reports
+        pickle.dump(message, worker.stdin)
+        worker.stdin.flush()
+
+
+def receive(worker):
+    """The shard of the unit that a worker was given."""
+    try:
+        return pickle.load(worker.stdout)
+    except (EOFError, pickle.UnpicklingError):
+        raise UserError(f"a process that prepares text ended with status {worker.wait()}; run the same "
+                        "command again") from None
+
+
+def work():
+    """What a worker does: it answers each unit with its shard."""
+    with suppress(EOFError, pickle.UnpicklingError, BrokenPipeError):  # the parent has ended
+        tokens, settings = pickle.load(sys.stdin.buffer)
+        config = DataConfig(**settings)
+        wordpiece = WordPiece(tokens, config.do_lower_case, config.strip_accents)
+        while True:
+            unit = pickle.load(sys.stdin.buffer)
+            pickle.dump(build_shard(unit, wordpiece, config), sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+    os._exit(0)  # a normal exit would try to write what is left
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -938,4 +1035,4 @@ def make_once(path, make):
 
 
 if __name__ == "__main__":
-    sys.exit(produce())
+    sys.exit(work() if sys.argv[1:] == ["worker"] else produce())

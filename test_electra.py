@@ -55,6 +55,7 @@ from data import Cache, DataConfig, Order, UserError, WordPiece
 from model import Electra, ElectraConfig, ModelError
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic, before cuBLAS is loaded
+data.WORKERS = 1  # processes take a second to start: only tests that are about them use several
 
 HERE = Path(__file__).parent
 GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
@@ -1141,7 +1142,7 @@ def fail_at(victim, count, kills=False):
 
 CHILD = "\n".join([
     "import itertools, os, signal, subprocess, sys", "from contextlib import contextmanager",
-    "from pathlib import Path", "import data, train", "data.SHARD_CHARACTERS = 10_000",
+    "from pathlib import Path", "import data, train", "data.SHARD_CHARACTERS, data.WORKERS = 10_000, 1",
     *map(inspect.getsource, (producing, fail_at))])
 KILLED = CHILD + """
 train.producing = producing
@@ -2632,11 +2633,11 @@ def use_small_shards(command, popen=subprocess.Popen, **kwargs):
 
 @pytest.fixture
 def streaming(corpus, monkeypatch):
-    """The address of OpenWebText on a server that fails now and then, and a producer in its own process."""
+    """The address of OpenWebText on a server that fails now and then, and a producer with two workers."""
     monkeypatch.undo()
     monkeypatch.chdir(corpus)
     monkeypatch.setattr(data, "SHARD_CHARACTERS", 10_000)
-    producer = "import sys, data\ndata.SHARD_CHARACTERS = 10_000\nsys.exit(data.produce())\n"
+    producer = "import sys, data\ndata.SHARD_CHARACTERS, data.WORKERS = 10_000, 2\nsys.exit(data.produce())\n"
     Path("producer.py").write_text(producer)
     monkeypatch.setattr(subprocess, "Popen", use_small_shards)
     monkeypatch.setenv("PYTHONPATH", str(HERE))
@@ -2683,23 +2684,66 @@ def test_the_producers_own_sentence_stops_the_training_which_saves(streaming):
     assert torch.load("out/small/checkpoint.pt", weights_only=True)["step"] > 3
 
 
-def test_no_producer_outlives_its_parent(streaming):
-    """The producer ends when its parent is killed."""
+def children(pid):
+    """The processes that a process has started."""
+    with suppress(FileNotFoundError):
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    return []
+
+
+def test_no_producer_and_no_worker_outlives_its_parent(streaming):
+    """The producer ends when its parent is killed, and its workers with it."""
     os.mkfifo("silent.txt")  # nobody writes to it: the producer waits
     script = f"""{CHILD}
+{inspect.getsource(use_small_shards)}
+subprocess.Popen = use_small_shards
 config = data.DataConfig(data=["silent.txt"], vocab="vocab.txt", max_length=32)
 with data.producing(data.Cache(config, data.load_wordpiece(config))):
     signal.pause()"""
     parent = subprocess.Popen([sys.executable, "-c", script])
-    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
-    while not (pids := children.read_text().split()):
+    pids = []
+    while len(pids) < 3:
         time.sleep(0.01)
+        producers = children(parent.pid)
+        pids = producers + [pid for producer in producers for pid in children(producer)]
     parent.kill()
     parent.wait()
-    executable, deadline = Path(f"/proc/{pids[0]}/exe"), time.monotonic() + 10
-    while executable.exists() and time.monotonic() < deadline:
+    executables, deadline = [Path(f"/proc/{pid}/exe") for pid in pids], time.monotonic() + 10
+    while any(path.exists() for path in executables) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not executable.exists()
+    assert not any(path.exists() for path in executables)
+
+
+def test_workers_make_the_same_bytes_and_one_that_is_killed_is_reported(corpus, monkeypatch):
+    """Two workers make the shards of one process; after a worker's death the same command resumes."""
+    Path("owt.tar").write_bytes(make_openwebtext(300)[1])
+    config = data_config(data=("owt.tar",))
+    expected = contents(data.prepare(config))
+    workers = []
+    watch(monkeypatch, data, "send", lambda worker, message: workers.append(worker))
+    monkeypatch.setattr(data, "WORKERS", 2)
+    config = replace(config, cache="cache2")
+    with monkeypatch.context() as patch:
+        watch(patch, Cache, "write_shard", lambda cache, number, *args: number == 1 and workers[0].kill())
+        with pytest.raises(UserError, match="prepares text ended with status -9; run the same command again"):
+            data.prepare(config)
+    assert 1 < len(list(Path("cache2").rglob("shard-*.npz"))) < len(expected) - 1
+    assert contents(data.prepare(config)) == expected
+    assert len(set(workers)) == 4 and all(worker.returncode for worker in workers)  # none is left
+
+
+def test_an_error_in_the_text_comes_after_the_shards_before_it(corpus, monkeypatch):
+    """With workers and without, the sentence is the same, and no shard before it is lost."""
+    with open("corpus.txt", "ab") as file:
+        file.write(b"\n\nba\xff")
+    found = []
+    for workers in 1, 2:
+        monkeypatch.setattr(data, "WORKERS", workers)
+        with pytest.raises(UserError, match="corpus.txt, line .*, is not UTF-8 at byte 2") as error:
+            data.prepare(data_config(cache=f"cache{workers}"))
+        shards = {path.name: path.read_bytes() for path in Path(f"cache{workers}").rglob("shard-*")}
+        found.append((str(error.value), shards))
+    assert found[0] == found[1] and len(shards) > 4
 
 
 def test_text_that_changes_while_it_is_read_gives_no_complete_cache(corpus, monkeypatch):
