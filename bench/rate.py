@@ -1,9 +1,18 @@
-"""Text to rows, compared with what the tokenizer alone does on the same text with the same number of threads.
+"""How many rows a second text gives, and what limits that on many cores.
 
-    python bench/rate.py --data PATH --vocab FILE [--workers 1] [--rounds 5]
+    python bench/rate.py --data PATH --vocab FILE [--workers 1] [--in-place] [--rounds 5]
 
-Each round times both, one after the other. Prints medians and their ratio. With --rounds 0 the text is only
-prepared, and the peak memory of this process is printed.
+Each round times, one after the other:
+
+- the tokenizer alone, with as many threads as there are workers;
+- text to rows, with that many worker processes, or with `--in-place` with that many threads in one process;
+- reading alone;
+- the parent alone: workers that answer at once, with rows made beforehand, so that it reads, sends, receives
+  and writes as fast as it can;
+- making rows alone, on one thread, which is what a worker does.
+
+Prints medians and, from the last two, the rate to expect when each process has a core. With --rounds 0 the
+text is only prepared, and the peak memory of this process and of its largest worker is printed.
 """
 
 import argparse
@@ -19,43 +28,99 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 
+STUB = """
+import pickle, sys
+import numpy as np
+pickle.load(sys.stdin.buffer)
+rows = np.random.default_rng(0).integers(0, 30_000, ({rows}, {length}), dtype=np.uint16)
+while True:
+    number, (texts, end) = pickle.load(sys.stdin.buffer)
+    pickle.dump((number, rows, rows[:0], {{"end": end}}), sys.stdout.buffer)
+    sys.stdout.buffer.flush()
+"""
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--vocab", required=True)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--in-place", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    work = tempfile.mkdtemp(prefix="rate-")
     os.environ["RAYON_NUM_THREADS"] = str(options.workers)
-    config = data.DataConfig(data=options.data, vocab=options.vocab, cache=work, one_document_per_file=True)
-    if not options.rounds:
-        cache = data.prepare(config, progress=False)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"{cache.describe()}\npeak memory {peak:.0f} MB")
-        shutil.rmtree(work)
-        return
+    data.WORKERS = 1 if options.in_place else options.workers
+    with tempfile.TemporaryDirectory(prefix="rate-") as work:
+        config = data.DataConfig(data=options.data, vocab=options.vocab, cache=work,
+                                 one_document_per_file=True)
+        if options.rounds:
+            compare(config, options)
+        else:
+            print(data.prepare(config, progress=False).describe())
+            peaks = [resource.getrusage(who).ru_maxrss / 1024
+                     for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+            print(f"peak memory {peaks[0]:.0f} MB, of a worker {peaks[1]:.0f} MB")
+
+
+def compare(config, options):
     wordpiece = data.load_wordpiece(config)
-    texts = [text for _, text in data.read_documents(config)]
+    units = list(enumerate(data.read_units(config, (0, 0))))
+    texts = [text for _, (texts, _) in units for text in texts]
     lines = [line for text in texts for line in text.split("\n") if line.strip()]
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
     tokenizer = data.blank_tokenizer(config.do_lower_case, config.strip_accents)
     tokenizer.model = wordpiece.tokenizer.model
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    bare, whole = [], []
-    for _ in range(options.rounds):
-        began = time.perf_counter()
+    cache = data.prepare(config, progress=False)
+    rows = sum(shard["rows"] + shard["heldout_rows"] for shard in cache.shards)
+    stub = Path(config.cache) / "stub.py"
+    stub.write_text(STUB.format(rows=rows // len(units), length=config.max_length))
+    some = units[: 1 + len(units) // 3]
+
+    def tokenize():
         for start in range(0, len(lines), 10_000):
             tokenizer.encode_batch(lines[start : start + 10_000], add_special_tokens=False)
-        bare.append(megabytes / (time.perf_counter() - began))
-        began = time.perf_counter()
-        cache = data.prepare(config, progress=False)
-        whole.append(megabytes / (time.perf_counter() - began))
+
+    def prepare():
         shutil.rmtree(cache.folder)
-    shutil.rmtree(work)
-    ratio = statistics.median(w / b for w, b in zip(whole, bare, strict=True))
-    print(f"{megabytes:.0f} MB, {options.workers} threads: encode_batch {statistics.median(bare):.2f} MB/s, "
-          f"text to rows {statistics.median(whole):.2f} MB/s, ratio {ratio:.2f}")
+        data.prepare(config, progress=False)
+
+    def read():
+        for _ in data.read_units(config, (0, 0)):
+            pass
+
+    def parent():
+        workers, file = data.WORKERS, data.__file__
+        data.WORKERS, data.__file__ = 2, str(stub)
+        prepare()
+        data.WORKERS, data.__file__ = workers, file
+
+    def build():
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        for unit in some:
+            data.build_shard(unit, wordpiece, config)
+        os.environ["TOKENIZERS_PARALLELISM"] = "true"
+
+    stages = tokenize, prepare, read, parent, build
+    walls, cpus = {stage: [] for stage in stages}, {stage: [] for stage in stages}
+    for _ in range(options.rounds):
+        for stage in stages:
+            began, cpu = time.perf_counter(), time.process_time()
+            stage()
+            walls[stage].append(time.perf_counter() - began)
+            cpus[stage].append(time.process_time() - cpu)
+    wall = {stage: statistics.median(walls[stage]) for stage in stages}
+    cpu = {stage: statistics.median(cpus[stage]) for stage in stages}
+    ratio = statistics.median(t / p for t, p in zip(walls[tokenize], walls[prepare], strict=True))
+    where = f"{options.workers} {'threads' if options.in_place or options.workers == 1 else 'workers'}"
+    print(f"{megabytes:.0f} MB, {rows:,} rows, {len(units)} units, {where}: encode_batch alone "
+          f"{megabytes / wall[tokenize]:.2f} MB/s, text to rows {megabytes / wall[prepare]:.2f} MB/s, ratio "
+          f"{ratio:.2f}; {rows / wall[prepare]:,.0f} rows/s")
+    for stage, count in (read, len(units)), (parent, len(units)), (build, len(some)):
+        print(f"{stage.__name__}: {1000 * wall[stage] / count:.0f} ms a unit, of which "
+              f"{1000 * cpu[stage] / count:.0f} on the CPU")
+    for workers in 1, 2, 4, 8, 16:
+        rate = min(len(units) / wall[parent], workers * len(some) / wall[build]) * rows / len(units)
+        print(f"{workers} workers and the parent, a core each: {rate:,.0f} rows/s")
 
 
 if __name__ == "__main__":
