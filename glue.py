@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import UserError, atomic_write, decode, download, make_once, parse_json
-from train import ranks
+from train import tied_ranks
 
 GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
 MSR = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
@@ -428,7 +428,7 @@ def pearson(predictions, labels):
 
 
 def spearman(predictions, labels):
-    return pearson(ranks(predictions), ranks(labels))
+    return pearson(tied_ranks(predictions), tied_ranks(labels))
 
 
 def macro_f1(predictions, labels):

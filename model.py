@@ -119,7 +119,7 @@ class Output(NamedTuple):
     mlm_correct: torch.Tensor  # () predictions whose most likely token is the original
     sampled_correct: torch.Tensor  # () predictions whose sampled token is the original
     positions: torch.Tensor  # (B, K) the masked positions; 0 in unused slots
-    weights: torch.Tensor  # (B, K) 1 for a prediction, 0 for an unused slot
+    slot_weights: torch.Tensor  # (B, K) 1 for a prediction, 0 for an unused slot
     corrupted_ids: torch.Tensor  # (B, L) the text with the samples in it
     is_replaced: torch.Tensor  # (B, L) bool, where it differs
     # None without a discriminator:
@@ -141,20 +141,20 @@ class Electra(nn.Module):
         """One pass of the objective over rows of token ids (B, L) that begin with [CLS], zero-padded.
 
         `uniforms` (B, L + 2K) float32 in [0, 1) is all the randomness apart from dropout; by default it is
-        drawn here. `counts` (2,) is what `count` returns for the whole batch, if these rows are a part of it.
+        drawn here. `counts` (2,) are the `loss_counts` of the whole batch, if these rows are a part of it.
         """
         K = self.config.num_slots(input_ids.shape[1])
         if uniforms is None:
             uniforms = torch.rand(len(input_ids), input_ids.shape[1] + 2 * K, device=input_ids.device)
         if counts is None:
-            counts = count(input_ids, self.config)
+            counts = loss_counts(input_ids, self.config)
         mlm_count, token_count = counts + 1e-6  # as in the official code
         mask_uniforms, sample_uniforms = uniforms[:, :-K], uniforms[:, -K:]  # (B, L + K), (B, K)
         # Computed once, from the original ids: a sampled [PAD] or [SEP] must not change them.
         attention_mask, token_type_ids = mask_and_types(input_ids, self.config.sep_token_id)
 
-        # [D10] The mask is drawn anew at every step.
-        positions, weights, masked_ids = mask(input_ids, mask_uniforms, self.config)  # (B, K), (B, K), (B, L)
+        # [D10] The mask is drawn anew at every step: (B, K), (B, K), (B, L).
+        positions, slot_weights, masked_ids = mask(input_ids, mask_uniforms, self.config)
         labels = input_ids.gather(1, positions)  # (B, K)
 
         # One pass of the generator, with dropout, serves its loss and the samples.
@@ -163,10 +163,10 @@ class Electra(nn.Module):
         mlm_losses = -log_probs.gather(2, labels[..., None]).squeeze(2)  # (B, K)
 
         sampled = sample(log_probs.detach(), sample_uniforms)  # (B, K) [D11] no argmax, no gradient
-        corrupted_ids = corrupt(input_ids, positions, weights, sampled)  # (B, L)
+        corrupted_ids = corrupt(input_ids, positions, slot_weights, sampled)  # (B, L)
         is_replaced = corrupted_ids != input_ids  # [D13] a correct guess counts as original
 
-        mlm_loss = (mlm_losses * weights).sum() / mlm_count
+        mlm_loss = (mlm_losses * slot_weights).sum() / mlm_count
 
         loss = mlm_loss
         disc_loss = None  # of the baseline, a masked language model
@@ -181,10 +181,10 @@ class Electra(nn.Module):
         return Output(
             loss=loss,
             mlm_loss=mlm_loss.detach(),
-            mlm_correct=((mlm_logits.argmax(-1) == labels) * weights).sum(),
-            sampled_correct=((sampled == labels) * weights).sum(),
+            mlm_correct=((mlm_logits.argmax(-1) == labels) * slot_weights).sum(),
+            sampled_correct=((sampled == labels) * slot_weights).sum(),
             positions=positions,
-            weights=weights,
+            slot_weights=slot_weights,
             corrupted_ids=corrupted_ids,
             is_replaced=is_replaced,
             disc_loss=detach(disc_loss),
@@ -212,7 +212,7 @@ def mask_and_types(input_ids, sep_token_id):
     return attention_mask, ((seps_before > 0) & attention_mask).long()
 
 
-def count(input_ids, config):
+def loss_counts(input_ids, config):
     """(Predictions, tokens) of a batch, (2,) float32: the denominators of the two losses.
 
     They follow from the ids, so a micro-batch can divide by the counts of the batch it belongs to.
@@ -235,7 +235,7 @@ def selectable(input_ids, config):
 
 
 def mask(input_ids, uniforms, config):
-    """Choose what to predict, and mask it: positions (B, K), weights (B, K) and masked ids (B, L).
+    """Choose what to predict, and mask it: positions (B, K), slot weights (B, K) and masked ids (B, L).
 
     Of `uniforms` (B, L + K) the first L rank the positions: the highest are predicted. The last K decide
     between [MASK] and staying visible. Here two of five tokens are predicted, and the second stays visible:
@@ -276,7 +276,7 @@ def sample(log_probs, uniforms):
     return sampled.clamp(max=log_probs.shape[-1] - 1)  # of NaN, the search runs past the end
 
 
-def corrupt(input_ids, positions, weights, sampled):
+def corrupt(input_ids, positions, slot_weights, sampled):
     """Replace every predicted token of the original text, not of the masked one, by its sample: (B, L). [D12]
 
     >>> ids, positions, sampled = (torch.tensor([row]) for row in ([101, 5, 6, 102], [2, 0], [9, 8]))
@@ -284,7 +284,7 @@ def corrupt(input_ids, positions, weights, sampled):
     tensor([[101,   5,   9, 102]])
     """
     original = input_ids.gather(1, positions)
-    return input_ids.scatter(1, positions, torch.where(weights > 0, sampled, original))
+    return input_ids.scatter(1, positions, torch.where(slot_weights > 0, sampled, original))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -294,8 +294,8 @@ def test_D05_D30_pairs_are_swapped_and_then_the_longer_sentence_is_cut_first():
 def test_D06_a_selected_token_becomes_mask_with_probability_85_percent():
     """Each selected position becomes [MASK] with probability 0.85, else it stays; none becomes random."""
     ids = make_rows(4000, 64, seed=1)
-    positions, weights, masked_ids = run_mask(ids)
-    used, shown = weights > 0, masked_ids.gather(1, positions)
+    positions, slot_weights, masked_ids = run_mask(ids)
+    used, shown = slot_weights > 0, masked_ids.gather(1, positions)
     is_masked, counts = (shown == MASK) & used, used.sum(0)
     assert (is_masked | (shown == ids.gather(1, positions))).all()
     assert abs(is_masked.sum() / used.sum() - 0.85) < 4 * math.sqrt(0.85 * 0.15 / used.sum())
@@ -312,8 +312,8 @@ def test_D07_special_tokens_are_never_selected_and_unknown_ones_may_be():
     assert model.selectable(ids, CONFIG).tolist() == [[False, True, False, False, True, False, False, False]]
     config = replace(CONFIG, mask_prob=0.9)
     for seed in range(50):
-        positions, weights, _ = run_mask(ids, config, seed)
-        assert sorted(positions[weights > 0].tolist()) == [1, 4]
+        positions, slot_weights, _ = run_mask(ids, config, seed)
+        assert sorted(positions[slot_weights > 0].tolist()) == [1, 4]
 
 
 def test_D08_the_number_of_predictions():
@@ -325,20 +325,20 @@ def test_D08_the_number_of_predictions():
         ids = torch.zeros(1, 128, dtype=torch.long)
         ids[0, :length] = 150
         ids[0, 0], ids[0, length - 1] = CLS, SEP
-        positions, weights, masked_ids = run_mask(ids)
-        assert weights.shape == (1, 19) and weights.sum() == predictions
-        assert model.count(ids, CONFIG).tolist() == [predictions, length]
-        assert (positions[weights == 0] == 0).all() and masked_ids[0, 0] == CLS
+        positions, slot_weights, masked_ids = run_mask(ids)
+        assert slot_weights.shape == (1, 19) and slot_weights.sum() == predictions
+        assert model.loss_counts(ids, CONFIG).tolist() == [predictions, length]
+        assert (positions[slot_weights == 0] == 0).all() and masked_ids[0, 0] == CLS
     full = torch.full((1, 32), 150)  # 0.15 x 32 = 4.8 -> 5, but K = 4
-    assert model.count(full, CONFIG)[0] == run_mask(full)[1].sum() == 4
+    assert model.loss_counts(full, CONFIG)[0] == run_mask(full)[1].sum() == 4
 
 
 def test_D09_positions_are_drawn_uniformly_without_replacement():
     """Positions are drawn without replacement, unlike in the official code, and uniformly."""
     ids = torch.full((4000, 32), 150)
     ids[:, 0], ids[:, 20], ids[:, -1] = CLS, SEP, SEP
-    positions, weights, _ = run_mask(ids)
-    assert weights.sum() == 4000 * 4
+    positions, slot_weights, _ = run_mask(ids)
+    assert slot_weights.sum() == 4000 * 4
     assert all(len(set(row)) == 4 for row in positions.tolist())
     counts = np.bincount(positions.flatten().numpy(), minlength=32)
     assert counts[[0, 20, 31]].sum() == 0
@@ -375,7 +375,8 @@ def test_D11_one_generator_pass_serves_the_loss_and_the_samples():
     electra.generator.register_forward_hook(lambda module, inputs, logits: passes.append(logits))
     output, [logits] = run_electra(electra, ids), passes
     sampled = model.sample(logits, make_uniforms(ids)[:, -CONFIG.num_slots(32) :])
-    assert torch.equal(output.corrupted_ids, model.corrupt(ids, output.positions, output.weights, sampled))
+    corrupted = model.corrupt(ids, output.positions, output.slot_weights, sampled)
+    assert torch.equal(output.corrupted_ids, corrupted)
 
 
 def test_D12_D13_every_selected_token_is_resampled_and_may_stay_the_original():
@@ -383,15 +384,16 @@ def test_D12_D13_every_selected_token_is_resampled_and_may_stay_the_original():
     electra, ids = make_electra(), make_rows()
     ids[:, 1:16][ids[:, 1:16] > MASK] = 150
     always_sample(electra, 150)
-    output, (positions, weights, masked_ids) = run_electra(electra, ids), run_mask(ids)
-    selected = torch.zeros_like(ids).scatter(1, positions, weights.long()).bool()
+    output, (positions, slot_weights, masked_ids) = run_electra(electra, ids), run_mask(ids)
+    selected = torch.zeros_like(ids).scatter(1, positions, slot_weights.long()).bool()
     assert torch.equal(output.corrupted_ids, torch.where(selected, 150, ids))
     assert torch.equal(output.is_replaced, selected & (ids != 150))
     assert (output.is_replaced & (masked_ids == ids)).any()  # some stayed visible, and are resampled too
     assert output.sampled_correct == output.mlm_correct == (selected & (ids == 150)).sum() > 0
     always_sample(electra, CLS)
     output = run_electra(electra, ids)
-    assert not weights.all() and output.sampled_correct == output.mlm_correct == 0  # unused slots hold [CLS]
+    assert not slot_weights.all()
+    assert output.sampled_correct == output.mlm_correct == 0  # unused slots hold [CLS]
 
 
 @pytest.mark.parametrize("sampled", [0, SEP, 150])
@@ -776,7 +778,7 @@ def test_electra_works_with_nothing_but_ids_and_compiles_to_one_graph():
     torch.manual_seed(3)
     expected = electra(ids)
     torch.manual_seed(3)
-    arguments = ids, torch.rand(6, 32 + 2 * CONFIG.num_slots(32)), model.count(ids, CONFIG)
+    arguments = ids, torch.rand(6, 32 + 2 * CONFIG.num_slots(32)), model.loss_counts(ids, CONFIG)
     for function in electra, torch.compile(electra, fullgraph=True, backend="eager"):
         assert all(map(torch.equal, function(*arguments), expected))
 
@@ -784,7 +786,7 @@ def test_electra_works_with_nothing_but_ids_and_compiles_to_one_graph():
 def test_micro_batches_give_the_gradient_of_the_one_batch():
     """Losses are divided by the counts of the whole batch, so that micro-batches add up to it."""
     ids, gradients = make_rows(12), {}
-    uniforms, counts = make_uniforms(ids), model.count(ids, CONFIG)
+    uniforms, counts = make_uniforms(ids), model.loss_counts(ids, CONFIG)
     for size in (12, 1, 3, 4):
         electra = make_electra().double()
         for part in zip(ids.split(size), uniforms.split(size), strict=True):
@@ -1684,7 +1686,7 @@ def test_a_gpu_agrees_with_the_cpu(dtype, corpus):
         for name in "mlm_loss", "disc_loss":
             ours, theirs = getattr(output, name).item(), getattr(expected, name).item()
             assert ours == pytest.approx(theirs, rel=tolerance)
-    counts, whole, parts = model.count(inputs[0], CONFIG), [], []
+    counts, whole, parts = model.loss_counts(inputs[0], CONFIG), [], []
     for gradients, size in (whole, 6), (parts, 2):  # micro-batches
         electra.zero_grad()
         for part in zip(*(tensor.split(size) for tensor in inputs), strict=True):
@@ -1931,7 +1933,7 @@ def test_metrics_of_a_batch_by_hand():
     electra, ids = make_electra().double().eval(), make_rows(8)
     ids[ids > 150] = 150
     electra.generator.mlm_bias.data[150] = 4.0  # the best guess, and now and then the sample
-    uniforms, counts = make_uniforms(ids), model.count(ids, CONFIG)
+    uniforms, counts = make_uniforms(ids), model.loss_counts(ids, CONFIG)
     with torch.no_grad():
         whole = electra(ids, uniforms, counts)
         parts = [electra(*part, counts) for part in zip(ids.split(2), uniforms.split(2), strict=True)]

@@ -59,10 +59,10 @@ from model import (
     ElectraConfig,
     ModelError,
     Output,
-    count,
     load_config,
     load_networks,
     load_weights,
+    loss_counts,
     save_pretrained,
     selectable,
 )
@@ -195,7 +195,7 @@ def train(run, producer_error):
             # Log, evaluate, save. A checkpoint leaves no trace in the log.
             is_logged = evaluates or run.step == 1 or run.step % config.log_every == 0
             if is_logged:
-                counts = count(input_ids, model.config)
+                counts = loss_counts(input_ids, model.config)
                 metrics = compute_metrics(gather_outputs(outputs), input_ids, counts)  # waits for the device
                 seconds = (time.perf_counter() - logged_at) / (run.step - logged_step)
                 rate = round(input_ids.numel() / seconds)
@@ -242,7 +242,8 @@ def make_step(run):
 
     def step(input_ids, uniforms):
         optimizer.zero_grad(set_to_none=True)
-        counts = count(input_ids, model.config)  # of the whole batch, so that the gradients add up to its own
+        # Of the whole batch, so that the gradients add up to its own.
+        counts = loss_counts(input_ids, model.config)
         outputs = []
         for ids, draws in micro_batches(input_ids[mine], uniforms[mine], config.micro_batch_size):
             with autocast(config):
@@ -471,7 +472,7 @@ class Run:
         """(Outputs, ids, counts) of rows, without dropout, with the same masks and samples every time."""
         self.model.eval()
         ids, uniforms = self.to_device(rows, "heldout", 0)
-        counts = count(ids, self.model.config)
+        counts = loss_counts(ids, self.model.config)
         with autocast(self.config):
             outputs = [self.model(*part, counts)
                        for part in micro_batches(ids, uniforms, self.config.micro_batch_size)]
@@ -642,13 +643,14 @@ def area_under_curve(scores, labels):
     negatives = labels.size - positives
     if not positives or not negatives:
         return 0.5
-    return float((ranks(scores)[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    rank_sum = tied_ranks(scores)[labels].sum()
+    return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def ranks(values):
+def tied_ranks(values):
     """Ranks from 1. Ties share the mean of their ranks.
 
-    >>> ranks(np.array([0.3, 0.1, 0.3])).tolist()
+    >>> tied_ranks(np.array([0.3, 0.1, 0.3])).tolist()
     [2.5, 1.0, 2.5]
     """
     _, place, ties = np.unique(values, return_inverse=True, return_counts=True)
@@ -722,8 +724,8 @@ def show(run, rows):
     def join(name):
         return torch.cat([getattr(output, name) for output in outputs]).cpu()
 
-    positions, weights, corrupted_ids, is_replaced = map(
-        join, ("positions", "weights", "corrupted_ids", "is_replaced"))
+    positions, slot_weights, corrupted_ids, is_replaced = map(
+        join, ("positions", "slot_weights", "corrupted_ids", "is_replaced"))
     is_suspect, marks = torch.zeros_like(is_replaced), ("", "")
     print(LEGEND)
     if run.model.discriminator is not None:
@@ -732,7 +734,7 @@ def show(run, rows):
         logits = join("disc_logits")
         suspicions = logits[ids.cpu() != 0].sort(descending=True).values
         is_suspect = logits > suspicions[is_replaced.sum()]
-    is_masked = torch.zeros_like(is_replaced).scatter(1, positions, weights > 0)
+    is_masked = torch.zeros_like(is_replaced).scatter(1, positions, slot_weights > 0)
     tokens = run.cache.wordpiece.tokens
     arrays = rows, corrupted_ids, is_masked, is_suspect
     for row in zip(*(array.tolist() for array in arrays), strict=True):
