@@ -1,14 +1,22 @@
 """From text to batches: documents, WordPiece ids, rows of two segments, shards, training order.
 
-`prepare` is the whole pipeline. Its stages follow in the order in which text passes them, then `Order`, which
-gives the rows of every training step, and model folders from the hub.
+`prepare` is the whole pipeline. Its stages follow in the order in which text passes them:
+
+    documents        names -> files -> one string for each document
+    workers          the next stage, on several cores
+    rows             a document -> ids -> rows of two segments
+    shards           rows <-> disk; a child process may still be adding to them
+    order            (seed, step) -> the rows of a training step
+
+Below them stand what they call: vocabularies and model folders, the source of the bytes, files that survive a
+kill.
 
 The disk holds one array, uint16 (rows, max_length), zero-padded, in shards: attention mask and token types
 follow from the ids. The same text, vocabulary and seed give the same bytes, however often the run is killed,
 and the rows of a step are a function of (seed, step).
 
-As a program (`python data.py CONFIG`) this file is the child process that train.py runs beside itself, and
-`python data.py worker` is one of the processes among which `prepare` divides the work.
+train.py runs this file as a child process (`python data.py CONFIG`), and `prepare` divides the work among
+processes that run it as `python data.py worker`.
 """
 
 import fcntl
@@ -47,25 +55,8 @@ import requests
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
-PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-# hub: stands for the hub's address. This revision still has the tars; the main branch has parquet files.
-OPENWEBTEXT = [f"hub:/datasets/Skylion007/openwebtext/resolve/39d1a6d3f3a4c838b27bbc65bfb14a2f6f727740"
-               f"/subsets/urlsf_subset{number:02d}.tar" for number in range(21)]
-BERT_VOCAB = dict(  # BERT's uncased vocabulary, which is ELECTRA's
-    address="hub:/google/electra-small-discriminator/resolve/main/vocab.txt",
-    size=231_508,
-    sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-)
-SHARD_CHARACTERS = 2_000_000  # characters of text per shard, about 3,000 rows of 128
-MAX_DOCUMENT = 10_000_000  # characters; a longer document of a .txt is split
-VOCAB_DOCUMENTS = 100_000  # documents used to train a vocabulary
-MAX_GROUP = 128  # most shards that are shuffled together, about 100 MB
-HELDOUT_SHARE = 100  # one document in 100 is held out
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # on macOS
-WORKERS = min(8, CORES)  # processes that turn text into rows; one that reads it feeds no more than about 8
-TIMEOUT = 30  # seconds without an answer
-BACKOFF = 0.5  # seconds before a new attempt, doubled each time, at most a minute
-PATIENCE = 600  # seconds of waiting before giving up; a tenth of it for a server that never answered
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS
 
 
 class UserError(ValueError):
@@ -95,176 +86,50 @@ class DataConfig:
 
 def prepare(config, progress=True):
     """Turn text into shards of rows. After a kill it resumes; a finished shard is never made again."""
-    cache = Cache(config, load_wordpiece(config))
-    with lock(cache.folder / "lock", f"waiting for another process to prepare {cache.folder}"):
-        cache.refresh()
-        if cache.is_complete:
-            return cache
-        start = cache.shards[-1]["end"] if cache.shards else (0, 0)  # see read_documents
-        units = enumerate(read_units(config, start), len(cache.shards))
+    shards = Shards(config, load_wordpiece(config))
+    with lock(shards.folder / "lock", f"waiting for another process to prepare {shards.folder}"):
+        shards.refresh()
+        if shards.is_complete:
+            return shards
+        start = (0, 0)  # a position in the text, see read_documents
+        if shards.infos:
+            start = shards.infos[-1]["end"]
+        units = enumerate(read_units(config, start), len(shards.infos))
         with tqdm(desc="preparing", unit=" rows", disable=None if progress else True) as bar:
-            for number, train, heldout, info in build_shards(units, cache.wordpiece, config):
-                cache.write_shard(number, train, heldout, info)
+            for number, train, heldout, info in build_shards(units, shards.wordpiece, config):
+                shards.write_shard(number, train, heldout, info)
                 bar.update(len(train))
-        if cache.identities != [identify(file) for file in find_files(config)]:
+        if shards.identities != identify_text(config):
             raise UserError("the text changed while it was being read; run the same command again")
-        cache.refresh()
-        if not any(shard["rows"] for shard in cache.shards):
+        shards.refresh()
+        if not any(info["rows"] for info in shards.infos):
             raise UserError(f"there is no text to train on in {' '.join(config.data)}")
-        (cache.folder / "complete").touch()
-        cache.refresh()
-    return cache
+        (shards.folder / "complete").touch()
+        shards.refresh()
+    return shards
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Source: names, folders and addresses -> files -> bytes
+# Documents: names -> files -> one string for each document
 
+SHARD_CHARACTERS = 2_000_000  # characters of text per shard, about 3,000 rows of 128
+MAX_DOCUMENT = 10_000_000  # characters; a longer document of a .txt is split
 # What can be read. An OpenWebText tar holds tars that are named _data.xz.
 KINDS = re.compile(r"(\.txt|\.jsonl?|\.tar|_data(?=\.xz))(\.gz|\.xz)?$", re.IGNORECASE)
-
-
-def find_files(config):
-    """The files and addresses of the corpus, in a fixed order: as given, and within a folder by name."""
-    files = []
-    for name in config.data:
-        if name == "openwebtext":
-            files += OPENWEBTEXT
-        elif os.path.isdir(name):
-            files += sorted(walk(name))
-        elif name == "python-docs" or is_address(name) or os.path.exists(name):
-            files.append(name)
-        else:
-            raise UserError(f"there is no {name}; --data takes paths, addresses, openwebtext or python-docs")
-    if not files:
-        raise UserError(f"{config.data[0]} holds no .txt, .jsonl, .json or .tar file, plain, .gz or .xz")
-    return files
-
-
-def walk(folder):
-    """The text files in a folder, through symbolic links, without hidden files and folders."""
-    seen = set()
-    for path, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(path) in seen:  # a link that leads back up
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(path))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        names = [name for name in names if KINDS.search(name) and not name.startswith(".")]
-        yield from (os.path.join(path, name) for name in names)
-
-
-def is_address(name):
-    return str(name).startswith(("http://", "https://", "hub:"))
-
-
-def url_of(address):
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    return hub + address.removeprefix("hub:") if address.startswith("hub:") else address
-
-
-def identify(file):
-    """What must stay the same for a cache to remain valid. For an address, that is the address alone."""
-    if file == "python-docs":
-        return [file, platform.python_version(), *map(importlib.metadata.version, ("torch", "numpy"))]
-    if is_address(file):
-        return [file]
-    status = os.stat(file)
-    return [file, status.st_size, status.st_mtime_ns]
-
-
-def open_source(file):
-    """A file or address as a binary stream."""
-    return io.BufferedReader(ChunkStream(fetch(file)), 1 << 20) if is_address(file) else open(file, "rb")
-
-
-class ChunkStream(io.RawIOBase):
-    """A file object over an iterator of byte chunks."""
-
-    def __init__(self, chunks):
-        self.chunks, self.rest = chunks, b""
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        self.rest = self.rest or next(self.chunks, b"")
-        size = min(len(buffer), len(self.rest))
-        buffer[:size], self.rest = self.rest[:size], self.rest[size:]
-        return size
-
-
-class NotFound(UserError):
-    """There is nothing at an address."""
-
-
-def fetch(address, otherwise="use --data PATH or --data python-docs"):
-    """Yield the bytes at an address. A dropped connection resumes at the byte where it broke off."""
-    url, position, etag, failures, waited = url_of(address), 0, "", 0, 0.0
-    while True:
-        headers = {"Accept-Encoding": "identity"}
-        if position:
-            headers["Range"] = f"bytes={position}-"
-        if etag.startswith('"'):  # a strong one: if the file has changed since, the answer is 200 and not 206
-            headers["If-Range"] = etag
-        try:
-            with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-                status, etag = response.status_code, response.headers.get("ETag", "")
-                if status == 429 or status >= 500:
-                    response.raise_for_status()
-                if status == 200 and position:
-                    raise UserError(f"{url} cannot be resumed at byte {position:,}: it has changed, or the "
-                                    "server cannot send a part; download it and use --data PATH")
-                if status not in (200, 206):
-                    kind = NotFound if status == 404 else UserError
-                    raise kind(f"{url} answers {status} {response.reason}; {otherwise}")
-                for chunk in response.iter_content(1 << 14):  # raises if the body ends early
-                    position, failures, waited = position + len(chunk), 0, 0.0
-                    yield chunk
-                return
-        except requests.RequestException as error:
-            answer = error.response
-            reason = type(error).__name__ if answer is None else f"it answers {answer.status_code}"
-            if waited >= (PATIENCE if position or answer is not None else PATIENCE / 10):
-                raise UserError(f"{url} cannot be read: {reason}, {failures + 1} times in a row; the same "
-                                f"command resumes later; or {otherwise}") from None
-        failures += 1
-        seconds = min(60, BACKOFF * 2**failures)
-        waited += seconds
-        message = f"{url}: {reason}, at byte {position:,}; trying again in {seconds:.0f} s"
-        tqdm.write(message, file=sys.stderr)
-        time.sleep(seconds)
-
-
-def download(path, address, otherwise, size=None, sha256=None):
-    """Fetch a file whole, and check its SHA-256 where that is known."""
-    found = hashlib.sha256()
-    with (atomic_write(path) as file,
-          tqdm(desc=path.name, total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar):
-        for chunk in fetch(address, otherwise=otherwise):
-            file.write(chunk)
-            found.update(chunk)
-            bar.update(len(chunk))
-        if sha256 not in (None, found.hexdigest()):
-            raise UserError(f"{url_of(address)} has SHA-256 {found.hexdigest()} instead of {sha256}; try "
-                            f"again, or {otherwise}")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Documents: bytes -> one string for each document
-
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, tarfile.TarError)
-OPENERS = {"": nullcontext, ".gz": gzip.open, ".xz": lzma.open}
 
 
 def read_units(config, start):
     """Yield (texts, position after them) for each unit of documents, which becomes a shard."""
-    texts, size = [], 0
+    texts = []
+    size = 0
     for position, text in read_documents(config, start):
         texts.append(text)
         size += len(text)
         if size >= SHARD_CHARACTERS:
             yield texts, position
-            texts, size = [], 0
+            texts = []
+            size = 0
     if texts:
         yield texts, position
 
@@ -299,9 +164,10 @@ def read_file(stream, path, source, whole):
     match = KINDS.search(path)
     if not match:
         raise UserError(f"{source} cannot be read; .txt, .jsonl, .json and .tar can, plain, .gz or .xz")
-    kind, compression = match[1].lower(), (match[2] or "").lower()
+    kind = match[1].lower()
+    compression = (match[2] or "").lower()
     try:
-        with OPENERS[compression](stream) as file:
+        with decompress(stream, compression) as file:
             if kind == ".txt":
                 yield from read_txt(file, source, whole)
             elif kind in (".json", ".jsonl"):
@@ -309,10 +175,25 @@ def read_file(stream, path, source, whole):
             else:
                 for name, content in read_tar(file):
                     yield from read_file(content, name, f"{name} in {source}", whole)
-                while compression and file.read(1 << 20):
-                    pass  # the checksum comes after the end mark
+                if compression:
+                    read_to_the_end(file)
     except DAMAGE as error:
         raise UserError(f"{source} is damaged or cut short ({error}); make or fetch it again") from error
+
+
+def decompress(stream, compression):
+    """A context manager that gives the content of a stream as a file."""
+    if compression == ".gz":
+        return gzip.open(stream)
+    if compression == ".xz":
+        return lzma.open(stream)
+    return nullcontext(stream)
+
+
+def read_to_the_end(file):
+    """Read what is left of a compressed file. Its checksum comes last, after the end mark of a tar."""
+    while file.read(1 << 20):
+        pass
 
 
 def read_tar(file):
@@ -330,12 +211,14 @@ def read_txt(file, source, whole):
     if whole:
         yield decode(file.read(), source)
         return
-    lines, size = [], 0
+    lines = []
+    size = 0
     for number, raw in enumerate(file, 1):  # bytes: only "\n" ends a line
         line = decode(raw, f"{source}, line {number},")
         if not line.strip() or size >= MAX_DOCUMENT:
             yield "".join(lines)
-            lines, size = [], 0
+            lines = []
+            size = 0
         lines.append(line)
         size += len(line)
     yield "".join(lines)
@@ -354,14 +237,6 @@ def read_jsonl(file, source):
             raise UserError(message) from None
 
 
-def decode(raw, source):
-    try:
-        return raw.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not UTF-8 at byte {error.start}; convert it, for example with "
-                        "iconv") from None
-
-
 # Five plain words or more, from a capital letter to a full stop.
 SENTENCE = re.compile(r"[A-Z][a-z']*(?:[,;:]? [A-Za-z][a-z]*(?:[-'][a-z]+)*){4,}[.?!]")
 
@@ -373,10 +248,14 @@ def python_docs():
     sign of code in them, each once. The files are searched, never imported.
     """
     roots = [sysconfig.get_path("stdlib")]
-    roots += [importlib.util.find_spec(name).submodule_search_locations[0] for name in ("torch", "numpy")]
+    for package in ("torch", "numpy"):
+        roots.append(importlib.util.find_spec(package).submodule_search_locations[0])
     skipped = {"site-packages", "test", "tests", "idle_test"}
-    documents = [find_sentences(path.read_text("utf-8", "replace")) for root in roots
-                 for path in Path(root).rglob("*.py") if not skipped & set(path.relative_to(root).parts)]
+    documents = []
+    for root in roots:
+        for path in Path(root).rglob("*.py"):
+            if not skipped & set(path.relative_to(root).parts):
+                documents.append(find_sentences(path.read_text("utf-8", "replace")))
     documents.sort(key=digest)  # an order without meaning, so that every shard is a mixture
     seen = set()
     for sentences in documents:
@@ -398,6 +277,11 @@ def find_sentences(source):
 # ------------------------------------------------------------------------------------------------------------
 # Workers: units of documents -> shards, on several cores
 
+CORES = os.cpu_count()
+if hasattr(os, "sched_getaffinity"):  # not on macOS
+    CORES = len(os.sched_getaffinity(0))
+WORKERS = min(8, CORES)  # processes that turn text into rows; one that reads it feeds no more than about 8
+
 
 def build_shards(units, wordpiece, config):
     """Yield (number, rows for training, held-out rows, info) of each unit, in order.
@@ -413,28 +297,25 @@ def build_shards(units, wordpiece, config):
         idle = [stack.enter_context(start_worker()) for _ in range(WORKERS)]
         for worker in idle:
             send(worker, (wordpiece.tokens, asdict(config)))
-        busy, error = deque(), None  # the workers that have a unit, in the order of their units
+        busy = deque()  # the workers that have a unit, in the order of their units
+        error = None
         for unit in until_error(units):
             if isinstance(unit, Exception):
                 error = unit
             elif idle:
-                busy.append(idle.pop())
-                send(busy[-1], unit)
+                worker = idle.pop()
+                send(worker, unit)
+                busy.append(worker)
             else:
-                busy.append(busy.popleft())
-                shard = receive(busy[-1])
-                send(busy[-1], unit)  # before the shard is written: a worker that waits is a core that waits
+                worker = busy.popleft()
+                shard = receive(worker)
+                send(worker, unit)  # before the shard is written: a worker that waits is a core that waits
+                busy.append(worker)
                 yield shard
-        yield from map(receive, busy)
+        for worker in busy:
+            yield receive(worker)
         if error:
             raise error
-
-
-def build_shard(unit, wordpiece, config):
-    """(number, rows for training, held-out rows, info) of a unit."""
-    number, (texts, end) = unit
-    train, heldout, counts = build_rows(tokenize(texts, wordpiece), number, wordpiece, config)
-    return number, train, heldout, counts | {"end": end}
 
 
 def until_error(units):
@@ -448,9 +329,9 @@ def until_error(units):
 @contextmanager
 def start_worker():
     """A process that runs `work`. It ends when its standard input closes, so it cannot outlive its parent."""
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}  # one core each
     with subprocess.Popen([sys.executable, __file__, "worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},  # one core each
-                          start_new_session=True) as worker:  # only the parent gets Ctrl-C
+                          env=environment, start_new_session=True) as worker:  # only the parent gets Ctrl-C
         try:
             yield worker
         finally:
@@ -488,15 +369,23 @@ def work():
     os._exit(0)  # a normal exit would try to write what is left
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tokenize: lines -> WordPiece ids
+def build_shard(unit, wordpiece, config):
+    """(number, rows for training, held-out rows, info) of a unit."""
+    number, (texts, end) = unit
+    train, heldout, counts = build_rows(tokenize(texts, wordpiece), number, wordpiece, config)
+    return number, train, heldout, counts | {"end": end}
 
-NOT_PRINTABLE_ASCII = re.compile(r"[^ -~]+")
+
+# ------------------------------------------------------------------------------------------------------------
+# Rows: a document -> WordPiece ids -> rows of two segments
+
+HELDOUT_SHARE = 100  # one document in 100 is held out
 
 
 def tokenize(texts, wordpiece):
-    """(Is held out, [ids of each line]) for each document. All lines are tokenized in parallel."""
+    """(Is held out, [ids of each line]) for each document."""
     documents = [[line for line in text.split("\n") if line.strip()] for text in texts]
+    # All lines are encoded in one call, which is parallel, and then dealt out to their documents.
     ids = iter(wordpiece.encode([line for lines in documents for line in lines]))
     return [(is_heldout(text), list(itertools.islice(ids, len(lines))))
             for text, lines in zip(texts, documents, strict=True)]
@@ -507,75 +396,452 @@ def is_heldout(text):
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % HELDOUT_SHARE == 0
 
 
-class WordPiece:
-    """A vocabulary, `tokens` in the order of their ids, and the rules that turn text into ids.
+def build_rows(documents, number, wordpiece, config):
+    """The rows of a unit, uint16 (rows, max_length), for training and held out, and counts for the shard.
 
-    No text becomes a special token: "[SEP]" is tokenized as "[", "sep" and "]".
+    The random numbers of a document follow from the seed, the unit's number and the document's index in it.
+    """
+    length = config.max_length
+    train = []
+    heldout = []
+    kept = 0
+    dropped = 0
+    for index, (is_held_out, lines) in enumerate(documents):
+        rows = heldout if is_held_out else train
+        uniform = random.Random(f"{config.seed} {number} {index}").random
+        if config.split_long_lines:
+            lines = [piece for line in lines for piece in split_line(line, length)]
+        for first, second, overflow in segment(lines, length, uniform):
+            row = wordpiece.add_special_tokens(first, second)
+            rows.append(row + [0] * (length - len(row)))
+            kept += len(first) + len(second)
+            dropped += overflow
+    counts = dict(documents=len(documents), tokens_kept=kept, tokens_dropped=dropped)
+    return to_array(train, length), to_array(heldout, length), counts
+
+
+def to_array(rows, length):
+    return np.array(rows, dtype=np.uint16).reshape(-1, length)  # of no rows, too
+
+
+def split_line(line, max_length):
+    """Cut a line that is longer than a row into quarters of a row, of which whole rows can be made.
+
+    >>> split_line([1, 2, 3, 4, 5, 6, 7, 8, 9], 8), split_line([1, 2, 3], 8)
+    ([[1, 2], [3, 4], [5, 6], [7, 8], [9]], [[1, 2, 3]])
+    """
+    if len(line) <= max_length:
+        return [line]
+    cuts = [number * max_length // 4 for number in range(4 * len(line) // max_length + 2)]
+    return [line[start:stop] for start, stop in itertools.pairwise(cuts) if start < len(line)]
+
+
+def segment(lines, max_length, uniform):
+    """Cut a document into examples of two segments: yield (first, second, number of ids dropped).
+
+    `lines` holds a list of ids for each line, `uniform()` draws from [0, 1). The second segment may be empty.
+    Called once per document, so that no example crosses the end of one. [D01]
+
+    Lines are collected until they hold `target` ids, usually max_length, and then dealt out to two segments.
+    Here the first segment should stay below (12 - 3) // 2 = 4 ids, and [12] joins it after the second segment
+    has begun:
+
+    >>> list(segment([[1, 2], [3, 4, 5], [6, 7, 8, 9, 10, 11], [12], [13]], 12, lambda: 0.5))
+    [([1, 2, 12], [3, 4, 5, 6, 7, 8], 3), ([13], [], 0)]
+    """
+    collected = []
+    length = 0
+    target = draw_target(max_length, uniform)
+    for line in lines:
+        collected.append(line)
+        length += len(line)
+        if length >= target:
+            yield split(collected, target, max_length, uniform)
+            collected = []
+            length = 0
+            target = draw_target(max_length, uniform)
+    if length:
+        yield split(collected, target, max_length, uniform)
+
+
+def draw_target(max_length, uniform):
+    """The number of ids to collect: max_length or, with probability 0.05, anything from 5 to it. [D03]
+
+    Unlike the official code, where a target carries over to the next document, each document begins with a
+    draw of its own. Its rows then do not depend on the documents before it.
+    """
+    if uniform() < 0.05:
+        return 5 + int(uniform() * (max_length - 4))
+    return max_length
+
+
+def split(lines, target, max_length, uniform):
+    """Deal lines out to two segments that meet near the middle, and drop what overflows a row."""
+    half = (target - 3) // 2
+    if uniform() < 0.1:
+        half = math.inf  # everything goes to the first segment
+    first = []
+    second = []
+    for line in lines:
+        # [D02] A line that fits goes to `first` even after `second` has begun: line order can change.
+        goes_first = not first or len(first) + len(line) < half
+        if not goes_first and not second and len(first) < half:  # it crosses the middle
+            goes_first = uniform() < 0.5
+        if goes_first:
+            first += line
+        else:
+            second += line
+    length = len(first) + len(second)
+    first = first[: max_length - 2]
+    second = second[: max(0, max_length - len(first) - 3)]  # [D04] the overflow is dropped
+    return first, second, length - len(first) - len(second)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Shards: rows <-> disk
+
+
+class Stopped(UserError):
+    """Text that is waited for will not come: its preparation has failed, or a signal asks to stop.
+
+    The message is the child process's. After a signal there is none.
     """
 
-    def __init__(self, tokens, do_lower_case=True, strip_accents=True):
-        self.tokens, self.do_lower_case = tokens, do_lower_case
-        self.strip_accents = do_lower_case and strip_accents
-        ids = {token: number for number, token in enumerate(tokens)}
-        self.cls_token_id, self.sep_token_id, self.mask_token_id = ids[CLS], ids[SEP], ids[MASK]
-        self.sha256 = hashlib.sha256("\n".join(tokens).encode()).hexdigest()
-        self.tokenizer = blank_tokenizer(self.do_lower_case, self.strip_accents)
-        self.normalizer, self.tokenizer.normalizer = self.tokenizer.normalizer, None
-        # As in the official code, only words over 200 characters become [UNK] for their length.
-        self.tokenizer.model = models.WordPiece(ids, unk_token=UNK, max_input_chars_per_word=200)
 
-    def encode(self, lines):
-        """A list of lines -> a list of lists of ids, without special tokens."""
-        texts = [self.normalize(line) for line in lines]
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+class Shards:
+    """The shards made from one text with one vocabulary. A child process may be adding to them.
 
-    def normalize(self, line):
-        # Printable ASCII needs nothing but lower-casing, and the other characters do not depend on it.
-        line = NOT_PRINTABLE_ASCII.sub(lambda match: self.normalizer.normalize_str(match[0]), line)
-        return line.lower() if self.do_lower_case else line
+    shard-N.npz holds the rows for training, the held-out rows and, in `info`, counts and the position in the
+    text at which the shard ends. A file named `complete` says that there will be no more.
+    """
 
-    def decode(self, ids):
-        """Readable text, with special tokens and without padding."""
-        return " ".join(self.tokens[number] for number in ids if number).replace(" ##", "")
+    def __init__(self, config, wordpiece):
+        self.config = config
+        self.wordpiece = wordpiece
+        self.infos = []  # the info of each shard that the last refresh has found
+        self.is_complete = False
+        self.child = None  # the process that prepares the text, if this one has started it
+        self.child_output = None
+        self.identities = identify_text(config)
+        self.fingerprint = {
+            "format": [2, SHARD_CHARACTERS, HELDOUT_SHARE],
+            "files": digest(self.identities),
+            "one_document_per_file": config.one_document_per_file,
+            "split_long_lines": config.split_long_lines,
+            "vocab": wordpiece.sha256[:12],
+            "do_lower_case": wordpiece.do_lower_case,
+            "strip_accents": wordpiece.strip_accents,
+            "max_length": config.max_length,
+            "seed": config.seed,
+        }
+        self.folder = Path(config.cache) / f"{source_name(config)}-{digest(self.fingerprint)}"
+        self.refresh()
 
-    def save(self, folder, max_length):
-        """Write vocab.txt and tokenizer_config.json. `max_length` is the length trained on."""
-        (folder / "vocab.txt").write_bytes("".join(f"{token}\n" for token in self.tokens).encode())
-        # Without this file, transformers always lower-cases and strips accents.
-        settings = dict(tokenizer_class="ElectraTokenizer", do_lower_case=self.do_lower_case,
-                        strip_accents=self.strip_accents, tokenize_chinese_chars=True,
-                        model_max_length=max_length)
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    def path(self, number):
+        return self.folder / f"shard-{number:06d}.npz"
+
+    def write_shard(self, number, train, heldout, info):
+        info = info | dict(rows=len(train), heldout_rows=len(heldout))
+        with atomic_write(self.path(number)) as file:
+            np.savez(file, train=train, heldout=heldout, info=json.dumps(info))
+
+    def load(self, name, number):
+        """The `train` or `heldout` rows of a shard, uint16 (rows, max_length), or its `info`."""
+        try:
+            with open(self.path(number), "rb") as file, np.load(file) as shard:
+                return shard[name]
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{self.path(number)} is damaged ({error}); delete its folder, and it is made "
+                            "again") from None
+
+    def refresh(self):
+        """Look for shards that were added."""
+        self.is_complete = (self.folder / "complete").exists()  # first, or the last shard could be missed
+        while self.path(len(self.infos)).exists():
+            info = self.load("info", len(self.infos))
+            self.infos.append(json.loads(str(info)))
+
+    def wait(self, is_there, signals=()):
+        """Block until `is_there()` or until the text is complete.
+
+        Raises Stopped if the child process has failed, or once there is something in the list `signals`.
+        """
+        with tqdm(desc="waiting for text", bar_format="{desc}, {elapsed}", delay=1, leave=False,
+                  disable=None) as bar:
+            while True:
+                error = self.child_error()  # asked first: what the child wrote before it ended is seen below
+                self.refresh()
+                if is_there() or self.is_complete:
+                    return
+                if error or signals:
+                    raise Stopped(error)
+                bar.update(0)
+                time.sleep(0.05)
+
+    def child_error(self):
+        """The last words of a child process that has ended, else ""."""
+        if self.child is None or self.child.poll() is None:
+            return ""
+        self.child_output.seek(0)
+        message = self.child_output.read().decode(errors="replace").strip()
+        status = self.child.returncode
+        return message or f"preparing the text ended with status {status}; run the same command again"
+
+    def wait_for_first(self):
+        """Block until there is a shard."""
+        self.wait(lambda: self.infos)
+
+    def heldout(self, limit, signals=()):
+        """The first `limit` held-out rows, int64, all if there are fewer. Blocks until they are there."""
+        self.wait(lambda: sum(info["heldout_rows"] for info in self.infos) >= limit, signals)
+        rows = np.zeros((0, self.config.max_length), dtype=np.uint16)
+        for number, info in enumerate(self.infos):
+            if len(rows) < limit and info["heldout_rows"]:
+                rows = np.concatenate([rows, self.load("heldout", number)])
+        return rows[:limit].astype(np.int64)
+
+    def describe(self):
+        """What the shards hold, with a warning if much of the text is lost, or rows are mostly padding."""
+        documents = self.total("documents")
+        rows = self.total("rows")
+        heldout = self.total("heldout_rows")
+        kept = self.total("tokens_kept")
+        dropped = self.total("tokens_dropped")
+        lost = dropped / max(1, kept + dropped)
+        state = "" if self.is_complete else ", still growing"
+        text = (f"{self.folder}{state}: {documents:,} documents, {rows:,} rows to train on, {heldout:,} held "
+                f"out; {lost:.0%} of the tokens overflow and are dropped")
+        if lost > 0.4:
+            text += ("\nwarning: that is a lot. ELECTRA takes a line for a sentence or a paragraph: raise "
+                     "--max-length")
+            if not self.config.split_long_lines:
+                text += ", or use --split-long-lines"
+        if kept < 0.4 * (rows + heldout) * self.config.max_length:
+            text += ("\nwarning: rows are mostly padding. A blank line ends a document: if it should not, "
+                     "use --one-document-per-file, else lower --max-length")
+        return text
+
+    def total(self, name):
+        return sum(info[name] for info in self.infos)
 
 
-def blank_tokenizer(do_lower_case, strip_accents):
-    """A tokenizer with the rules of BERT and an empty vocabulary."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=do_lower_case, strip_accents=strip_accents)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return tokenizer
+@contextmanager
+def prepare_in_child(shards):
+    """Prepare the text of these shards in a child process for as long as the context lasts.
+
+    The child exits when its standard input closes, so it cannot outlive its parent. It prints its error to
+    its standard output, and what it waits for goes to the terminal.
+    """
+    if shards.is_complete:
+        yield
+        return
+    command = [sys.executable, __file__, json.dumps(asdict(shards.config))]
+    with (tempfile.TemporaryFile() as output,
+          subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output,
+                           start_new_session=True) as child):  # only the parent gets Ctrl-C
+        shards.child = child
+        shards.child_output = output
+        try:
+            yield
+        finally:
+            child.kill()
+            shards.child = None
+
+
+def run_as_child():
+    """What the child process does. Returns its exit status."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+
+    def end_with_parent():
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        prepare(DataConfig(**json.loads(sys.argv[1])), progress=False)
+    except (UserError, OSError) as error:
+        print(error)
+        return 1
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Order: (seed, step) -> the rows of a step
+
+MAX_GROUP = 128  # most shards that are shuffled together, about 100 MB
+
+
+class Order:
+    """The endless sequence of rows that training reads. The rows of a step are a function of (seed, step).
+
+    Shards form groups of 1, 2, 4, ... 128, and the rows of a group are shuffled. In epoch 0 shards come in
+    their own order, so that training begins with the first; later epochs permute them.
+    """
+
+    def __init__(self, shards, batch_size, signals=()):
+        self.shards = shards
+        self.batch_size = batch_size
+        self.seed = shards.config.seed
+        self.signals = signals
+        self.groups = self.list_groups()
+        self.rows = np.zeros((0, shards.config.max_length), dtype=np.uint16)  # from the last step's on
+        self.epoch = 0  # of the last of these rows
+        self.end = 0  # place of the last of them in the whole sequence, from 1
+
+    def batch(self, step):
+        """(epoch, ids (batch_size, max_length) int64) of a step. Steps must not decrease.
+
+        Blocks until the rows are prepared. Raises Stopped if they will not be, or if there is a signal.
+        """
+        start = step * self.batch_size
+        assert start >= self.end - len(self.rows)
+        while self.end < start + self.batch_size:
+            self.epoch, number, members = next(self.groups)
+            size = sum(self.shards.infos[member]["rows"] for member in members)
+            self.end += size
+            if self.end > start:  # otherwise the run resumes after this group
+                order = rng(self.seed, "rows", self.epoch, number).permutation(size)
+                rows = np.concatenate([self.shards.load("train", member) for member in members])
+                self.rows = np.concatenate([self.rows, rows[order]])
+        first = len(self.rows) - (self.end - start)  # the rows before it belong to earlier steps
+        self.rows = self.rows[first:]
+        return self.epoch, self.rows[: self.batch_size].astype(np.int64)
+
+    def list_groups(self):
+        """Yield (epoch, number of the group, its shards) for ever."""
+        for epoch in itertools.count():
+            start = 0
+            for number in itertools.count():
+                stop = start + min(2**number, MAX_GROUP)
+                if epoch == 0:
+                    self.wait_for(stop)
+                num_shards = len(self.shards.infos)
+                if start >= num_shards:
+                    break
+                members = list(range(num_shards))
+                if epoch > 0:
+                    members = rng(self.seed, "shards", epoch).permutation(num_shards).tolist()
+                yield epoch, number, members[start:stop]
+                start = stop
+
+    def wait_for(self, num_shards):
+        self.shards.wait(lambda: len(self.shards.infos) >= num_shards, self.signals)
+
+
+def rng(seed, purpose, *numbers):
+    """A NumPy random generator that is a function of its arguments."""
+    return np.random.default_rng([seed, *purpose.encode(), *numbers])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Model folders: a path, a run of train.py, or a name on the hub
+
+
+def find_model(name, cache, networks=("discriminator", "generator")):
+    """The folder of a model: `name` itself, the first of these networks of a run, or a download."""
+    folders = [Path(name)]
+    folders += [Path(name, network) for network in networks]
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            return folder
+    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("out/")
+    if not is_hub_name or Path(name).exists():
+        raise UserError(f"there is no model in {name}; pre-train one with `python train.py --size small`, or "
+                        "give google/electra-small-discriminator or another name on the hub")
+    folder = Path(cache) / "models" / name.replace("/", "--")
+    make_once(folder / "config.json", lambda: download_model(name, folder))
+    return folder
+
+
+def download_model(name, folder):
+    """Download a model from the hub. config.json comes last and marks a complete download."""
+    advice = f"check the name: there is no folder {name} here either"
+
+    def get(file):
+        download(folder / file, f"hub:/{name}/resolve/main/{file}", advice)
+
+    try:
+        get("vocab.txt")
+    except NotFound:
+        get("tokenizer.json")
+    with suppress(NotFound):
+        get("tokenizer_config.json")
+    try:
+        get("model.safetensors")
+    except NotFound:
+        get("pytorch_model.bin")
+    get("config.json")
+
+
+def read_tokenizer(folder):
+    """(WordPiece, max_length or None) of a model folder: vocabulary, case, accents, the length trained on."""
+    vocab = find_vocab(folder)
+    tokens = read_vocab(vocab)
+    path = Path(folder, "tokenizer_config.json")
+    settings = {}
+    if path.exists():
+        settings = read_json(path)
+    if vocab.suffix == ".json":
+        rules = read_json(vocab).get("normalizer") or {}
+        settings |= dict(do_lower_case=rules.get("lowercase"), strip_accents=rules.get("strip_accents"),
+                         tokenize_chinese_chars=rules.get("handle_chinese_chars"))
+    do_lower_case = settings.get("do_lower_case", True)
+    strip_accents = settings.get("strip_accents")
+    if not settings.get("tokenize_chinese_chars", True) or (strip_accents and not do_lower_case):
+        raise UserError(f"{path} asks for rules that this tokenizer lacks: it can lower-case, and strip "
+                        "accents from lower-cased text")
+    wordpiece = WordPiece(tokens, do_lower_case, strip_accents in (None, True))
+    return wordpiece, settings.get("model_max_length")
+
+
+def find_vocab(folder):
+    """The vocabulary of a model folder: vocab.txt or, as transformers now writes, tokenizer.json."""
+    for path in Path(folder, "vocab.txt"), Path(folder, "tokenizer.json"):
+        if path.is_file():
+            return path
+    raise UserError(f"{folder} is not a model folder: it has neither vocab.txt nor tokenizer.json")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Vocabularies
+
+BERT_VOCAB = dict(  # BERT's uncased vocabulary, which is ELECTRA's
+    address="hub:/google/electra-small-discriminator/resolve/main/vocab.txt",
+    size=231_508,
+    sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+)
+VOCAB_DOCUMENTS = 100_000  # documents used to train a vocabulary
+NOT_PRINTABLE_ASCII = re.compile(r"[^ -~]+")
 
 
 def load_wordpiece(config):
     """The WordPiece that config.vocab names: a file, BERT's, or one trained on the text."""
-    files = find_files(config)  # a missing one is reported before anything is downloaded
+    find_files(config)  # a missing one is reported before anything is downloaded
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it turns itself off beside child processes
+    tokens = read_vocab(make_vocab(config))
+    return WordPiece(tokens, config.do_lower_case, config.strip_accents)
+
+
+def make_vocab(config):
+    """The path of the vocabulary that config.vocab names. It is downloaded or trained if need be."""
     if config.vocab == "bert":
         path = Path(config.cache) / "bert-uncased-vocab.txt"
-        otherwise = "use --vocab FILE, or --vocab train:8192 for one trained on your text"
-        make_once(path, lambda: download(path, **BERT_VOCAB, otherwise=otherwise))
-    elif match := re.fullmatch(r"train:(\d+)", config.vocab):
-        if not len(SPECIAL_TOKENS) < int(match[1]) <= 65_535:
-            raise UserError(f"--vocab {config.vocab} is not possible; rows are uint16, so take 6 to 65535")
-        # Training is not reproducible to the byte, so the vocabulary of a text is kept.
-        made_from = [[identify(file) for file in files], config.one_document_per_file, config.do_lower_case,
-                     config.strip_accents, match[1]]
-        path = Path(config.cache) / f"{source_name(config)}-{digest(made_from)}-vocab.txt"
-        make_once(path, lambda: train_vocab(config, int(match[1]), path))
-    else:
-        path = Path(config.vocab)
-    return WordPiece(read_vocab(path), config.do_lower_case, config.strip_accents)
+        advice = "use --vocab FILE, or --vocab train:8192 for one trained on your text"
+        make_once(path, lambda: download(path, **BERT_VOCAB, advice=advice))
+        return path
+    match = re.fullmatch(r"train:(\d+)", config.vocab)
+    if not match:
+        return Path(config.vocab)
+    size = int(match[1])
+    if not len(SPECIAL_TOKENS) < size <= 65_535:
+        raise UserError(f"--vocab {config.vocab} is not possible; rows are uint16, so take 6 to 65535")
+    # Training is not reproducible to the byte, so the vocabulary of a text is kept.
+    fingerprint = [identify_text(config), config.one_document_per_file, config.do_lower_case,
+                   config.strip_accents, match[1]]
+    path = Path(config.cache) / f"{source_name(config)}-{digest(fingerprint)}-vocab.txt"
+    make_once(path, lambda: train_vocab(config, size, path))
+    return path
 
 
 def train_vocab(config, size, path):
@@ -592,7 +858,7 @@ def train_vocab(config, size, path):
     if len(ids) < size:
         tqdm.write(f"the text yields a vocabulary of {len(ids):,} and not {size:,}", file=sys.stderr)
     with atomic_write(path) as file:
-        file.write("".join(f"{token}\n" for token in sorted(ids, key=ids.get)).encode())
+        file.write(vocab_file(sorted(ids, key=ids.get)))
 
 
 def read_vocab(path):
@@ -614,345 +880,244 @@ def read_vocab(path):
     return tokens
 
 
+class WordPiece:
+    """A vocabulary, `tokens` in the order of their ids, and the rules that turn text into ids.
+
+    No text becomes a special token: "[SEP]" is tokenized as "[", "sep" and "]".
+    """
+
+    def __init__(self, tokens, do_lower_case=True, strip_accents=True):
+        self.tokens = tokens
+        self.do_lower_case = do_lower_case
+        self.strip_accents = do_lower_case and strip_accents
+        ids = {token: number for number, token in enumerate(tokens)}
+        self.cls_token_id = ids[CLS]
+        self.sep_token_id = ids[SEP]
+        self.mask_token_id = ids[MASK]
+        self.sha256 = hashlib.sha256("\n".join(tokens).encode()).hexdigest()
+        self.tokenizer = blank_tokenizer(self.do_lower_case, self.strip_accents)
+        self.normalizer = self.tokenizer.normalizer
+        self.tokenizer.normalizer = None  # `normalize` calls it, for fewer characters
+        # As in the official code, only words over 200 characters become [UNK] for their length.
+        self.tokenizer.model = models.WordPiece(ids, unk_token=UNK, max_input_chars_per_word=200)
+
+    def encode(self, lines):
+        """A list of lines -> a list of lists of ids, without special tokens."""
+        texts = [self.normalize(line) for line in lines]
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def normalize(self, line):
+        # Printable ASCII needs nothing but lower-casing, and the other characters do not depend on it.
+        line = NOT_PRINTABLE_ASCII.sub(lambda match: self.normalizer.normalize_str(match[0]), line)
+        return line.lower() if self.do_lower_case else line
+
+    def add_special_tokens(self, first, second):
+        """[CLS] first [SEP] second [SEP], or [CLS] first [SEP] if there is no second, as a list of ids."""
+        row = [self.cls_token_id, *first, self.sep_token_id]
+        if second:
+            row += [*second, self.sep_token_id]
+        return row
+
+    def decode(self, ids):
+        """Readable text, with special tokens and without padding."""
+        return " ".join(self.tokens[number] for number in ids if number).replace(" ##", "")
+
+    def save(self, folder, max_length):
+        """Write vocab.txt and tokenizer_config.json. `max_length` is the length trained on."""
+        (folder / "vocab.txt").write_bytes(vocab_file(self.tokens))
+        # Without this file, transformers always lower-cases and strips accents.
+        settings = dict(tokenizer_class="ElectraTokenizer", do_lower_case=self.do_lower_case,
+                        strip_accents=self.strip_accents, tokenize_chinese_chars=True,
+                        model_max_length=max_length)
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def vocab_file(tokens):
+    """The content of a vocab.txt."""
+    return "".join(f"{token}\n" for token in tokens).encode()
+
+
+def blank_tokenizer(do_lower_case, strip_accents):
+    """A tokenizer with the rules of BERT and an empty vocabulary."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=do_lower_case, strip_accents=strip_accents)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
 # ------------------------------------------------------------------------------------------------------------
-# Segment: one document -> rows of two segments
+# Source: names, folders and addresses -> files -> bytes
+
+# hub: stands for the hub's address. This revision still has the tars; the main branch has parquet files.
+OPENWEBTEXT = [f"hub:/datasets/Skylion007/openwebtext/resolve/39d1a6d3f3a4c838b27bbc65bfb14a2f6f727740"
+               f"/subsets/urlsf_subset{number:02d}.tar" for number in range(21)]
+TIMEOUT = 30  # seconds without an answer
+BACKOFF = 0.5  # seconds before a new attempt, doubled each time, at most a minute
+PATIENCE = 600  # seconds of waiting before giving up; a tenth of it for a server that never answered
 
 
-def segment(lines, max_length, uniform):
-    """Cut a document into examples of two segments: yield (first, second, number of ids dropped).
-
-    `lines` holds a list of ids for each line, `uniform()` draws from [0, 1). The second segment may be empty.
-    Called once per document, so that no example crosses the end of one. [D01]
-
-    Lines are collected until they hold `target` ids, usually max_length, and then dealt out to two segments.
-    Here the first segment should stay below (12 - 3) // 2 = 4 ids:
-
-    >>> list(segment([[1, 2], [3, 4, 5], [6, 7, 8, 9, 10, 11], [12], [13]], 12, lambda: 0.5))
-    [([1, 2, 12], [3, 4, 5, 6, 7, 8], 3), ([13], [], 0)]
-    """
-    lines_so_far, length, target = [], 0, draw_target(max_length, uniform)
-    for line in lines:
-        lines_so_far.append(line)
-        length += len(line)
-        if length >= target:
-            yield split(lines_so_far, target, max_length, uniform)
-            lines_so_far, length, target = [], 0, draw_target(max_length, uniform)
-    if length:
-        yield split(lines_so_far, target, max_length, uniform)
+def identify_text(config):
+    """What must stay the same for the shards of a text to remain valid."""
+    return [identify(file) for file in find_files(config)]
 
 
-def split_line(line, max_length):
-    """Cut a line that is longer than a row into quarters of a row, of which whole rows can be made.
-
-    >>> split_line([1, 2, 3, 4, 5, 6, 7, 8, 9], 8), split_line([1, 2, 3], 8)
-    ([[1, 2], [3, 4], [5, 6], [7, 8], [9]], [[1, 2, 3]])
-    """
-    if len(line) <= max_length:
-        return [line]
-    cuts = [number * max_length // 4 for number in range(4 * len(line) // max_length + 2)]
-    return [line[start:stop] for start, stop in itertools.pairwise(cuts) if start < len(line)]
-
-
-def draw_target(max_length, uniform):
-    """The number of ids to collect: max_length or, with probability 0.05, anything from 5 to it. [D03]
-
-    Unlike the official code, where a target carries over to the next document, each document begins with a
-    draw of its own. Its rows then do not depend on the documents before it.
-    """
-    return 5 + int(uniform() * (max_length - 4)) if uniform() < 0.05 else max_length
-
-
-def split(lines, target, max_length, uniform):
-    """Deal lines out to two segments that meet near the middle, and drop what overflows a row."""
-    half = math.inf if uniform() < 0.1 else (target - 3) // 2
-    first, second = [], []
-    for line in lines:
-        fits = len(first) + len(line) < half  # [D02] also after `second` has begun: line order can change
-        if not first or fits or (not second and len(first) < half and uniform() < 0.5):
-            first += line
+def find_files(config):
+    """The files and addresses of the corpus, in a fixed order: as given, and within a folder by name."""
+    files = []
+    for name in config.data:
+        if name == "openwebtext":
+            files += OPENWEBTEXT
+        elif os.path.isdir(name):
+            files += sorted(walk(name))
+        elif name == "python-docs" or is_address(name) or os.path.exists(name):
+            files.append(name)
         else:
-            second += line
-    length = len(first) + len(second)
-    first = first[: max_length - 2]
-    second = second[: max(0, max_length - len(first) - 3)]  # [D04] the overflow is dropped
-    return first, second, length - len(first) - len(second)
+            raise UserError(f"there is no {name}; --data takes paths, addresses, openwebtext or python-docs")
+    if not files:
+        raise UserError(f"{config.data[0]} holds no .txt, .jsonl, .json or .tar file, plain, .gz or .xz")
+    return files
 
 
-def build_rows(documents, number, wordpiece, config):
-    """The rows of a unit, uint16 (rows, max_length), for training and held out, and counts for the shard.
-
-    The random numbers of a document follow from the seed, the unit's number and the document's index in it.
-    """
-    train, heldout, kept, dropped, length = [], [], 0, 0, config.max_length
-    cls, sep = [wordpiece.cls_token_id], [wordpiece.sep_token_id]
-    for index, (held_out, lines) in enumerate(documents):
-        uniform = random.Random(f"{config.seed} {number} {index}").random
-        if config.split_long_lines:
-            lines = [piece for line in lines for piece in split_line(line, length)]
-        for first, second, overflow in segment(lines, length, uniform):
-            row = cls + first + sep + (second + sep if second else [])
-            (heldout if held_out else train).append(row + [0] * (length - len(row)))
-            kept, dropped = kept + len(first) + len(second), dropped + overflow
-    arrays = [np.array(rows, dtype=np.uint16).reshape(-1, length) for rows in (train, heldout)]
-    return *arrays, dict(documents=len(documents), tokens_kept=kept, tokens_dropped=dropped)
+def walk(folder):
+    """The text files in a folder, through symbolic links, without hidden files and folders."""
+    seen = set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(path) in seen:  # a link that leads back up
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(path))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names = [name for name in names if KINDS.search(name) and not name.startswith(".")]
+        yield from (os.path.join(path, name) for name in names)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Shards: rows <-> disk
-
-
-class Cache:
-    """The shards made from one corpus with one vocabulary. A child process may be adding to them.
-
-    shard-N.npz holds the rows for training, the held-out rows and, in `info`, counts and the position in the
-    corpus at which the shard ends. A file named `complete` says that there will be no more.
-    """
-
-    def __init__(self, config, wordpiece):
-        self.config, self.wordpiece = config, wordpiece
-        self.shards, self.is_complete = [], False  # the info of each shard, as of the last refresh
-        self.identities = [identify(file) for file in find_files(config)]
-        self.fingerprint = {
-            "format": [2, SHARD_CHARACTERS, HELDOUT_SHARE],
-            "files": digest(self.identities),
-            "one_document_per_file": config.one_document_per_file,
-            "split_long_lines": config.split_long_lines,
-            "vocab": wordpiece.sha256[:12],
-            "do_lower_case": wordpiece.do_lower_case,
-            "strip_accents": wordpiece.strip_accents,
-            "max_length": config.max_length,
-            "seed": config.seed,
-        }
-        self.folder = Path(config.cache) / f"{source_name(config)}-{digest(self.fingerprint)}"
-        self.refresh()
-
-    def path(self, number):
-        return self.folder / f"shard-{number:06d}.npz"
-
-    def write_shard(self, number, train, heldout, info):
-        info |= dict(rows=len(train), heldout_rows=len(heldout))
-        with atomic_write(self.path(number)) as file:
-            np.savez(file, train=train, heldout=heldout, info=json.dumps(info))
-
-    def refresh(self):
-        """Look for shards that were added."""
-        self.is_complete = (self.folder / "complete").exists()  # first, or the last shard could be missed
-        while self.path(len(self.shards)).exists():
-            self.shards.append(json.loads(str(self.load("info", len(self.shards)))))
-
-    def load(self, name, number):
-        """The `train` or `heldout` rows of a shard, uint16 (rows, max_length), or its `info`."""
-        try:
-            with open(self.path(number), "rb") as file, np.load(file) as shard:
-                return shard[name]
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{self.path(number)} is damaged ({error}); delete its folder, and it is made "
-                            "again") from None
-
-    def heldout(self, limit):
-        """The first `limit` held-out rows, all if there are fewer, or None while they have not arrived."""
-        self.refresh()
-        rows = np.zeros((0, self.config.max_length), dtype=np.uint16)
-        for number, shard in enumerate(self.shards):
-            if len(rows) < limit and shard["heldout_rows"]:
-                rows = np.concatenate([rows, self.load("heldout", number)])
-        return rows[:limit].astype(np.int64) if self.is_complete or len(rows) >= limit else None
-
-    def describe(self):
-        """What the cache holds, with a warning if much of the text is lost, or rows are mostly padding."""
-        names = ("documents", "rows", "heldout_rows", "tokens_kept", "tokens_dropped")
-        documents, rows, heldout, kept, dropped = (
-            sum(shard[name] for shard in self.shards) for name in names)
-        lost = dropped / max(1, kept + dropped)
-        state = "" if self.is_complete else ", still growing"
-        text = (f"{self.folder}{state}: {documents:,} documents, {rows:,} rows to train on, {heldout:,} held "
-                f"out; {lost:.0%} of the tokens overflow and are dropped")
-        if lost > 0.4:
-            text += ("\nwarning: that is a lot. ELECTRA takes a line for a sentence or a paragraph: raise "
-                     "--max-length" + ", or use --split-long-lines" * (not self.config.split_long_lines))
-        if kept < 0.4 * (rows + heldout) * self.config.max_length:
-            text += ("\nwarning: rows are mostly padding. A blank line ends a document: if it should not, "
-                     "use --one-document-per-file, else lower --max-length")
-        return text
-
-
-@contextmanager
-def producing(cache):
-    """Fill a cache in a child process. Yields a function that returns the child's error, or None.
-
-    The child exits when its standard input closes, so it cannot outlive its parent. It prints its error, and
-    what it waits for goes to the terminal.
-    """
-    if cache.is_complete:
-        yield lambda: None
-        return
-    command = [sys.executable, __file__, json.dumps(asdict(cache.config))]
-    with (tempfile.TemporaryFile() as printed,
-          subprocess.Popen(command, stdin=subprocess.PIPE, stdout=printed,
-                           start_new_session=True) as child):  # only the parent gets Ctrl-C
-
-        def error():
-            status = child.poll()
-            cache.refresh()
-            if status is None or cache.is_complete:
-                return None
-            printed.seek(0)
-            message = printed.read().decode(errors="replace").strip()
-            return message or f"preparing the text ended with status {status}; run the same command again"
-
-        try:
-            yield error
-        finally:
-            child.kill()
-
-
-def produce():
-    """What the child process does. Returns its exit status."""
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-
-    def end_with_parent():
-        while os.read(0, 1):
-            pass
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    try:
-        prepare(DataConfig(**json.loads(sys.argv[1])), progress=False)
-    except (UserError, OSError) as error:
-        print(error)
-        return 1
-    return 0
-
-
-def digest(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+def identify(file):
+    """A file is identified by its name, size and time of change, an address by itself alone."""
+    if file == "python-docs":
+        return [file, platform.python_version(), *map(importlib.metadata.version, ("torch", "numpy"))]
+    if is_address(file):
+        return [file]
+    status = os.stat(file)
+    return [file, status.st_size, status.st_mtime_ns]
 
 
 def source_name(config):
     return re.sub(r"[^\w.-]", "_", Path(config.data[0]).name) or "text"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Order: (seed, step) -> the rows of a step
+def open_source(file):
+    """A file or address as a binary stream."""
+    if is_address(file):
+        return io.BufferedReader(ChunkStream(fetch(file)), 1 << 20)
+    return open(file, "rb")
 
 
-class Order:
-    """The endless sequence of rows that training reads. The rows of a step are a function of (seed, step).
+class ChunkStream(io.RawIOBase):
+    """A file object over an iterator of byte chunks."""
 
-    Shards form groups of 1, 2, 4, ... 128, and the rows of a group are shuffled. In epoch 0 shards come in
-    their own order, so that training begins with the first; later epochs permute them.
-    """
+    def __init__(self, chunks):
+        self.chunks = chunks
+        self.rest = b""
 
-    def __init__(self, cache, batch_size):
-        self.cache, self.batch_size, self.seed = cache, batch_size, cache.config.seed
-        self.groups = self.list_groups()
-        self.rows = np.zeros((0, cache.config.max_length), dtype=np.uint16)
-        self.epoch, self.end = 0, 0  # epoch of the last row; number of rows up to it
+    def readable(self):
+        return True
 
-    def batch(self, step):
-        """(epoch, ids (batch_size, max_length) int64) of a step, or None while its rows have not arrived.
-
-        Steps must not decrease.
-        """
-        start = step * self.batch_size
-        assert start >= self.end - len(self.rows)
-        while self.end < start + self.batch_size:
-            group = next(self.groups)
-            if group is None:
-                return None
-            self.epoch, number, shards = group
-            size = sum(self.cache.shards[shard]["rows"] for shard in shards)
-            self.end += size
-            if self.end > start:  # otherwise the run resumes after this group
-                order = rng(self.seed, "rows", self.epoch, number).permutation(size)
-                rows = np.concatenate([self.cache.load("train", shard) for shard in shards])
-                self.rows = np.concatenate([self.rows, rows[order]])
-        self.rows = self.rows[len(self.rows) - (self.end - start) :]
-        return self.epoch, self.rows[: self.batch_size].astype(np.int64)
-
-    def list_groups(self):
-        """Yield (epoch, number of the group, its shards) for ever, and None while shards are missing."""
-        for epoch in itertools.count():
-            start = 0
-            for number in itertools.count():
-                stop = start + min(2**number, MAX_GROUP)
-                while len(self.cache.shards) < stop and not self.cache.is_complete:
-                    yield None
-                    self.cache.refresh()
-                shards = range(len(self.cache.shards))
-                if start >= len(shards):
-                    break
-                if epoch:
-                    shards = rng(self.seed, "shards", epoch).permutation(len(shards)).tolist()
-                yield epoch, number, list(shards[start:stop])
-                start = stop
+    def readinto(self, buffer):
+        if not self.rest:
+            self.rest = next(self.chunks, b"")
+        size = min(len(buffer), len(self.rest))
+        buffer[:size] = self.rest[:size]
+        self.rest = self.rest[size:]
+        return size
 
 
-def rng(seed, purpose, *numbers):
-    """A NumPy random generator that is a function of its arguments."""
-    return np.random.default_rng([seed, *purpose.encode(), *numbers])
+def is_address(name):
+    return str(name).startswith(("http://", "https://", "hub:"))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Model folders: a path, a run of train.py, or a name on the hub
+class NotFound(UserError):
+    """There is nothing at an address."""
 
 
-def find_model(name, cache, networks=("discriminator", "generator")):
-    """The folder of a model: `name` itself, the first of these networks of a run, or a download."""
-    for folder in Path(name), *map(Path(name).joinpath, networks):
-        if (folder / "config.json").is_file():
-            return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("out/") or Path(name).exists():
-        raise UserError(f"there is no model in {name}; pre-train one with `python train.py --size small`, or "
-                        "give google/electra-small-discriminator or another name on the hub")
-    folder = Path(cache) / "models" / name.replace("/", "--")
-    make_once(folder / "config.json", lambda: download_model(name, folder))
-    return folder
+def download(path, address, advice, size=None, sha256=None):
+    """Fetch a file whole, and check its SHA-256 where that is known."""
+    found = hashlib.sha256()
+    with (atomic_write(path) as file,
+          tqdm(desc=path.name, total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar):
+        for chunk in fetch(address, advice=advice):
+            file.write(chunk)
+            found.update(chunk)
+            bar.update(len(chunk))
+        if sha256 not in (None, found.hexdigest()):
+            raise UserError(f"{url_of(address)} has SHA-256 {found.hexdigest()} instead of {sha256}; try "
+                            f"again, or {advice}")
 
 
-def download_model(name, folder):
-    """Download a model from the hub. config.json comes last and marks a complete download."""
-    otherwise = f"check the name: there is no folder {name} here either"
+def fetch(address, advice="use --data PATH or --data python-docs"):
+    """Yield the bytes at an address. A dropped connection resumes at the byte where it broke off."""
+    url = url_of(address)
+    position = 0
+    etag = ""
+    failures = 0  # in a row
+    waited = 0.0
+    while True:
+        try:
+            with requests.get(url, headers=range_headers(position, etag), stream=True,
+                              timeout=TIMEOUT) as response:
+                etag = response.headers.get("ETag", "")
+                check_status(response, url, position, advice)
+                for chunk in response.iter_content(1 << 14):  # raises if the body ends early
+                    position += len(chunk)
+                    failures = 0
+                    waited = 0.0
+                    yield chunk
+                return
+        except requests.RequestException as error:
+            answer = error.response
+            reason = type(error).__name__ if answer is None else f"it answers {answer.status_code}"
+            patience = PATIENCE
+            if position == 0 and answer is None:  # perhaps there is no such server
+                patience = PATIENCE / 10
+            if waited >= patience:
+                raise UserError(f"{url} cannot be read: {reason}, {failures + 1} times in a row; the same "
+                                f"command resumes later; or {advice}") from None
+        failures += 1
+        seconds = min(60, BACKOFF * 2**failures)
+        waited += seconds
+        message = f"{url}: {reason}, at byte {position:,}; trying again in {seconds:.0f} s"
+        tqdm.write(message, file=sys.stderr)
+        time.sleep(seconds)
 
-    def get(file):
-        download(folder / file, f"hub:/{name}/resolve/main/{file}", otherwise)
 
-    try:
-        get("vocab.txt")
-    except NotFound:
-        get("tokenizer.json")
-    with suppress(NotFound):
-        get("tokenizer_config.json")
-    try:
-        get("model.safetensors")
-    except NotFound:
-        get("pytorch_model.bin")
-    get("config.json")
+def range_headers(position, etag):
+    """The headers that ask for the bytes from `position` on."""
+    headers = {"Accept-Encoding": "identity"}
+    if position:
+        headers["Range"] = f"bytes={position}-"
+    if etag.startswith('"'):  # a strong one: if the file has changed, the server sends all of it, as a 200
+        headers["If-Range"] = etag
+    return headers
 
 
-def read_tokenizer(folder):
-    """(WordPiece, max_length or None) of a model folder: vocabulary, case, accents, the length trained on."""
-    path, vocab = Path(folder, "tokenizer_config.json"), find_vocab(folder)
-    tokens = read_vocab(vocab)
-    settings = read_json(path) if path.exists() else {}
-    if vocab.suffix == ".json":
-        rules = read_json(vocab).get("normalizer") or {}
-        settings |= dict(do_lower_case=rules.get("lowercase"), strip_accents=rules.get("strip_accents"),
-                         tokenize_chinese_chars=rules.get("handle_chinese_chars"))
-    do_lower_case, strip_accents = settings.get("do_lower_case", True), settings.get("strip_accents")
-    if not settings.get("tokenize_chinese_chars", True) or (strip_accents and not do_lower_case):
-        raise UserError(f"{path} asks for rules that this tokenizer lacks: it can lower-case, and strip "
-                        "accents from lower-cased text")
-    wordpiece = WordPiece(tokens, do_lower_case, strip_accents in (None, True))
-    return wordpiece, settings.get("model_max_length")
+def check_status(response, url, position, advice):
+    """Raise an error that `fetch` answers with a new attempt, or one for the user."""
+    status = response.status_code
+    if status == 429 or status >= 500:
+        response.raise_for_status()
+    if status == 200 and position:
+        raise UserError(f"{url} cannot be resumed at byte {position:,}: it has changed, or the "
+                        "server cannot send a part; download it and use --data PATH")
+    if status not in (200, 206):
+        kind = NotFound if status == 404 else UserError
+        raise kind(f"{url} answers {status} {response.reason}; {advice}")
 
 
-def find_vocab(folder):
-    """The vocabulary of a model folder: vocab.txt or, as transformers now writes, tokenizer.json."""
-    for path in Path(folder, "vocab.txt"), Path(folder, "tokenizer.json"):
-        if path.is_file():
-            return path
-    raise UserError(f"{folder} is not a model folder: it has neither vocab.txt nor tokenizer.json")
+def url_of(address):
+    if not address.startswith("hub:"):
+        return address
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    return hub + address.removeprefix("hub:")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1007,6 +1172,27 @@ def parse_json(text, source):
         raise UserError(f"{source} is damaged: it is not a JSON object") from None
 
 
+def decode(raw, source):
+    try:
+        return raw.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is not UTF-8 at byte {error.start}; convert it, for example with "
+                        "iconv") from None
+
+
+def digest(value):
+    """A short hash of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+
+
+def make_once(path, make):
+    """Call `make()` unless `path` exists. Only one process does it at a time."""
+    if not path.exists():
+        with lock(path.with_suffix(".lock"), f"waiting for another process to make {path}"):
+            if not path.exists():
+                make()
+
+
 @contextmanager
 def lock(path, waiting=None):
     """Hold a lock, which the kernel releases when the process ends. Yields True.
@@ -1026,13 +1212,7 @@ def lock(path, waiting=None):
         yield True
 
 
-def make_once(path, make):
-    """Call `make()` unless `path` exists. Only one process does it at a time."""
-    if not path.exists():
-        with lock(path.with_suffix(".lock"), f"waiting for another process to make {path}"):
-            if not path.exists():
-                make()
-
-
 if __name__ == "__main__":
-    sys.exit(work() if sys.argv[1:] == ["worker"] else produce())
+    if sys.argv[1:] == ["worker"]:
+        work()
+    sys.exit(run_as_child())

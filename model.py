@@ -89,20 +89,6 @@ class ElectraConfig:
         return min(length, max(1, int((self.mask_prob + 0.005) * length)))
 
 
-# Only what differs from ElectraConfig's defaults, which are small's.
-SIZES = {
-    # Narrow layers need larger initial weights: with 0.02 hardly any context reaches a token.
-    "tiny": dict(embedding_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
-                 intermediate_size=256, max_position_embeddings=32, hidden_dropout_prob=0.0,
-                 attention_probs_dropout_prob=0.0, initializer_range=0.1, generator_size=0.5),
-    "small": dict(),
-    "base": dict(embedding_size=768, hidden_size=768, num_attention_heads=12, intermediate_size=3072,
-                 generator_size=1 / 3),
-    "large": dict(embedding_size=1024, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
-                  intermediate_size=4096, mask_prob=0.25),
-}
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The objective
 

@@ -51,7 +51,7 @@ import finetune
 import glue
 import model
 import train
-from data import Cache, DataConfig, Order, UserError, WordPiece
+from data import DataConfig, Order, Shards, UserError, WordPiece
 from model import Electra, ElectraConfig, ModelError
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic, before cuBLAS is loaded
@@ -129,16 +129,16 @@ def make_text(documents=300, seed=0):
 
 
 @contextmanager
-def producing(cache):
-    """data.producing without a child process, which would take seconds to start."""
-    data.prepare(cache.config)
-    yield lambda: None
+def prepare_in_child(shards):
+    """data.prepare_in_child without a child process, which would take seconds to start."""
+    data.prepare(shards.config)
+    yield
 
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
     """A folder to work in, with corpus.txt and vocab.txt. Shards are small, so that there are many."""
-    monkeypatch.setattr(train, "producing", producing)
+    monkeypatch.setattr(data, "prepare_in_child", prepare_in_child)
     monkeypatch.setattr(data, "SHARD_CHARACTERS", 10_000)
     monkeypatch.chdir(tmp_path)
     Path("corpus.txt").write_text("\n\n".join(make_text()), encoding="utf-8")
@@ -446,7 +446,7 @@ def test_D17_each_network_projects_embeddings_of_another_width():
     ("large", (256, 1024, 4, 24), 354_655_291)])
 def test_D18_generator_is_narrower_not_shallower(size, shape, count):
     """hidden x size, FFN 4 x that, max(1, hidden // 64) heads, the same depth; official parameter counts."""
-    config = ElectraConfig(**model.SIZES[size])
+    config = train.make_config(ElectraConfig, train.SIZES[size])
     generator = config.generator_config()
     assert shape == (generator.hidden_size, generator.intermediate_size, generator.num_attention_heads,
                      generator.num_hidden_layers)
@@ -992,15 +992,15 @@ def test_python_docs_are_sentences_of_prose():
 
 def test_shards_hold_what_was_read(corpus):
     """A shard's counts are those of its rows, and together they account for every token."""
-    cache = data.prepare(data_config())
-    assert len(cache.shards) > 4 and sum(shard["documents"] for shard in cache.shards) == 300
-    for number, shard in enumerate(cache.shards):
-        train_, heldout = cache.load("train", number), cache.load("heldout", number)
+    shards = data.prepare(data_config())
+    assert len(shards.infos) > 4 and sum(info["documents"] for info in shards.infos) == 300
+    for number, info in enumerate(shards.infos):
+        train_, heldout = shards.load("train", number), shards.load("heldout", number)
         assert train_.dtype == np.uint16
-        assert (len(train_), len(heldout)) == (shard["rows"], shard["heldout_rows"])
+        assert (len(train_), len(heldout)) == (info["rows"], info["heldout_rows"])
         rows = np.concatenate([train_, heldout])
-        assert shard["tokens_kept"] == np.sum((rows != 0) & (rows != 2) & (rows != 3))  # [PAD], [CLS], [SEP]
-    total = sum(shard["tokens_kept"] + shard["tokens_dropped"] for shard in cache.shards)
+        assert info["tokens_kept"] == np.sum((rows != 0) & (rows != 2) & (rows != 3))  # [PAD], [CLS], [SEP]
+    total = sum(info["tokens_kept"] + info["tokens_dropped"] for info in shards.infos)
     assert total == sum(len(text.split()) for text in make_text())
 
 
@@ -1010,25 +1010,25 @@ def test_held_out_documents_are_chosen_by_a_hash_of_their_text(corpus):
     hashes = [int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) for text in texts]
     chosen = {text for text, number in zip(texts, hashes, strict=True) if number % 100 == 0}
     Path("corpus.txt").write_text("\n\n".join([*texts, *texts]))
-    cache = data.prepare(data_config())
-    heldout = cache.heldout(1000)
-    trained = np.concatenate([cache.load("train", number) for number in range(len(cache.shards))])
-    read, rest = ({re.sub(r"\[...\] ?", "", cache.wordpiece.decode(row)).strip() for row in rows}
+    shards = data.prepare(data_config())
+    heldout = shards.heldout(1000)
+    trained = np.concatenate([shards.load("train", number) for number in range(len(shards.infos))])
+    read, rest = ({re.sub(r"\[...\] ?", "", shards.wordpiece.decode(row)).strip() for row in rows}
                   for rows in (heldout, trained))
     assert read == chosen and 0 < len(chosen) < 20 and len(heldout) == 2 * len(chosen)
-    assert rest == set(texts) - chosen and np.array_equal(cache.heldout(2), heldout[:2])
+    assert rest == set(texts) - chosen and np.array_equal(shards.heldout(2), heldout[:2])
 
 
 def test_a_cache_is_the_same_bytes_after_any_stop(corpus, monkeypatch):
     """Stopped at any shard and resumed, for text and for archives, the cache is byte for byte the same."""
     stops = []
 
-    def stop(cache, number, *args):
+    def stop(shards, number, *args):
         if number in stops:
             stops.remove(number)
             raise KeyboardInterrupt
 
-    watch(monkeypatch, Cache, "write_shard", stop)
+    watch(monkeypatch, Shards, "write_shard", stop)
     Path("owt.tar").write_bytes(make_openwebtext()[1])
     for name in ("corpus.txt", "owt.tar"):
         config = data_config(data=(name,))
@@ -1057,39 +1057,39 @@ def test_order_is_a_permutation_of_groups_in_every_epoch(corpus, monkeypatch):
     """Groups of 1, 2, 4, ... shards are shuffled; every epoch has every row once."""
     monkeypatch.setattr(data, "MAX_GROUP", 4)
     monkeypatch.setattr(data, "SHARD_CHARACTERS", 4_000)
-    cache = data.prepare(data_config())
-    groups = list(itertools.takewhile(lambda group: group[0] < 3, Order(cache, 8).list_groups()))
-    shards = [[members for epoch, _, members in groups if epoch == number] for number in range(3)]
-    assert [len(members) for members in shards[0][:5]] == [1, 2, 4, 4, 4]
-    first, second, third = (sum(members, []) for members in shards)
-    assert first == list(range(len(cache.shards))) == sorted(second) == sorted(third)
+    shards = data.prepare(data_config())
+    groups = list(itertools.takewhile(lambda group: group[0] < 3, Order(shards, 8).list_groups()))
+    epochs = [[members for epoch, _, members in groups if epoch == number] for number in range(3)]
+    assert [len(members) for members in epochs[0][:5]] == [1, 2, 4, 4, 4]
+    first, second, third = (sum(members, []) for members in epochs)
+    assert first == list(range(len(shards.infos))) == sorted(second) == sorted(third)
     assert first != second != third
-    rows = [bytes(row) for number in first for row in cache.load("train", number)]
-    order, flat = Order(cache, 7), []
+    rows = [bytes(row) for number in first for row in shards.load("train", number)]
+    order, flat = Order(shards, 7), []
     while len(flat) < 2 * len(rows):
         flat += [bytes(row.astype(np.uint16)) for row in order.batch(len(flat) // 7)[1]]
     assert sorted(flat[: len(rows)]) == sorted(flat[len(rows) : 2 * len(rows)]) == sorted(rows)
-    size = cache.shards[0]["rows"]
+    size = shards.infos[0]["rows"]
     assert sorted(flat[:size]) == sorted(rows[:size]) and flat[:size] != rows[:size]
     monkeypatch.setattr(data, "SHARD_CHARACTERS", 10**9)  # a group of one shard in every epoch
-    cache = data.prepare(data_config())
-    first, second = (Order(cache, cache.shards[0]["rows"]).batch(step)[1] for step in (0, 1))
+    shards = data.prepare(data_config())
+    first, second = (Order(shards, shards.infos[0]["rows"]).batch(step)[1] for step in (0, 1))
     assert sorted(first.tolist()) == sorted(second.tolist()) and not np.array_equal(first, second)
 
 
 def test_order_of_any_step_is_a_function_of_the_step(corpus):
     """A run that resumes at any step reads the rows that it would have read, in later epochs, too."""
-    cache = data.prepare(data_config())
-    steps = 3 * sum(shard["rows"] for shard in cache.shards) // 64
-    whole = Order(cache, 64)
+    shards = data.prepare(data_config())
+    steps = 3 * sum(info["rows"] for info in shards.infos) // 64
+    whole = Order(shards, 64)
     batches = [whole.batch(step) for step in range(steps)]
     assert batches[-1][0] >= 2
     for start in (1, 5, steps // 2, steps - 1):
-        resumed = Order(cache, 64)
+        resumed = Order(shards, 64)
         for step in range(start, steps):
             epoch, rows = resumed.batch(step)
             assert epoch == batches[step][0] and np.array_equal(rows, batches[step][1])
-    halves = Order(cache, 32)  # a row's place does not depend on the batch size
+    halves = Order(shards, 32)  # a row's place does not depend on the batch size
     rows = np.concatenate([halves.batch(step)[1] for step in range(4)])
     assert np.array_equal(rows, np.concatenate([batches[0][1], batches[1][1]]))
 
@@ -1145,9 +1145,9 @@ def fail_at(victim, count, kills=False):
 CHILD = "\n".join([
     "import itertools, os, signal, subprocess, sys", "from contextlib import contextmanager",
     "from pathlib import Path", "import data, train", "data.SHARD_CHARACTERS, data.WORKERS = 10_000, 1",
-    *map(inspect.getsource, (producing, fail_at))])
+    *map(inspect.getsource, (prepare_in_child, fail_at))])
 KILLED = CHILD + """
-train.producing = producing
+data.prepare_in_child = prepare_in_child
 os.fsync = fail_at(sys.argv[1], int(sys.argv[2]), kills=True)
 train.main(sys.argv[3:])
 """
@@ -1247,7 +1247,7 @@ def test_checkpoints_come_at_least_every_ten_minutes(corpus, monkeypatch):
     """A checkpoint also comes by the clock, at any step."""
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
     saved = []
-    watch(monkeypatch, train.Run, "save", lambda run: saved.append(run.step))
+    watch(monkeypatch, train.RunFolder, "save", lambda folder, step, *_: saved.append(step))
     pretrain("--save-every 1000")
     assert saved == list(range(1, 25))
 
@@ -1276,7 +1276,10 @@ from datetime import timedelta
 import torch, train
 torch.set_default_dtype(torch.float64)
 initialize, learning_rate = train.dist.init_process_group, train.learning_rate
-train.dist.init_process_group = lambda backend: initialize(backend, timeout=timedelta(seconds=2))
+def initialize_with_patience(backend, timeout):
+    assert timeout >= timedelta(hours=12)  # text may come late
+    initialize(backend, timeout=timeout)
+train.dist.init_process_group = initialize_with_patience
 flags = sys.argv[1:]
 if "VOCAB" in flags:  # another one on each rank
     flags[flags.index("VOCAB")] = f"vocab{train.RANK}.txt"
@@ -1286,8 +1289,8 @@ def fail(step, *args):
     return learning_rate(step, *args)
 if "SLOW_SAVE" in flags:
     flags.remove("SLOW_SAVE")
-    save = train.Run.save
-    train.Run.save = lambda run: (time.sleep(1), save(run))
+    save = train.RunFolder.save
+    train.RunFolder.save = lambda *args: (time.sleep(1), save(*args))
 if "BROKEN" in flags:
     flags.remove("BROKEN")
     train.learning_rate = fail
@@ -1296,7 +1299,7 @@ sys.exit(train.run_command(lambda: train.main(flags)))
 
 
 def launch(ranks, flags):
-    """`train.py` in fp64 under torchrun: the process. A collective may wait for two seconds."""
+    """`train.py` in fp64 under torchrun: the process."""
     Path("ranked.py").write_text(RANKED)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
                "ranked.py", *(ARGUMENTS + CALM + flags).split()]
@@ -1305,7 +1308,7 @@ def launch(ranks, flags):
 
 
 def test_ranks_follow_the_curve_of_one_process(corpus):
-    """1, 2 and 4 ranks end in the same weights and metrics; text may come later than a collective waits."""
+    """1, 2 and 4 ranks end in the same weights and metrics; ranks wait for text that comes late."""
     wait, files = threading.Event().wait, {"/late.txt": Path("corpus.txt").read_bytes()}
     states, logs = [], []
     with Server(files, lambda: wait(3) and None) as server:
@@ -1450,11 +1453,11 @@ def test_networks_can_be_used_before_a_run_ends(corpus, monkeypatch):
     """Each checkpoint refreshes the two folders; at six shares of the steps they are kept."""
     saved = []
 
-    def look(run):
-        if (folder := run.folder / "discriminator").exists():
-            saved.append(model.read_weights(folder)[0]["electra.embeddings.word_embeddings.weight"])
+    def look(folder, *_):
+        if (network := folder.path / "discriminator").exists():
+            saved.append(model.read_weights(network)[0]["electra.embeddings.word_embeddings.weight"])
 
-    watch(monkeypatch, train.Run, "save", look)
+    watch(monkeypatch, train.RunFolder, "save", look)
     pretrain("--num-train-steps 40")
     assert len(saved) > 5 and not torch.equal(saved[0], saved[1])
     kept = sorted(Path("out/small").glob("step-*/generator/model.safetensors"))
@@ -1585,8 +1588,7 @@ def test_long_lines_can_be_split(corpus):
     for text, is_same in (long, False), ("\n\n".join(["ba do ku ."] * 300), True):
         Path("corpus.txt").write_text(text)
         plain, split = (data.prepare(data_config(split_long_lines=flag)) for flag in (False, True))
-        lost, still_lost = (sum(shard["tokens_dropped"] for shard in cache.shards)
-                            for cache in (plain, split))
+        lost, still_lost = (shards.total("tokens_dropped") for shards in (plain, split))
         assert still_lost < 0.3 * lost or is_same
         assert np.array_equal(plain.load("train", 0), split.load("train", 0)) == is_same
 
@@ -1626,7 +1628,7 @@ def test_no_step_of_pre_training_waits_for_the_device(corpus, monkeypatch, devic
         if step == 22:
             steps.close()
 
-    monkeypatch.setattr(train, "KEPT", ())  # to export a network, the host waits for it
+    monkeypatch.setattr(train, "SNAPSHOTS", ())  # to export a network, the host waits for it
     watch(monkeypatch, train, "learning_rate", look)
     watch(monkeypatch, train, "gather_outputs", crossings.append)
     with steps:
@@ -1640,9 +1642,9 @@ def test_batches_are_pinned_and_copied_without_waiting(monkeypatch):
     pinned, copied = [], []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **kwargs: copied.append((args, kwargs)))
-    run = SimpleNamespace(seed=0, max_length=32, model=SimpleNamespace(config=CONFIG),
-                          config=train.TrainConfig(device="cuda:0"))
-    train.Run.to_device(run, make_rows().numpy(), "train", 5)
+    rows = make_rows().numpy()
+    for array in rows, train.draw_uniforms(0, "train", 5, rows, CONFIG):
+        train.to_device(array, "cuda:0")
     assert [tensor.shape for tensor in pinned] == [(6, 32), (6, 32 + 2 * CONFIG.num_slots(32))]
     assert copied == [(("cuda:0",), dict(non_blocking=True))] * 2
 
@@ -2629,18 +2631,18 @@ def test_damaged_archives_are_refused_by_name(corpus):
 
 
 def use_small_shards(command, popen=subprocess.Popen, **kwargs):
-    """Popen, but with the producer of small shards for the real one."""
-    return popen([word.replace(data.__file__, "producer.py") for word in command], **kwargs)
+    """Popen, but with a child process that makes small shards."""
+    return popen([word.replace(data.__file__, "child.py") for word in command], **kwargs)
 
 
 @pytest.fixture
 def streaming(corpus, monkeypatch):
-    """The address of OpenWebText on a server that fails now and then, and a producer with two workers."""
+    """The address of OpenWebText on a server that fails now and then; the child process has two workers."""
     monkeypatch.undo()
     monkeypatch.chdir(corpus)
     monkeypatch.setattr(data, "SHARD_CHARACTERS", 10_000)
-    producer = "import sys, data\ndata.SHARD_CHARACTERS, data.WORKERS = 10_000, 2\nsys.exit(data.produce())\n"
-    Path("producer.py").write_text(producer)
+    settings = "data.SHARD_CHARACTERS, data.WORKERS = 10_000, 2"
+    Path("child.py").write_text(f"import sys, data\n{settings}\nsys.exit(data.run_as_child())\n")
     monkeypatch.setattr(subprocess, "Popen", use_small_shards)
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     _, content = make_openwebtext()
@@ -2659,7 +2661,7 @@ def kill_when(command, is_time):
     return process.wait() == -signal.SIGKILL
 
 
-def test_trainer_and_producer_killed_in_the_stream_end_in_the_same_bits(streaming):
+def test_trainer_and_child_killed_in_the_stream_end_in_the_same_bits(streaming):
     """Training begins with the first shard; killed while the rest arrives, it ends in the same bits."""
     pretrain(f"--data {streaming} --out whole")
     flags = f"--data {streaming} --out killed --cache cache2"
@@ -2674,8 +2676,8 @@ def test_trainer_and_producer_killed_in_the_stream_end_in_the_same_bits(streamin
     assert contents(one) == contents(other)
 
 
-def test_the_producers_own_sentence_stops_the_training_which_saves(streaming):
-    """The user reads the producer's error, and what was trained before it is saved."""
+def test_the_childs_own_sentence_stops_the_training_which_saves(streaming):
+    """The user reads the child process's error, and what was trained before it is saved."""
     with pytest.raises(UserError, match="nothing.tar answers 404 Not Found"):
         pretrain(f"--data {streaming.replace('owt', 'nothing')}")
     assert not Path("out/small/checkpoint.pt").exists()
@@ -2693,21 +2695,21 @@ def children(pid):
     return []
 
 
-def test_no_producer_and_no_worker_outlives_its_parent(streaming):
-    """The producer ends when its parent is killed, and its workers with it."""
-    os.mkfifo("silent.txt")  # nobody writes to it: the producer waits
+def test_no_child_and_no_worker_outlives_its_parent(streaming):
+    """The child process ends when its parent is killed, and its workers with it."""
+    os.mkfifo("silent.txt")  # nobody writes to it: the child waits
     script = f"""{CHILD}
 {inspect.getsource(use_small_shards)}
 subprocess.Popen = use_small_shards
 config = data.DataConfig(data=["silent.txt"], vocab="vocab.txt", max_length=32)
-with data.producing(data.Cache(config, data.load_wordpiece(config))):
+with data.prepare_in_child(data.Shards(config, data.load_wordpiece(config))):
     signal.pause()"""
     parent = subprocess.Popen([sys.executable, "-c", script])
     pids = []
     while len(pids) < 3:
         time.sleep(0.01)
-        producers = children(parent.pid)
-        pids = producers + [pid for producer in producers for pid in children(producer)]
+        own = children(parent.pid)
+        pids = own + [pid for child in own for pid in children(child)]
     parent.kill()
     parent.wait()
     executables, deadline = [Path(f"/proc/{pid}/exe") for pid in pids], time.monotonic() + 10
@@ -2726,7 +2728,7 @@ def test_workers_make_the_same_bytes_and_one_that_is_killed_is_reported(corpus, 
     monkeypatch.setattr(data, "WORKERS", 2)
     config = replace(config, cache="cache2")
     with monkeypatch.context() as patch:
-        watch(patch, Cache, "write_shard", lambda cache, number, *args: number == 1 and workers[0].kill())
+        watch(patch, Shards, "write_shard", lambda shards, number, *args: number == 1 and workers[0].kill())
         with pytest.raises(UserError, match="prepares text ended with status -9; run the same command again"):
             data.prepare(config)
     assert 1 < len(list(Path("cache2").rglob("shard-*.npz"))) < len(expected) - 1
@@ -2750,7 +2752,7 @@ def test_an_error_in_the_text_comes_after_the_shards_before_it(corpus, monkeypat
 
 def test_text_that_changes_while_it_is_read_gives_no_complete_cache(corpus, monkeypatch):
     """What was read is compared with what is there before the cache counts as complete."""
-    watch(monkeypatch, Cache, "write_shard", lambda *args: Path("corpus.txt").write_text("other text"))
+    watch(monkeypatch, Shards, "write_shard", lambda *args: Path("corpus.txt").write_text("other text"))
     with pytest.raises(UserError, match="the text changed while it was being read"):
         data.prepare(data_config())
     assert not list(Path("cache").rglob("complete"))
@@ -2763,10 +2765,10 @@ def test_a_cache_of_anything_else_is_not_reused(corpus):
     changes = [dict(max_length=16), dict(seed=1), dict(do_lower_case=False), dict(strip_accents=False),
                dict(vocab="v2.txt"), dict(data=("b.txt",)), dict(one_document_per_file=True)]
     configs = [data_config(), *(replace(data_config(), **change) for change in changes)]
-    folders = {Cache(config, data.load_wordpiece(config)).folder for config in configs}
+    folders = {Shards(config, data.load_wordpiece(config)).folder for config in configs}
     assert len(folders) == 1 + len(changes)
     os.utime("corpus.txt", (1, 1))
-    assert Cache(configs[0], data.load_wordpiece(configs[0])).folder not in folders
+    assert Shards(configs[0], data.load_wordpiece(configs[0])).folder not in folders
 
 
 def test_another_run_in_the_folder_is_left_alone_unless_restarted(corpus):
@@ -3128,7 +3130,7 @@ def test_the_readmes_commands_and_session_run(toy_glue, monkeypatch, quick):
     shape = dict(embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
                  intermediate_size=64, max_length=32, batch_size=8, num_train_steps=4, num_warmup_steps=1)
     tiny = shape | dict(data=["corpus.txt"], vocab="vocab.txt")
-    monkeypatch.setattr(train, "DEFAULTS", dict(tiny=tiny, small=shape, base=shape))
+    monkeypatch.setattr(train, "SIZES", dict(tiny=tiny, small=shape, base=shape))
     vocab, files = Path("vocab.txt").read_bytes(), {"/owt.tar": make_openwebtext()[1]}
     monkeypatch.setattr(data, "OPENWEBTEXT", ["hub:/owt.tar"])
     monkeypatch.setattr(data, "BERT_VOCAB", data.BERT_VOCAB | dict(

@@ -7,12 +7,12 @@ On a CPU with the same threads and versions, a run that was killed and resumed g
 an uninterrupted one. Every random number is a function of (seed, step), so no random state is saved.
 
 Under torchrun every process (rank) draws the rows and random numbers of the whole batch, and computes its
-slice. One sum of the gradients over the ranks makes a step. What is said of one process holds for many.
+slice. One sum of the gradients over the ranks makes a step.
 """
 
 import os
 
-# OpenMP threads busy-wait at barriers: by default, one other process on the machine makes training crawl.
+# GNU OpenMP threads spin at barriers. By default, a second busy process slows training down several times.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
@@ -26,8 +26,9 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -35,50 +36,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (
-    Cache,
-    DataConfig,
-    Order,
-    UserError,
-    append_json,
-    atomic_folder,
-    atomic_write,
-    digest,
-    find_model,
-    find_vocab,
-    load_wordpiece,
-    lock,
-    prepare,
-    producing,
-    read_tokenizer,
-    rng,
-)
-from model import (
-    SIZES,
-    Electra,
-    ElectraConfig,
-    ModelError,
-    Output,
-    load_config,
-    load_networks,
-    load_weights,
-    loss_counts,
-    save_pretrained,
-    selectable,
-)
+import data
+import model
 
-# Of all processes, of those on this machine, and their number. Set by torchrun.
-RANK, LOCAL_RANK, WORLD_SIZE = (
-    int(os.environ.get(name, default)) for name, default in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items())
-HELDOUT_ROWS = 1024  # rows of every evaluation, always with the same masks and samples
-FEW_ROWS = 50  # held-out rows whose metrics are mostly chance
-SAVE_SECONDS = 600  # the most work that a kill can cost
-SHOWN_ROWS, SHOWN_TOKENS = 5, 40  # what is shown at the end
-WARM_UP_CALLS = 3  # before a CUDA graph is captured: they compile, choose and load kernels
-SLOW_DAYS = 14  # warn about a run that takes longer
-MIN_LOSS_SCALE = 1e-4  # of fp16; below it every step has overflowed for long
-FIRST_ADAM_STEP = 1_000_000  # see build_optimizer
-KEPT = (0.01, 0.0625, 0.125, 0.25, 0.5, 0.75)  # shares of the steps after which the networks are kept
+# Set by torchrun: the number of this process, its number on this machine, and how many there are.
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 @dataclass(frozen=True)
@@ -119,30 +83,41 @@ class TrainConfig(StepConfig):
 
     def __post_init__(self):
         if self.size not in SIZES:
-            raise UserError(f"there is no size {self.size}; there are {', '.join(SIZES)}")
+            raise data.UserError(f"there is no size {self.size}; there are {', '.join(SIZES)}")
         for name in ("batch_size", "num_train_steps", "log_every", "eval_every", "save_every"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise data.UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.num_warmup_steps < 0 or self.micro_batch_size < 0:
-            raise UserError("num_warmup_steps and micro_batch_size must be 0 or more")
+            raise data.UserError("num_warmup_steps and micro_batch_size must be 0 or more")
         if self.batch_size % (WORLD_SIZE * max(1, self.micro_batch_size)):
-            raise UserError(f"a batch of {self.batch_size} rows does not split into {WORLD_SIZE} times "
-                            f"micro-batches of {self.micro_batch_size or 'equal size'}")
+            raise data.UserError(f"a batch of {self.batch_size} rows does not split into {WORLD_SIZE} times "
+                                 f"micro-batches of {self.micro_batch_size or 'equal size'}")
         if len(self.init) > 2:
-            raise UserError("--init takes a discriminator and a generator")
+            raise data.UserError("--init takes a discriminator and a generator")
         if self.eval_only and self.restart:
-            raise UserError("--eval-only evaluates a run, and --restart deletes it; leave one out")
+            raise data.UserError("--eval-only evaluates a run, and --restart deletes it; leave one out")
 
 
-# What each size changes. The defaults, above and in DataConfig, are small's.
-RECIPES = {
-    "tiny": dict(data=["python-docs"], vocab="train:2048", max_length=32, batch_size=32, num_train_steps=9000,
-                 learning_rate=1e-3, num_warmup_steps=500, log_every=50, eval_every=500, save_every=1000),
+# All that a size means. A row lists what differs from the defaults of TrainConfig, DataConfig and
+# ElectraConfig, which are those of small.
+SIZES = {
+    "tiny": dict(
+        data=["python-docs"], vocab="train:2048", max_length=32, batch_size=32, num_train_steps=9000,
+        learning_rate=1e-3, num_warmup_steps=500, log_every=50, eval_every=500, save_every=1000,
+        embedding_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256,
+        max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        initializer_range=0.1,  # layers this narrow need it: with 0.02 hardly any context reaches a token
+        generator_size=0.5),
     "small": dict(),
-    "base": dict(max_length=512, batch_size=256, num_train_steps=766_000, learning_rate=2e-4),
-    "large": dict(max_length=512, batch_size=2048, num_train_steps=400_000, learning_rate=2e-4),
+    "base": dict(
+        max_length=512, batch_size=256, num_train_steps=766_000, learning_rate=2e-4,
+        embedding_size=768, hidden_size=768, num_attention_heads=12, intermediate_size=3072,
+        generator_size=1 / 3),
+    "large": dict(
+        max_length=512, batch_size=2048, num_train_steps=400_000, learning_rate=2e-4,
+        embedding_size=1024, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
+        intermediate_size=4096, mask_prob=0.25),
 }
-DEFAULTS = {size: RECIPES[size] | SIZES[size] for size in SIZES}
 # Flags that a resumed run may change. All others decide its result.
 MAY_CHANGE = {"micro_batch_size", "dtype", "device", "graph", "deterministic", "compile", "out", "log_every",
               "eval_every", "save_every", "restart", "eval_only", "prepare_only", "show"}
@@ -151,108 +126,180 @@ MAY_CHANGE = {"micro_batch_size", "dtype", "device", "graph", "deterministic", "
 # ------------------------------------------------------------------------------------------------------------
 # The loop
 
+HELDOUT_ROWS = 1024  # the first so many held-out rows are evaluated
+FEW_ROWS = 50  # metrics of fewer held-out rows are mostly chance
+SAVE_SECONDS = 600  # a kill costs no more work than this
+SLOW_DAYS = 14  # a run that takes longer gets a warning
+SNAPSHOTS = (0.01, 0.0625, 0.125, 0.25, 0.5, 0.75)  # the networks are kept after these shares of the steps
 
-def train(run, producer_error):
-    """Train to the last step, or stop at a signal or an error of the producer, and save."""
-    config, model, optimizer = run.config, run.model, run.optimizer
-    step = make_step(run)
-    order, heldout, error = Order(run.cache, config.batch_size), None, None
-    kept_steps = {round(part * config.num_train_steps) for part in KEPT}
-    saved_at = logged_at = time.perf_counter()
-    first_step = logged_step = run.step
-    with (stop_signals() as signals,
-          tqdm(total=config.num_train_steps, initial=run.step, unit=" steps",
-               disable=RANK > 0 or None) as bar):
-        while run.step < config.num_train_steps:
-            is_last = run.step + 1 == config.num_train_steps
-            evaluates = is_last or (run.step + 1) % config.eval_every == 0
 
-            # Get the rows. Neither they nor the held-out rows may be ready yet, here or on another rank.
-            batch = order.batch(run.step)
-            if evaluates and heldout is None:
-                heldout = run.load_heldout()
-            is_waiting = batch is None or (evaluates and heldout is None)
-            must_stop, must_wait = any_rank(bool(signals or error), is_waiting)
-            if must_stop:
-                break
-            if must_wait:
-                bar.set_description("waiting for text")
-                error = producer_error()
-                time.sleep(0.05)
-                continue
-            epoch, rows = batch
-            input_ids, uniforms = run.to_device(rows, "train", run.step)
+def train(config, electra, optimizer, scaler, shards, folder, first_step):
+    """Take the steps from `first_step` to the last, and save.
 
-            lr = learning_rate(run.step, config.learning_rate, config.num_train_steps,
-                               config.num_warmup_steps)
-            for group in optimizer.param_groups:
-                group["lr"].fill_(lr * group["lr_scale"])
-            torch.manual_seed(int(rng(run.seed, "dropout", run.step, RANK).integers(2**63)))
-            outputs, grad_norm = step(input_ids, uniforms)
-            run.step += 1
-            bar.update()
+    A signal, or an error in the text, ends training early. Then it saves, too, and raises data.UserError.
+    """
+    seed = shards.config.seed
+    take_step = make_step(config, electra, optimizer, scaler)
+    snapshot_steps = {round(share * config.num_train_steps) for share in SNAPSHOTS}
+    heldout = None  # read before the first evaluation
+    message = ""
+    step = first_step
+    logged_step = first_step
+    logged_at = time.perf_counter()
+    saved_at = logged_at
+    try:
+        with stop_signals() as signals, progress_bar(config, first_step) as bar:
+            order = data.Order(shards, config.batch_size, signals)
+            while step < config.num_train_steps and not any_rank(bool(signals)):
+                is_last = step + 1 == config.num_train_steps
+                evaluates = is_last or (step + 1) % config.eval_every == 0
 
-            # Log, evaluate, save. A checkpoint leaves no trace in the log.
-            is_logged = evaluates or run.step == 1 or run.step % config.log_every == 0
-            if is_logged:
-                counts = loss_counts(input_ids, model.config)
-                metrics = compute_metrics(gather_outputs(outputs), input_ids, counts)  # waits for the device
-                seconds = (time.perf_counter() - logged_at) / (run.step - logged_step)
-                rate = round(input_ids.numel() / seconds)
-                run.log("train", epoch, lr=lr, **metrics, grad_norm=grad_norm.item(), **run.scaling(),
-                        tokens_per_second=rate)
-                bar.set_description(f"loss {metrics['loss']:.3f}, {rate:,} tokens/s")
-                days = seconds * (config.num_train_steps - run.step) / 86_400
-                if logged_step < first_step + 100 <= run.step and days > SLOW_DAYS:
-                    tqdm.write(f"at this rate the rest takes {days:.0f} days; `--size tiny` takes minutes on "
-                               "a CPU, and the other sizes need a GPU")
-            if evaluates and len(heldout):
-                metrics = compute_metrics(*run.evaluate(heldout))
-                run.log("heldout", epoch, **metrics,
-                        unigram_entropy=unigram_entropy(heldout, model.config))
-                is_late = run.step >= max(20_000, 2 * config.num_warmup_steps)
-                tqdm.write(f"step {run.step}, held-out text: {describe(metrics, is_late)}")
-            if run.step in kept_steps:
-                run.export(run.folder / f"step-{run.step}")
-            if is_last or run.step % config.save_every == 0 or time.perf_counter() - saved_at > SAVE_SECONDS:
-                run.save()
-                saved_at = time.perf_counter()
-            if is_logged or run.step == first_step + 1:  # rates leave out compiling, evaluating and saving
-                logged_at, logged_step = time.perf_counter(), run.step
-    if run.step < config.num_train_steps:
-        if run.step > first_step:
-            run.save()
-        error = next(filter(None, gather(error)), None)  # also waits for the rank that saves
-        again = "the same command" + " without --restart" * config.restart
-        raise UserError(error or f"stopped after step {run.step}; {again} resumes")
+                # Learning rate.
+                lr = learning_rate(step, config.learning_rate, config.num_train_steps,
+                                   config.num_warmup_steps)
+                for group in optimizer.param_groups:
+                    group["lr"].fill_(lr * group["lr_scale"])
+
+                # Rows.
+                epoch, rows = read_together(order.batch, step)
+                if evaluates and heldout is None:
+                    heldout = read_together(shards.heldout, HELDOUT_ROWS, signals)
+                    describe_heldout(heldout, electra.config)
+
+                # Step.
+                input_ids = to_device(rows, config.device)
+                uniforms = to_device(draw_uniforms(seed, "train", step, rows, electra.config), config.device)
+                seed_dropout(seed, step)
+                outputs, grad_norm = take_step(input_ids, uniforms)
+                step += 1
+                bar.update()
+
+                # Log. This waits for the device.
+                is_logged = evaluates or step == 1 or step % config.log_every == 0
+                if is_logged:
+                    counts = model.loss_counts(input_ids, electra.config)
+                    metrics = compute_metrics(gather_outputs(outputs), input_ids, counts)
+                    seconds = (time.perf_counter() - logged_at) / (step - logged_step)
+                    rate = round(input_ids.numel() / seconds)
+                    folder.log("train", step, epoch, lr=lr, **metrics, grad_norm=grad_norm.item(),
+                               **loss_scaling(scaler, optimizer, step), tokens_per_second=rate)
+                    bar.set_description(f"loss {metrics['loss']:.3f}, {rate:,} tokens/s")
+                    if logged_step < first_step + 100 <= step:  # once
+                        warn_if_slow(seconds * (config.num_train_steps - step))
+
+                # Evaluate.
+                if evaluates and len(heldout):
+                    metrics = compute_metrics(*evaluate(config, electra, heldout, seed))
+                    folder.log("heldout", step, epoch, **metrics,
+                               unigram_entropy=unigram_entropy(heldout, electra.config))
+                    is_late = step >= max(20_000, 2 * config.num_warmup_steps)
+                    tqdm.write(f"step {step}, held-out text: {describe(metrics, is_late)}")
+
+                # Save.
+                if step in snapshot_steps:
+                    folder.export(electra, folder.path / f"step-{step}")
+                is_time = time.perf_counter() - saved_at > SAVE_SECONDS
+                if is_last or is_time or step % config.save_every == 0:
+                    folder.save(step, electra, optimizer, scaler)
+                    saved_at = time.perf_counter()
+                if is_logged or step == first_step + 1:  # rates leave out compiling, evaluating and saving
+                    logged_at = time.perf_counter()
+                    logged_step = step
+    except data.Stopped as error:  # while it waited for text
+        message = str(error)
+    if step < config.num_train_steps:
+        if step > first_step:
+            folder.save(step, electra, optimizer, scaler)
+        any_rank(False)  # wait for the rank that saves: torchrun ends all ranks when one has ended
+        again = "the same command without --restart" if config.restart else "the same command"
+        raise data.UserError(message or f"stopped after step {step}; {again} resumes")
+
+
+def progress_bar(config, step):
+    return tqdm(total=config.num_train_steps, initial=step, unit=" steps", disable=RANK > 0 or None)
+
+
+def describe_heldout(heldout, electra_config):
+    """Say how many rows are held out, and the baseline of their MLM loss."""
+    if not len(heldout):
+        tqdm.write("no evaluation: one document in a hundred is held out, and this text has too few")
+        return
+    doubt = ", too few for reliable metrics" if len(heldout) < FEW_ROWS else ""
+    unigram = unigram_entropy(heldout, electra_config)
+    tqdm.write(f"{len(heldout):,} rows are held out{doubt}; guessing by word frequency alone would "
+               f"give an MLM loss of {unigram:.3f}")
+
+
+def warn_if_slow(seconds):
+    days = seconds / 86_400
+    if days > SLOW_DAYS:
+        tqdm.write(f"at this rate the rest takes {days:.0f} days; `--size tiny` takes minutes on "
+                   "a CPU, and the other sizes need a GPU")
+
+
+@contextmanager
+def stop_signals():
+    """Yields a list. The first Ctrl-C or SIGTERM is appended to it, and a second one kills."""
+    received = []
+
+    def receive(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        tqdm.write("stopping after this step, and saving; once more kills")
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The step
 
 
-def make_step(run):
-    """The function that takes a step of a run: from ids (B, L) and uniforms (B, L + 2K) of the whole batch to
-    the Outputs of the micro-batches and the norm of the gradient before clipping.
+def draw_uniforms(seed, purpose, step, rows, electra_config):
+    """The uniform numbers for masks and samples of rows (B, L), (B, L + 2K) float32."""
+    B, L = rows.shape
+    shape = (B, L + 2 * electra_config.num_slots(L))
+    return data.rng(seed, purpose, step).random(shape, dtype=np.float32)
+
+
+def to_device(array, device):
+    """A NumPy array as a tensor. A GPU still computes the step before while it is copied there."""
+    tensor = torch.from_numpy(array)
+    if device.startswith("cuda"):
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def seed_dropout(seed, step):
+    """Seed torch's random numbers, which are for dropout alone. They differ between ranks."""
+    torch.manual_seed(int(data.rng(seed, "dropout", step, RANK).integers(2**63)))
+
+
+def make_step(config, electra, optimizer, scaler):
+    """The function that takes a step: from ids (B, L) and uniforms (B, L + 2K) of the whole batch to the
+    Outputs of the micro-batches and the norm of the gradient before clipping.
     """
-    config, model, optimizer, scaler = run.config, run.model, run.optimizer, run.scaler
-    forward = torch.compile(model, fullgraph=True) if config.compile else model
+    forward = torch.compile(electra, fullgraph=True) if config.compile else electra
     share = config.batch_size // WORLD_SIZE
     mine = slice(share * RANK, share * (RANK + 1))  # rows of this rank
 
     def step(input_ids, uniforms):
         optimizer.zero_grad(set_to_none=True)
         # Of the whole batch, so that the gradients add up to its own.
-        counts = loss_counts(input_ids, model.config)
+        counts = model.loss_counts(input_ids, electra.config)
         outputs = []
         for ids, draws in micro_batches(input_ids[mine], uniforms[mine], config.micro_batch_size):
             with autocast(config):
                 output = forward(ids, draws, counts)
             scaler.scale(output.loss).backward()
             outputs.append(output._replace(loss=output.loss.detach()))
-        add_up_gradients(model)
+        add_up_gradients(electra)
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)  # [D27]
+        grad_norm = torch.nn.utils.clip_grad_norm_(electra.parameters(), config.max_grad_norm)  # [D27]
         scaler.step(optimizer)
         scaler.update()
         return outputs, grad_norm
@@ -260,9 +307,33 @@ def make_step(run):
     return CudaGraphs(step) if config.graph else step
 
 
+@torch.no_grad()
+def evaluate(config, electra, rows, seed):
+    """(Outputs, ids, counts) of rows, without dropout, with the same masks and samples every time."""
+    input_ids = to_device(rows, config.device)
+    uniforms = to_device(draw_uniforms(seed, "heldout", 0, rows, electra.config), config.device)
+    counts = model.loss_counts(input_ids, electra.config)
+    outputs = []
+    electra.eval()
+    with autocast(config):
+        for ids, draws in micro_batches(input_ids, uniforms, config.micro_batch_size):
+            outputs.append(electra(ids, draws, counts))
+    electra.train()
+    return outputs, input_ids, counts
+
+
 def micro_batches(input_ids, uniforms, size):
     """Yield parts of a batch with `size` rows each."""
     return zip(input_ids.split(size), uniforms.split(size), strict=True)
+
+
+def autocast(config):
+    """bf16 or fp16 where the config asks for it."""
+    dtype = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)[config.dtype]
+    return torch.autocast(torch.device(config.device).type, dtype, enabled=dtype is not None)
+
+
+WARM_UP_CALLS = 3  # before a CUDA graph is captured: they compile, choose and load kernels
 
 
 class CudaGraphs:
@@ -291,7 +362,8 @@ class CudaGraphs:
                 self.captured[shapes] = self.capture([tensor.clone() for tensor in inputs])
             except RuntimeError as error:  # after which torch gives no more random numbers on the GPU
                 reason = str(error).partition("\n")[0]
-                raise UserError(f"no CUDA graph can be made of a step ({reason}); add --no-graph") from error
+                raise data.UserError(
+                    f"no CUDA graph can be made of a step ({reason}); add --no-graph") from error
         captured, replay = self.captured[shapes]
         for old, new in zip(captured, inputs, strict=True):
             old.copy_(new)
@@ -321,29 +393,90 @@ class CudaGraphs:
 # ------------------------------------------------------------------------------------------------------------
 # Several processes
 
+RANK_TIMEOUT = timedelta(days=1)  # ranks wait for each other, even while text is downloaded
 
-def any_rank(*flags):
-    """Of each flag, whether it is true on any rank.
 
-    All ranks ask this before every step. So they stop after the same one, and while one waits for text, the
-    others wait here for a moment at a time, too short for a time-out.
+def start_ranks(config):
+    backend = "cpu:gloo,cuda:nccl" if config.device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=RANK_TIMEOUT)
+
+
+def compare_ranks(folder, shards):
+    """Ranks must have the same text, vocabulary and flags. Times of files and paths of --init may differ."""
+    identities = [identity[:2] for identity in shards.identities]
+    settings = folder.settings | dict(
+        files=data.digest(identities), init=len(folder.config.init), log_every=folder.config.log_every,
+        eval_every=folder.config.eval_every)
+    different = set()
+    for other in gather(settings):
+        different |= {name for name in other if other[name] != settings[name]}
+    if different:
+        raise data.UserError(f"the ranks differ in {', '.join(sorted(different))}: give all machines the "
+                             "same flags, the same --data and, if a vocabulary was trained, that one by "
+                             "--vocab FILE")
+
+
+def read_together(read, *args):
+    """read(*args) on every rank, where `read` blocks until text is prepared.
+
+    The first rank of each machine prepares the text. It reads first, and the others wait for it here. What
+    stops one of them stops all: data.Stopped is raised on every rank.
     """
+    stopped = None
+    if LOCAL_RANK == 0:
+        try:
+            result = read(*args)
+        except data.Stopped as error:
+            stopped = error
+    if any_rank(stopped is not None):
+        messages = [message for message in gather(str(stopped or "")) if message]
+        raise data.Stopped(messages[0] if messages else "")
+    if LOCAL_RANK > 0:
+        result = read(*args)
+    return result
+
+
+def any_rank(flag):
+    """Whether a flag is true on any rank. All ranks wait here for the last one."""
     if WORLD_SIZE == 1:
-        return flags
-    flags = torch.tensor(flags, dtype=torch.int32)
+        return flag
+    flags = torch.tensor([flag], dtype=torch.int32)
     dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return flags.bool().tolist()
+    return bool(flags.item())
 
 
-def add_up_gradients(model):
+def add_up_gradients(electra):
     """Replace gradients by their sums over all ranks, in one reduction."""
     if WORLD_SIZE == 1:
         return
-    gradients = [parameter.grad for parameter in model.parameters()]
+    gradients = [parameter.grad for parameter in electra.parameters()]
     total = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(total)
-    for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+    parts = total.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def broadcast(step, electra, optimizer, scaler):
+    """Give all ranks the state of rank 0. Returns its step."""
+    if WORLD_SIZE == 1:
+        return step
+    step, scaler_state = gather((step, scaler.state_dict()))[0]
+    if scaler_state:
+        scaler.load_state_dict(scaler_state)
+    for state in [electra.state_dict(), *optimizer.state.values()]:
+        for tensor in state.values():
+            dist.broadcast(tensor, 0)
+    return step
+
+
+def gather_outputs(outputs):
+    """The Outputs of all micro-batches of all ranks, on the CPU."""
+    on_cpu = []
+    for output in outputs:
+        tensors = [None if tensor is None else tensor.cpu() for tensor in output]
+        on_cpu.append(model.Output(*tensors))
+    return [output for outputs in gather(on_cpu) for output in outputs]
 
 
 def gather(value):
@@ -354,195 +487,148 @@ def gather(value):
     return values
 
 
-def gather_outputs(outputs):
-    """The Outputs of all micro-batches of all ranks, on the CPU."""
-    outputs = [Output(*(None if tensor is None else tensor.cpu() for tensor in output)) for output in outputs]
-    return [output for outputs in gather(outputs) for output in outputs]
-
-
 # ------------------------------------------------------------------------------------------------------------
-# The run and its folder
+# The folder of a run
+
+MIN_LOSS_SCALE = 1e-4  # of fp16; below it every step has overflowed for long
 
 
-class Run:
-    """Model, optimizer and step of a run, and its folder with log and checkpoint. Only rank 0 writes."""
+class RunFolder:
+    """The folder of a run: settings, log, checkpoint, networks. Only rank 0 writes."""
 
-    def __init__(self, config, model_config, cache):
-        self.config, self.cache, self.seed, self.max_length = (
-            config, cache, cache.config.seed, cache.config.max_length)
-        self.folder = Path(config.out) / config.size
-        self.checkpoint, self.log_path = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
-        everything = asdict(config) | asdict(model_config) | cache.fingerprint
+    def __init__(self, config, electra_config, shards):
+        self.config = config
+        self.wordpiece = shards.wordpiece
+        self.max_length = shards.config.max_length
+        self.path = Path(config.out) / config.size
+        self.checkpoint = self.path / "checkpoint.pt"
+        self.log_path = self.path / "log.jsonl"
+        everything = asdict(config) | asdict(electra_config) | shards.fingerprint
         self.settings = {name: value for name, value in everything.items() if name not in MAY_CHANGE}
         # These may change on resume. They change rounding and dropout, so they are logged.
         self.numerics = dict(device=config.device, dtype=config.dtype, compile=config.compile,
                              graph=config.graph, deterministic=config.deterministic,
                              micro_batch_size=config.micro_batch_size, ranks=WORLD_SIZE,
                              threads=torch.get_num_threads(), torch=str(torch.__version__))
-        torch.manual_seed(self.seed)
-        self.model = Electra(model_config).train()
-        self.networks = {name: network for name in ("discriminator", "generator")
-                         if (network := getattr(self.model, name)) is not None}
-        load_init(self.model, config)
-        self.model.to(config.device)
-        self.optimizer = build_optimizer(self.model.named_parameters(), config)
-        self.scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
-        self.step = 0
 
-    def resume(self):
-        """Continue from the checkpoint, or start over. What was logged after the checkpoint is cut off."""
+    def resume(self, electra, optimizer, scaler):
+        """Load the checkpoint, or start over. Returns the number of steps that were taken."""
+        step = 0
         if RANK == 0:
             if self.config.restart:
                 self.checkpoint.unlink(missing_ok=True)  # first: it must not stand beside another run's log
             if self.checkpoint.exists():
-                self.read_checkpoint()
+                step = self.load(electra, optimizer, scaler)
             else:
                 self.start_over()
-        self.step, scaler_state = gather((self.step, self.scaler.state_dict()))[0]
-        if scaler_state:
-            self.scaler.load_state_dict(scaler_state)
-        states = [self.model.state_dict(), *self.optimizer.state.values()]
-        for state in states if WORLD_SIZE > 1 else ():
-            for tensor in state.values():
-                dist.broadcast(tensor, 0)
+        return broadcast(step, electra, optimizer, scaler)
 
     def start_over(self):
-        for folder in (self.folder / "discriminator", self.folder / "generator", *self.folder.glob("step-*")):
+        for folder in (self.path / "discriminator", self.path / "generator", *self.path.glob("step-*")):
             shutil.rmtree(folder, ignore_errors=True)
         with open(self.log_path, "wb") as log:
-            append_json(log, dict(settings=self.settings, numerics=self.numerics))
+            data.append_json(log, dict(settings=self.settings, numerics=self.numerics))
 
-    def read_checkpoint(self):
+    def load(self, electra, optimizer, scaler):
+        """Load the checkpoint, and cut off what was logged after it. Returns its step."""
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            old, new = state["settings"], self.settings
+            settings = state["settings"]
         except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError):
-            raise UserError(f"{self.checkpoint} is damaged; --restart starts over") from None
-        changed = [{"files": "the text differs", "vocab": "the vocabulary differs"}.get(name) or
-                   f"{name} was {old.get(name)} and is now {new.get(name)}"
-                   for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-        if changed:
-            message = (f"{self.folder} holds another run ({'; '.join(changed)}); use its settings, another "
-                       "--out, or --restart")
-            if old.get("num_train_steps") != new["num_train_steps"] and not self.config.eval_only:
-                message += f"; to train it for longer, use another --out and --init {self.folder}"
-            raise UserError(message)
-        self.model.load_state_dict(state["model"])
+            raise data.UserError(f"{self.checkpoint} is damaged; --restart starts over") from None
+        self.check_settings(settings)
+        electra.load_state_dict(state["model"])
         # Its groups hold settings, which are this run's, and rates, which must stay on this run's device.
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict(state["optimizer"] | dict(param_groups=groups))
-        if state["scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
-        if self.config.eval_only:
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(state["optimizer"] | dict(param_groups=groups))
+        if state["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(state["scaler"])
+        if not self.config.eval_only:
+            self.resume_log(state)
+        return state["step"]
+
+    def check_settings(self, old):
+        """Refuse to continue a run that has other settings."""
+        new = self.settings
+        changes = []
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) == new.get(name):
+                continue
+            if name == "files":
+                changes.append("the text differs")
+            elif name == "vocab":
+                changes.append("the vocabulary differs")
+            else:
+                changes.append(f"{name} was {old.get(name)} and is now {new.get(name)}")
+        if not changes:
             return
+        message = (f"{self.path} holds another run ({'; '.join(changes)}); use its settings, another "
+                   "--out, or --restart")
+        if old.get("num_train_steps") != new["num_train_steps"] and not self.config.eval_only:
+            message += f"; to train it for longer, use another --out and --init {self.path}"
+        raise data.UserError(message)
+
+    def resume_log(self, state):
+        """Cut off what was logged after the checkpoint, and log what has changed."""
+        step = state["step"]
         with open(self.log_path, "r+b") as log:
             log.truncate(state["log_bytes"])
             log.seek(0, os.SEEK_END)
             if state["numerics"] != self.numerics:
-                append_json(log, dict(step=self.step, numerics=self.numerics))
-        if self.step == self.config.num_train_steps:
-            print(f"all {self.step} steps are done already; after a change of the code, use another --out")
+                data.append_json(log, dict(step=step, numerics=self.numerics))
+        if step == self.config.num_train_steps:
+            print(f"all {step} steps are done already; after a change of the code, use another --out")
         else:
-            print(f"resuming after step {self.step} of {self.config.num_train_steps}")
+            print(f"resuming after step {step} of {self.config.num_train_steps}")
 
-    def to_device(self, rows, purpose, step):
-        """ids (B, L) and the uniform numbers (B, L + 2K) of their masks and samples."""
-        width = self.max_length + 2 * self.model.config.num_slots(self.max_length)
-        uniforms = rng(self.seed, purpose, step).random((len(rows), width), dtype=np.float32)
-        tensors = map(torch.from_numpy, (rows, uniforms))
-        if self.config.device.startswith("cuda"):  # copied while the device still computes the step before
-            return [tensor.pin_memory().to(self.config.device, non_blocking=True) for tensor in tensors]
-        return [tensor.to(self.config.device) for tensor in tensors]
-
-    def load_heldout(self):
-        """The held-out rows, or None while they have not arrived. Prints the baseline of the MLM loss."""
-        heldout = self.cache.heldout(HELDOUT_ROWS)
-        if heldout is not None and len(heldout):
-            unigram = unigram_entropy(heldout, self.model.config)
-            doubt = ", too few for reliable metrics" * (len(heldout) < FEW_ROWS)
-            tqdm.write(f"{len(heldout):,} rows are held out{doubt}; guessing by word frequency alone would "
-                       f"give an MLM loss of {unigram:.3f}")
-        elif heldout is not None:
-            tqdm.write("no evaluation: one document in a hundred is held out, and this text has too few")
-        return heldout
-
-    @torch.no_grad()
-    def evaluate(self, rows):
-        """(Outputs, ids, counts) of rows, without dropout, with the same masks and samples every time."""
-        self.model.eval()
-        ids, uniforms = self.to_device(rows, "heldout", 0)
-        counts = loss_counts(ids, self.model.config)
-        with autocast(self.config):
-            outputs = [self.model(*part, counts)
-                       for part in micro_batches(ids, uniforms, self.config.micro_batch_size)]
-        self.model.train()
-        return outputs, ids, counts
-
-    def scaling(self):
-        """What fp16 adds to the log. A step with an infinite gradient is skipped."""
-        if not self.scaler.is_enabled():
-            return {}
-        taken = next(iter(self.optimizer.state.values()))["step"].item() - FIRST_ADAM_STEP
-        return dict(loss_scale=self.scaler.get_scale(), skipped_steps=round(self.step - taken))
-
-    def log(self, split, epoch, **values):
+    def log(self, split, step, epoch, **values):
         """Append a line to log.jsonl."""
-        if RANK:
+        if RANK > 0:
             return
-        positions = self.step * self.config.batch_size * self.max_length  # padding included
+        positions = step * self.config.batch_size * self.max_length  # padding included
         with open(self.log_path, "ab") as log:
-            append_json(log, dict(split=split, step=self.step, tokens=positions, epoch=epoch, **values))
+            data.append_json(log, dict(split=split, step=step, tokens=positions, epoch=epoch, **values))
 
-    def save(self):
+    def save(self, step, electra, optimizer, scaler):
         """Write the networks, then the checkpoint. The one before it stays until this one is whole."""
-        if RANK:
+        if RANK > 0:
             return
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            raise UserError(f"the weights are not finite after step {self.step}, and are not saved; use "
-                            "--restart with a lower --learning-rate")
-        if self.scaler.is_enabled() and self.scaler.get_scale() < MIN_LOSS_SCALE:
-            raise UserError(f"the loss overflows in fp16 at step {self.step}, and nothing is learned; use "
-                            "--dtype fp32, or --restart with a lower --learning-rate")
-        self.export(self.folder)
-        state = dict(step=self.step, settings=self.settings, numerics=self.numerics,
-                     model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                     scaler=self.scaler.state_dict(), log_bytes=self.log_path.stat().st_size)
+        if not all(parameter.isfinite().all() for parameter in electra.parameters()):
+            raise data.UserError(f"the weights are not finite after step {step}, and are not saved; use "
+                                 "--restart with a lower --learning-rate")
+        if scaler.is_enabled() and scaler.get_scale() < MIN_LOSS_SCALE:
+            raise data.UserError(f"the loss overflows in fp16 at step {step}, and nothing is learned; use "
+                                 "--dtype fp32, or --restart with a lower --learning-rate")
+        self.export(electra, self.path)
+        state = dict(step=step, settings=self.settings, numerics=self.numerics, model=electra.state_dict(),
+                     optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                     log_bytes=self.log_path.stat().st_size)
         buffer = io.BytesIO()  # torch.save hides a full disk behind an error of its own
         torch.save(state, buffer)
-        with atomic_write(self.checkpoint) as file:
+        with data.atomic_write(self.checkpoint) as file:
             file.write(buffer.getbuffer())
 
-    def export(self, parent):
+    def export(self, electra, parent):
         """Write the networks as folders in `parent`. An old folder stays until the new one is complete."""
-        if RANK:
+        if RANK > 0:
             return
-        for name, network in self.networks.items():
-            with atomic_folder(parent / name) as folder:
-                save_pretrained(network, folder)
-                self.cache.wordpiece.save(folder, self.max_length)
+        for name, network in networks_of(electra).items():
+            with data.atomic_folder(parent / name) as folder:
+                model.save_pretrained(network, folder)
+                self.wordpiece.save(folder, self.max_length)
 
 
-@contextmanager
-def stop_signals():
-    """Yields a list that the first Ctrl-C or SIGTERM is added to. A second one kills."""
-    received = []
-
-    def receive(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        tqdm.write("stopping after this step, and saving; once more kills")
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def networks_of(electra):
+    """The networks by the names of their folders."""
+    if electra.discriminator is None:
+        return {"generator": electra.generator}
+    return {"discriminator": electra.discriminator, "generator": electra.generator}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Optimizer and schedule
+
+FIRST_ADAM_STEP = 1_000_000  # see build_optimizer
 
 
 def build_optimizer(parameters, config, lr_scale=None):
@@ -591,10 +677,13 @@ def learning_rate(step, peak, num_train_steps, num_warmup_steps):
     return peak * (1 - step / num_train_steps) * warmup
 
 
-def autocast(config):
-    """bf16 or fp16 where the config asks for it."""
-    dtype = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)[config.dtype]
-    return torch.autocast(torch.device(config.device).type, dtype, enabled=dtype is not None)
+def loss_scaling(scaler, optimizer, step):
+    """What fp16 adds to the log. A step with an infinite gradient is skipped."""
+    if not scaler.is_enabled():
+        return {}
+    adam_step = next(iter(optimizer.state.values()))["step"].item()
+    skipped = round(step - (adam_step - FIRST_ADAM_STEP))
+    return dict(loss_scale=scaler.get_scale(), skipped_steps=skipped)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -603,7 +692,7 @@ def autocast(config):
 
 def compute_metrics(outputs, input_ids, counts):
     """The metrics of a batch from the Outputs of its micro-batches."""
-    predictions, _ = counts.tolist()
+    predictions = counts[0].item()
 
     def total(name):
         return sum(getattr(output, name) for output in outputs).item()
@@ -617,10 +706,11 @@ def compute_metrics(outputs, input_ids, counts):
     if outputs[0].disc_logits is None:
         return metrics
     is_token = (input_ids != 0).cpu().numpy()
-    logits = torch.cat([output.disc_logits for output in outputs]).cpu().numpy()[is_token]
-    is_replaced = torch.cat([output.is_replaced for output in outputs]).cpu().numpy()[is_token]
+    logits = join(outputs, "disc_logits").numpy()[is_token]
+    is_replaced = join(outputs, "is_replaced").numpy()[is_token]
     flagged = logits > 0
-    caught, fake_rate = int((flagged & is_replaced).sum()), is_replaced.mean()
+    caught = int((flagged & is_replaced).sum())
+    fake_rate = is_replaced.mean()
     return metrics | {
         "disc_loss": total("disc_loss"),
         # The loss of a discriminator that knows the share of replaced tokens and nothing else.
@@ -631,10 +721,9 @@ def compute_metrics(outputs, input_ids, counts):
     }
 
 
-def entropy(probabilities):
-    """In nats."""
-    probabilities = probabilities[probabilities > 0]
-    return float(-(probabilities * np.log(probabilities)).sum())
+def join(outputs, name):
+    """A field of the Outputs of all micro-batches, on the CPU."""
+    return torch.cat([getattr(output, name) for output in outputs]).cpu()
 
 
 def area_under_curve(scores, labels):
@@ -654,21 +743,30 @@ def tied_ranks(values):
     [2.5, 1.0, 2.5]
     """
     _, place, ties = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(ties) - (ties - 1) / 2)[place]
+    last_rank = np.cumsum(ties)  # of each distinct value
+    return (last_rank - (ties - 1) / 2)[place]
 
 
-def unigram_entropy(rows, model_config):
+def unigram_entropy(rows, electra_config):
     """The MLM loss, in nats, of a generator that knows only how frequent each token of `rows` is."""
     ids = torch.from_numpy(rows)
-    frequencies = np.bincount(ids[selectable(ids, model_config)].numpy())
+    is_selectable = model.selectable(ids, electra_config)
+    frequencies = np.bincount(ids[is_selectable].numpy())
     return entropy(frequencies / frequencies.sum())
+
+
+def entropy(probabilities):
+    """In nats."""
+    probabilities = probabilities[probabilities > 0]
+    return float(-(probabilities * np.log(probabilities)).sum())
 
 
 def describe(metrics, is_late):
     """A sentence about held-out text. Late in training it warns of networks that have not learned."""
     text = f"MLM loss {metrics['mlm_loss']:.3f}"
     if "auc" in metrics:
-        loss, guessing = metrics["disc_loss"], metrics["all_original"]
+        loss = metrics["disc_loss"]
+        guessing = metrics["all_original"]
         text += (f", discriminator loss {loss:.3f} (guessing: {guessing:.3f}), AUC {metrics['auc']:.3f} "
                  "(guessing: 0.5)")
         if is_late and loss >= 0.97 * guessing:
@@ -681,6 +779,8 @@ def describe(metrics, is_late):
 # ------------------------------------------------------------------------------------------------------------
 # A look at what it has learned
 
+SHOWN_ROWS = 5
+SHOWN_TOKENS = 40
 LEGEND = """
 Held-out sentences, as the networks see them.
   [word =]        masked; the generator put the same word back
@@ -692,19 +792,19 @@ DISCRIMINATOR_LEGEND = """\
 If N tokens were replaced, the N with the highest scores are flagged."""
 
 
-def finish(run, producer_error):
+def report(config, electra, shards, step):
     """Evaluate a run, and show sentences."""
-    while (heldout := run.cache.heldout(HELDOUT_ROWS)) is None:  # the cache may be new
-        if error := producer_error():
-            raise UserError(error)
-        time.sleep(0.05)
+    heldout = read_together(shards.heldout, HELDOUT_ROWS)
     if not len(heldout):
         print("no text is held out, so there is nothing to show")
         return
-    if run.config.eval_only:
-        metrics = compute_metrics(*run.evaluate(heldout))
-        print(f"step {run.step}, held-out text: {describe(metrics, is_late=False)}")
-    show(run, choose_readable(heldout, run.cache.wordpiece))
+    seed = shards.config.seed
+    if config.eval_only:
+        metrics = compute_metrics(*evaluate(config, electra, heldout, seed))
+        print(f"step {step}, held-out text: {describe(metrics, is_late=False)}")
+    rows = choose_readable(heldout, shards.wordpiece)
+    outputs, input_ids, _ = evaluate(config, electra, rows, seed)
+    show(outputs, input_ids.cpu(), shards.wordpiece)
 
 
 def choose_readable(rows, wordpiece):
@@ -717,42 +817,154 @@ def choose_readable(rows, wordpiece):
     return np.array(sorted(rows, key=readability, reverse=True)[:SHOWN_ROWS])
 
 
-def show(run, rows):
+def show(outputs, input_ids, wordpiece):
     """Print rows with what was masked, what the generator put there, and what the discriminator flagged."""
-    outputs, ids, _ = run.evaluate(rows)
-
-    def join(name):
-        return torch.cat([getattr(output, name) for output in outputs]).cpu()
-
-    positions, slot_weights, corrupted_ids, is_replaced = map(
-        join, ("positions", "slot_weights", "corrupted_ids", "is_replaced"))
-    is_suspect, marks = torch.zeros_like(is_replaced), ("", "")
+    corrupted_ids = join(outputs, "corrupted_ids")
+    is_replaced = join(outputs, "is_replaced")
+    is_used = join(outputs, "slot_weights") > 0
+    is_masked = torch.zeros_like(is_replaced).scatter(1, join(outputs, "positions"), is_used)
+    is_flagged = torch.zeros_like(is_replaced)
+    marks = ("", "")
     print(LEGEND)
-    if run.model.discriminator is not None:
+    if outputs[0].disc_logits is not None:
         print(DISCRIMINATOR_LEGEND)
-        marks = " ✗", " ✓"
-        logits = join("disc_logits")
-        suspicions = logits[ids.cpu() != 0].sort(descending=True).values
-        is_suspect = logits > suspicions[is_replaced.sum()]
-    is_masked = torch.zeros_like(is_replaced).scatter(1, positions, slot_weights > 0)
-    tokens = run.cache.wordpiece.tokens
-    arrays = rows, corrupted_ids, is_masked, is_suspect
-    for row in zip(*(array.tolist() for array in arrays), strict=True):
+        marks = (" ✗", " ✓")
+        logits = join(outputs, "disc_logits")
+        descending = logits[input_ids != 0].sort(descending=True).values
+        is_flagged = logits > descending[is_replaced.sum()]
+    for row in zip(input_ids.tolist(), corrupted_ids.tolist(), is_masked.tolist(), is_flagged.tolist(),
+                   strict=True):
         words = []
-        for original, seen, masked, suspect in list(zip(*row, strict=True))[:SHOWN_TOKENS]:
-            if not original:
+        for original, seen, masked, flagged in list(zip(*row, strict=True))[:SHOWN_TOKENS]:
+            if original == 0:
                 break
+            word = wordpiece.tokens[original]
             if seen != original:
-                words.append(f"[{tokens[original]}→{tokens[seen]}{marks[suspect]}]")
-            elif suspect or masked:
-                words.append(f"[{tokens[original]} {'!' if suspect else '='}]")
+                words.append(f"[{word}→{wordpiece.tokens[seen]}{marks[flagged]}]")
+            elif flagged:
+                words.append(f"[{word} !]")
+            elif masked:
+                words.append(f"[{word} =]")
             else:
-                words.append(tokens[original])
+                words.append(word)
         print("\n" + re.sub(r"(?<!\]) ##", "", " ".join(words)))  # word pieces, unless one is marked
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Command line
+
+
+def main(argv=None):
+    config, data_config, electra_config = configure(argv)
+    if config.prepare_only:
+        prepare_only(config, data_config)
+        return
+    check(config, data_config, electra_config)
+    if WORLD_SIZE > 1:
+        start_ranks(config)
+    wordpiece = data.load_wordpiece(data_config)
+    electra_config = replace(
+        electra_config, vocab_size=len(wordpiece.tokens), cls_token_id=wordpiece.cls_token_id,
+        sep_token_id=wordpiece.sep_token_id, mask_token_id=wordpiece.mask_token_id)
+    shards = data.Shards(data_config, wordpiece)
+    folder = RunFolder(config, electra_config, shards)
+    compare_ranks(folder, shards)
+
+    with ExitStack() as stack:
+        if RANK == 0 and not config.eval_only:
+            is_ours = stack.enter_context(data.lock(folder.path / "lock"))
+            if not is_ours:
+                raise data.UserError(f"another process is training in {folder.path}; use another --out")
+
+        torch.manual_seed(data_config.seed)
+        electra = model.Electra(electra_config).train()
+        load_init(electra, config)
+        electra.to(config.device)
+        optimizer = build_optimizer(electra.named_parameters(), config)
+        scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
+
+        if LOCAL_RANK == 0:
+            stack.enter_context(data.prepare_in_child(shards))
+        read_together(shards.wait_for_first)  # so that bad text leaves the run in the folder alone
+        step = folder.resume(electra, optimizer, scaler)
+        print(shards.describe())
+        if not config.eval_only:
+            train(config, electra, optimizer, scaler, shards, folder, step)
+            step = config.num_train_steps
+        report(config, electra, shards, step)
+
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+    exported = " and ".join(str(folder.path / name) for name in networks_of(electra))
+    print(f"\ntransformers can load {exported}; to fine-tune:\n"
+          f"python finetune.py --model {folder.path} --task mrpc --max-length {data_config.max_length}")
+
+
+def configure(argv):
+    """The three configs of a command line. Nothing in them is automatic any more."""
+    description = "Pre-train ELECTRA. After a stop or a kill the same command resumes."
+    (config, data_config, electra_config), typed = parse(
+        argv, description, (TrainConfig, data.DataConfig, model.ElectraConfig), SIZES)
+    config = resolve_device(config)
+    if config.size == "tiny" and config.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # a second gains little, and loses much on a busy machine (LOG.md)
+    if config.micro_batch_size == 0:
+        config = replace(config, micro_batch_size=config.batch_size // WORLD_SIZE)
+    if config.compile is None:
+        config = replace(config, compile=config.device.startswith("cuda"))
+    if config.compile and config.device == "cpu" and torch.__version__ < "2.11":
+        raise data.UserError(f"torch {torch.__version__} may compile wrong gradients of embeddings on a CPU; "
+                             "leave out --compile, or use torch 2.11 or later")
+    if config.init:
+        return resolve_init(config, data_config, electra_config, typed)
+    return config, data_config, electra_config
+
+
+def prepare_only(config, data_config):
+    """Prepare the text, and print rows of it."""
+    shards = data.prepare(data_config)
+    print(shards.describe())
+    for row in shards.load("train", 0)[: config.show]:
+        print("\n" + shards.wordpiece.decode(row))
+
+
+def check(config, data_config, electra_config):
+    """Refuse what cannot be trained, or evaluated."""
+    positions = electra_config.max_position_embeddings
+    if data_config.max_length > positions:
+        raise data.UserError(f"max_length {data_config.max_length} is beyond the model's {positions} "
+                             "positions; lower it, or raise --max-position-embeddings too")
+    folder = Path(config.out) / config.size
+    if config.eval_only and RANK == 0 and not (folder / "checkpoint.pt").exists():
+        raise data.UserError(f"there is no run in {folder} to evaluate; check --size and --out")
+
+
+def run_command(main):
+    """Run `main` and return the exit status. An error that the user can fix is printed as one line."""
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # one rank talks, and all report errors
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # the terminal may not know every character
+    try:
+        main()
+    except (data.UserError, model.ModelError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except RuntimeError as error:
+        if "by peer" not in str(error):
+            raise
+        print(f"rank {RANK} stops because another one has", file=sys.stderr)  # which prints its own error
+        return 1
+    except OSError as error:  # a full disk, a file that must not be read
+        print(f"{error}; fix that, and the same command resumes", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes", file=sys.stderr)
+        return 130
+    return 0
 
 
 def parse(argv, description, config_classes, sizes):
@@ -765,31 +977,46 @@ def parse(argv, description, config_classes, sizes):
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS,
                                      exit_on_error=False)
     for config_class in config_classes:
-        source = "".join(map(inspect.getsource, config_class.__mro__[-2::-1]))
-        comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
+        comments = comments_of(config_class)
         group = parser.add_argument_group(inspect.getdoc(config_class).partition(".")[0])
         # A class's own fields come first, then those it inherits.
         for field in sorted(fields(config_class), key=lambda field: field.name not in vars(config_class)):
-            if field.name not in comments:
-                continue
-            defaults = [format_default(field.default)]
-            defaults += [f"{size}: {format_default(row[field.name])}" for size, row in sizes.items()
-                         if field.name in row]
-            shown = "; ".join(filter(None, defaults))
-            help = comments[field.name] + f" ({shown})" * bool(shown)
-            kinds = {bool: dict(action=argparse.BooleanOptionalAction), list: dict(nargs="+")}
-            group.add_argument(f"--{field.name.replace('_', '-')}", help=help.replace("%", "%%"),
-                               **kinds.get(field.type, dict(type=field.type)))
+            if field.name in comments:
+                add_flag(group, field, comments[field.name], sizes)
     try:
         typed, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise UserError(f"{error}; --help lists the flags") from None
+        raise data.UserError(f"{error}; --help lists the flags") from None
     if unknown:
-        raise UserError(f"there is no {' '.join(unknown)}; --help lists the flags")
-    values = sizes.get(getattr(typed, "size", "small"), {}) | vars(typed)
-    configs = [config_class(**{field.name: values[field.name] for field in fields(config_class)
-                               if field.name in values}) for config_class in config_classes]
-    return configs, vars(typed).keys()
+        raise data.UserError(f"there is no {' '.join(unknown)}; --help lists the flags")
+    size = getattr(typed, "size", "small")
+    values = sizes.get(size, {}) | vars(typed)
+    return [make_config(config_class, values) for config_class in config_classes], vars(typed).keys()
+
+
+def make_config(config_class, values):
+    """A config with those of the values that are its fields."""
+    names = {field.name for field in fields(config_class)}
+    return config_class(**{name: value for name, value in values.items() if name in names})
+
+
+def comments_of(config_class):
+    """The comment beside each field of a config, inherited ones included."""
+    source = "".join(inspect.getsource(parent) for parent in reversed(config_class.__mro__[:-1]))
+    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
+
+
+def add_flag(group, field, comment, sizes):
+    """Make a field a flag. The help shows its default, and those of sizes that differ."""
+    defaults = [format_default(field.default)]
+    for size, row in sizes.items():
+        if field.name in row:
+            defaults.append(f"{size}: {format_default(row[field.name])}")
+    shown = "; ".join(default for default in defaults if default)
+    help = f"{comment} ({shown})" if shown else comment
+    kinds = {bool: dict(action=argparse.BooleanOptionalAction), list: dict(nargs="+")}
+    group.add_argument(f"--{field.name.replace('_', '-')}", help=help.replace("%", "%%"),
+                       **kinds.get(field.type, dict(type=field.type)))
 
 
 def format_default(default):
@@ -809,13 +1036,14 @@ def resolve_device(config):
     if device == "cuda":
         device = f"cuda:{LOCAL_RANK}"
     if device not in found:
-        raise UserError(f"there is no device {device} here; there are {', '.join(found)}")
+        raise data.UserError(f"there is no device {device} here; there are {', '.join(found)}")
     if device in gpus:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
     dtypes = dtypes_of(device)
     if config.dtype not in ("auto", *dtypes):
-        raise UserError(f"{device} does not compute in {config.dtype}; --dtype takes {', '.join(dtypes)}")
+        raise data.UserError(f"{device} does not compute in {config.dtype}; --dtype takes "
+                             f"{', '.join(dtypes)}")
     dtype = dtypes[0] if config.dtype == "auto" else config.dtype
     graph = config.graph and device in gpus
     if graph and (dtype == "fp16" or WORLD_SIZE > 1):
@@ -845,153 +1073,54 @@ def dtypes_of(device):
     return ["bf16", "fp16", "fp32"] if has_bf16 else ["fp16", "fp32"]
 
 
-def run_command(main):
-    """Run `main` and return the exit status. An error that the user can fix is printed as one line."""
-    if RANK:
-        sys.stdout = open(os.devnull, "w")  # one rank talks, and all report errors
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # the terminal may not know every character
-    try:
-        main()
-    except (UserError, ModelError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except RuntimeError as error:
-        if "by peer" not in str(error):
-            raise
-        print(f"rank {RANK} stops because another one has", file=sys.stderr)  # which prints its own error
-        return 1
-    except OSError as error:  # a full disk, a file that must not be read
-        print(f"{error}; fix that, and the same command resumes", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command resumes", file=sys.stderr)
-        return 130
-    return 0
-
-
-def main(argv=None):
-    description = "Pre-train ELECTRA. After a stop or a kill the same command resumes."
-    (config, data_config, model_config), typed = parse(
-        argv, description, (TrainConfig, DataConfig, ElectraConfig), DEFAULTS)
-    config = resolve_device(config)
-    if config.size == "tiny" and config.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # a second gains little, and loses much on a busy machine (LOG.md)
-    config = replace(config, micro_batch_size=config.micro_batch_size or config.batch_size // WORLD_SIZE,
-                     compile=config.device.startswith("cuda") if config.compile is None else config.compile)
-    if config.compile and config.device == "cpu" and torch.__version__ < "2.11":
-        raise UserError(f"torch {torch.__version__} may compile wrong gradients of embeddings on a CPU; "
-                        "leave out --compile, or use torch 2.11 or later")
-    if config.init:
-        config, data_config, model_config = resolve_init(config, data_config, model_config, typed)
-    if config.prepare_only:
-        cache = prepare(data_config)
-        print(cache.describe())
-        for row in cache.load("train", 0)[: config.show]:
-            print("\n" + cache.wordpiece.decode(row))
-        return
-    positions = model_config.max_position_embeddings
-    if data_config.max_length > positions:
-        raise UserError(f"max_length {data_config.max_length} is beyond the model's {positions} positions; "
-                        "lower it, or raise --max-position-embeddings too")
-    if WORLD_SIZE > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if config.device.startswith("cuda") else "gloo")
-    folder = Path(config.out) / config.size
-    if config.eval_only and RANK == 0 and not (folder / "checkpoint.pt").exists():
-        raise UserError(f"there is no run in {folder} to evaluate; check --size and --out")
-    wordpiece = load_wordpiece(data_config)
-    model_config = replace(
-        model_config, vocab_size=len(wordpiece.tokens), cls_token_id=wordpiece.cls_token_id,
-        sep_token_id=wordpiece.sep_token_id, mask_token_id=wordpiece.mask_token_id)
-    writes, produces = RANK == 0 and not config.eval_only, LOCAL_RANK == 0
-    with lock(folder / "lock") if writes else nullcontext(True) as is_ours:
-        if not is_ours:
-            raise UserError(f"another process is training in {folder}; use another --out")
-        run = Run(config, model_config, Cache(data_config, wordpiece))
-        compare_ranks(run)
-        with producing(run.cache) if produces else nullcontext(lambda: None) as producer_error:
-            wait_for_text(run.cache, producer_error)
-            run.resume()  # with text at hand, so that bad input leaves the run in the folder alone
-            print(run.cache.describe())
-            if not config.eval_only:
-                train(run, producer_error)
-            if RANK == 0:
-                finish(run, producer_error)
-    if WORLD_SIZE > 1:
-        dist.destroy_process_group()
-    exported = " and ".join(str(folder / name) for name in run.networks)
-    print(f"\ntransformers can load {exported}; to fine-tune:\n"
-          f"python finetune.py --model {folder} --task mrpc --max-length {data_config.max_length}")
-
-
-def compare_ranks(run):
-    """Ranks must have the same text, vocabulary and flags. Times of files and paths of --init may differ."""
-    identities = [identity[:2] for identity in run.cache.identities]
-    settings = run.settings | dict(files=digest(identities), init=len(run.config.init),
-                                   log_every=run.config.log_every, eval_every=run.config.eval_every)
-    different = {name for one in gather(settings) for name in one if one[name] != settings[name]}
-    if different:
-        raise UserError(f"the ranks differ in {', '.join(sorted(different))}: give all machines the same "
-                        "flags, the same --data and, if a vocabulary was trained, that one by --vocab FILE")
-
-
-def wait_for_text(cache, producer_error):
-    """Wait until there is a shard on every rank."""
-    while True:
-        error = producer_error()
-        cache.refresh()
-        if not any_rank(not cache.shards)[0]:
-            return
-        if error and not cache.shards:  # with a shard, training begins, and saves before it ends
-            raise UserError(error)
-        time.sleep(0.05)
-
-
 # Fields of ElectraConfig that weights prescribe.
 SHAPE = ("vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
          "intermediate_size", "max_position_embeddings", "type_vocab_size", "layer_norm_eps")
 
 
-def resolve_init(config, data_config, model_config, typed):
+def resolve_init(config, data_config, electra_config, typed):
     """The configs for --init: shape, vocabulary and case are those of the folders."""
-    is_mlm, names = model_config.objective == "mlm", list(config.init)
-    if is_mlm and len(names) == 2:
-        raise UserError("--objective mlm has no discriminator; --init takes one folder")
-    if not is_mlm and len(names) == 1 and Path(names[0], "generator").is_dir():
-        names *= 2  # both networks of a run
-    networks = [["generator"]] if is_mlm else [["discriminator"], ["generator"]]
-    folders = [find_model(name, data_config.cache, network).resolve()
+    names = list(config.init)
+    networks = [["discriminator"], ["generator"]]
+    if electra_config.objective == "mlm":
+        if len(names) == 2:
+            raise data.UserError("--objective mlm has no discriminator; --init takes one folder")
+        networks = [["generator"]]
+    elif len(names) == 1 and Path(names[0], "generator").is_dir():
+        names = [names[0], names[0]]  # both networks of a run
+    folders = [data.find_model(name, data_config.cache, network).resolve()
                for name, network in zip(names, networks, strict=False)]
-    refused = {*SHAPE, "vocab", "do_lower_case", "strip_accents", *["generator_size"] * (len(folders) - 1)}
-    if refused & typed:
-        raise UserError(f"--init prescribes {', '.join(sorted(refused & typed))}; leave these flags out")
+    prescribed = {*SHAPE, "vocab", "do_lower_case", "strip_accents"}
+    if len(folders) == 2:
+        prescribed.add("generator_size")
+    refused = sorted(prescribed & typed)
+    if refused:
+        raise data.UserError(f"--init prescribes {', '.join(refused)}; leave these flags out")
     if any(Path(config.out, config.size).resolve() in folder.parents for folder in folders):
-        raise UserError("--init names the run that would be overwritten; use another --out")
-    tokenizers = [read_tokenizer(folder)[0] for folder in folders]
+        raise data.UserError("--init names the run that would be overwritten; use another --out")
+    tokenizers = [data.read_tokenizer(folder)[0] for folder in folders]
     if len({(each.sha256, each.do_lower_case, each.strip_accents) for each in tokenizers}) > 1:
-        raise UserError(f"{folders[0]} and {folders[1]} have different vocabularies, or rules for case")
-    shapes = [load_config(folder) for folder in folders]
+        raise data.UserError(f"{folders[0]} and {folders[1]} have different vocabularies, or rules for case")
+    shapes = [model.load_config(folder) for folder in folders]
     shape = {name: getattr(shapes[0], name) for name in SHAPE}
     if len(folders) == 2:
         shape["generator_size"] = shapes[1].hidden_size / shapes[0].hidden_size
-    return (replace(config, init=[str(folder) for folder in folders]),
-            replace(data_config, vocab=str(find_vocab(folders[0])), do_lower_case=tokenizers[0].do_lower_case,
-                    strip_accents=tokenizers[0].strip_accents),
-            replace(model_config, **shape))
+    config = replace(config, init=[str(folder) for folder in folders])
+    data_config = replace(data_config, vocab=str(data.find_vocab(folders[0])),
+                          do_lower_case=tokenizers[0].do_lower_case,
+                          strip_accents=tokenizers[0].strip_accents)
+    return config, data_config, replace(electra_config, **shape)
 
 
-def load_init(model, config):
+def load_init(electra, config):
     """Fill the networks from the folders of --init."""
     if len(config.init) == 2:
-        if not load_networks(model, *config.init):
+        if not model.load_networks(electra, *config.init):
             print("the two folders of --init have different embeddings; the discriminator's are used")
-    elif config.init and model.discriminator is None:
-        load_weights(model.generator, *config.init)
+    elif config.init and electra.discriminator is None:
+        model.load_weights(electra.generator, *config.init)
     elif config.init:
-        load_weights(model.discriminator, *config.init)
+        model.load_weights(electra.discriminator, *config.init)
         print("--init names no generator, so one starts from random weights; until it has learned, its "
               "samples are easy to tell and teach the discriminator little")
 

@@ -16,7 +16,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -43,7 +42,7 @@ VARIANTS = {
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", default="small", choices=model.SIZES)
+    parser.add_argument("--size", default="small", choices=train.SIZES)
     parser.add_argument("--only", help="these variants, separated by ';'")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -57,8 +56,8 @@ def parse(argv=None):
 
 def make_recipe(options):
     """The TrainConfig, ElectraConfig and max_length of a size on this device."""
-    shape = model.ElectraConfig(**model.SIZES[options.size])
-    row = train.DEFAULTS[options.size]
+    row = train.SIZES[options.size]
+    shape = train.make_config(model.ElectraConfig, row)
     config = train.resolve_device(train.TrainConfig(
         size=options.size, device=options.device, dtype=options.dtype,
         batch_size=options.batch_size or row.get("batch_size", 128)))
@@ -74,16 +73,20 @@ def make_step(config, shape, length, kind="ours", graph=False, compile=None):
     network = model.Electra(shape) if kind == "ours" else pretrain.TransformersElectra(shape)
     network = network.to(config.device).train()
     optimizer = train.build_optimizer(network.named_parameters(), config)
-    run = SimpleNamespace(
-        config=replace(config, graph=graph, compile=False), model=network, optimizer=optimizer,
-        scaler=torch.amp.GradScaler(enabled=False), max_length=length, seed=0)
+    config = replace(config, graph=graph, compile=False)
     if compile:
         network.forward = torch.compile(network.forward, fullgraph=True,
                                         mode=None if compile == "default" else compile)
-    step = train.make_step(run) if kind == "ours" else plain_step(network, optimizer, run.config)
+    if kind == "ours":
+        step = train.make_step(config, network, optimizer, torch.amp.GradScaler(enabled=False))
+    else:
+        step = plain_step(network, optimizer, config)
+    rows = rows.numpy()
 
     def take(number):
-        input_ids, uniforms = train.Run.to_device(run, rows.numpy(), "train", number)
+        input_ids = train.to_device(rows, config.device)
+        uniforms = train.draw_uniforms(0, "train", number, rows, shape)
+        uniforms = train.to_device(uniforms, config.device)
         for group in optimizer.param_groups:
             group["lr"].fill_(1e-4 * group["lr_scale"])
         torch.manual_seed(number)

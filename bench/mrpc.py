@@ -27,7 +27,7 @@ def make_finetuner(glue_dir, size, num_examples=None, **flags):
     """A Finetuner of MRPC with random weights of a size, for an epoch, and rows and labels to train on."""
     config = train.resolve_device(finetune.FinetuneConfig(glue_dir=glue_dir, num_train_epochs=1, **flags))
     task = glue.TASKS["mrpc"]
-    shape = model.ElectraConfig(**model.SIZES[size])
+    shape = train.make_config(model.ElectraConfig, train.SIZES[size])
     config = finetune.resolve(config, task, shape.hidden_size)
     examples, _ = glue.read_examples(task, "train", config.cache, glue_dir)
     # A vocabulary of the words that are there: rows are about as long as with BERT's.
@@ -43,7 +43,7 @@ def make_finetuner(glue_dir, size, num_examples=None, **flags):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--glue-dir", required=True)
-    parser.add_argument("--size", default="small", choices=model.SIZES)
+    parser.add_argument("--size", default="small", choices=train.SIZES)
     parser.add_argument("--examples", type=int, default=10_000, help="at most so many of the training set")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", help="file for the figures")

@@ -44,7 +44,7 @@ KINDS = {
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", default="small", choices=model.SIZES)
+    parser.add_argument("--size", default="small", choices=train.SIZES)
     parser.add_argument("--batch-size", type=int, default=0, help="0 is the recipe's on CUDA, 32 on a CPU")
     parser.add_argument("--dtype", default="auto", help="fp32, bf16 or fp16")
     parser.add_argument("--device", default="auto")
@@ -194,8 +194,8 @@ def measure(options):
     torch.set_num_threads(options.threads)
     recipe = train.resolve_device(train.TrainConfig(device=options.device, dtype=options.dtype))
     is_cuda = recipe.device.startswith("cuda")
-    recipe_row = train.DEFAULTS[options.size]
-    config = model.ElectraConfig(**model.SIZES[options.size])
+    recipe_row = train.SIZES[options.size]
+    config = train.make_config(model.ElectraConfig, recipe_row)
     length = recipe_row.get("max_length", data.DataConfig.max_length)
     batch_size = options.batch_size or (recipe_row.get("batch_size", 128) if is_cuda else 32)
     rows = make_rows(config, batch_size, length).to(recipe.device)

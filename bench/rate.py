@@ -70,8 +70,8 @@ def compare(config, options):
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     tokenizer = data.blank_tokenizer(config.do_lower_case, config.strip_accents)
     tokenizer.model = wordpiece.tokenizer.model
-    cache = data.prepare(config, progress=False)
-    rows = sum(shard["rows"] + shard["heldout_rows"] for shard in cache.shards)
+    shards = data.prepare(config, progress=False)
+    rows = shards.total("rows") + shards.total("heldout_rows")
     stub = Path(config.cache) / "stub.py"
     stub.write_text(STUB.format(rows=rows // len(units), length=config.max_length))
     some = units[: 1 + len(units) // 3]
@@ -81,7 +81,7 @@ def compare(config, options):
             tokenizer.encode_batch(lines[start : start + 10_000], add_special_tokens=False)
 
     def prepare():
-        shutil.rmtree(cache.folder)
+        shutil.rmtree(shards.folder)
         data.prepare(config, progress=False)
 
     def read():

@@ -37,7 +37,7 @@ import os, sys, time, train
 def first(*args):
     print("first batch", time.time(), flush=True)
     os._exit(0)
-train.learning_rate = first
+train.seed_dropout = first  # the rows have been read
 train.main(sys.argv[1:])
 """
 
@@ -158,16 +158,18 @@ def main():
     print(f"faults: {len(hub.happened)}, {counts}", flush=True)
 
     hub.happened.clear()
-    hub.faults, chance, killed = 10**9, random.Random(1), {"trainer": 0, "producer": 0}
+    hub.faults = 10**9
+    chance = random.Random(1)
+    killed = {"trainer": 0, "its child": 0}
     while sum(killed.values()) < options.kills:
         with open(work / "killed.log", "ab") as log:
             process = subprocess.Popen(commands("killed")[0], stdout=log, stderr=log)
         time.sleep(chance.uniform(2.0, 9.0))
         if process.poll() is not None:
             sys.exit(f"the run ended after {killed} kills: raise --steps")
-        producers = children(process.pid)
-        victim = chance.choice(["trainer", "producer"]) if producers else "trainer"
-        os.kill(producers[0] if victim == "producer" else process.pid, signal.SIGKILL)
+        preparing = children(process.pid)
+        victim = chance.choice(["trainer", "its child"]) if preparing else "trainer"
+        os.kill(preparing[0] if victim == "its child" else process.pid, signal.SIGKILL)
         killed[victim] += 1
         process.wait()
     hub.faults = 0
