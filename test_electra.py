@@ -1834,7 +1834,7 @@ def on_cuda(function):
 @on_cuda
 def test_graphs_and_resuming_change_no_bit_on_a_gpu(corpus, monkeypatch):
     """With --deterministic, 24 steps replayed as a graph equal 24 plain ones; so does a resumed run."""
-    flags = "--device cuda --no-compile --deterministic --log-every 1 --out "
+    flags = "--device cuda --deterministic --log-every 1 --out "
     pretrain(flags + "plain --no-graph")
     pretrain(flags + "graph")
 
