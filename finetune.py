@@ -49,6 +49,7 @@ from glue import (
     average_of_9,
     check_folder,
     find_tasks,
+    no_rows,
     read_examples,
     read_sentences,
     read_table,
@@ -622,7 +623,7 @@ def predict_file(config):
                 text = label if predictor.labels else f"{label:.6g}"
                 print(text, *(f"{probability:.4f}" for probability in probabilities.values()), sep="\t")
     if header:
-        raise UserError(f"{source} has no rows; the first line of a table names its columns")
+        raise no_rows(source)
 
 
 def main(argv=None):
