@@ -1,7 +1,8 @@
 """Fine-tune on GLUE or on your own labels, and score: `python finetune.py --task mrpc --seeds 10`.
 
-Read `sweep` first: all tasks with all seeds. Then read `Finetuner.run`: one task with one seed. Each finished
-seed is a line of out/glue/results.jsonl and is not run again. Its result does not depend on what else runs.
+`sweep` runs all tasks with all seeds, and `Finetuner.run` one task with one seed: read these two first. Each
+finished seed is a line of out/glue/results.jsonl and is not run again. Its result is the same
+whatever else runs.
 
 The table has the mean, deviation, median and best that papers print. --submit writes files for
 gluebenchmark.com. --save keeps the best network of a task, and `Predictor` uses it.
@@ -104,7 +105,9 @@ def sweep(experiments):
         finetuner = None  # made for the first seed that is to be run, and used for the others
         for seed in range(experiment.config.seeds):
             with data.lock(experiment.folder / "locks" / experiment.key(seed)) as is_ours:
-                if not is_ours or seed in experiment.results():
+                if not is_ours:  # another process is working on it
+                    continue
+                if seed in experiment.results():  # perhaps another process has just finished it
                     continue
                 if finetuner is None:
                     finetuner = Finetuner(experiment.task, experiment.pretrained, experiment.config)
