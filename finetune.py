@@ -1,8 +1,8 @@
 """Fine-tune on GLUE or on your own labels, and score: `python finetune.py --task mrpc --seeds 10`.
 
 `sweep` runs all tasks with all seeds, and `Finetuner.run` one task with one seed: read these two first. Each
-finished seed is a line of out/glue/results.jsonl and is not run again. Its result is the same
-whatever else runs.
+finished seed is a line of out/glue/results.jsonl and is not run again. The result of a seed does not depend
+on what else runs.
 
 The table has the mean, deviation, median and best that papers print. --submit writes files for
 gluebenchmark.com. --save keeps the best network of a task, and `Predictor` uses it.
