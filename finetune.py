@@ -1,9 +1,11 @@
 """Fine-tune on GLUE or on your own labels, and score: `python finetune.py --task mrpc --seeds 10`.
 
-Read `Finetuner.run` first: one run of one task with one seed. `Sweep` runs all tasks and seeds. Each finished
-run is a line of out/glue/results.jsonl and is never repeated. The table is what papers print; --submit writes
-files for gluebenchmark.com. The result of a seed does not depend on what else runs. --save keeps the best
-network of a task, and `Predictor` uses it.
+`sweep` runs all tasks with all seeds, and `Finetuner.run` one task with one seed: read these two first. Each
+finished seed is a line of out/glue/results.jsonl and is not run again. The result of a seed does not depend
+on what else runs.
+
+The table has the mean, deviation, median and best that papers print. --submit writes files for
+gluebenchmark.com. --save keeps the best network of a task, and `Predictor` uses it.
 """
 
 import os
@@ -26,68 +28,20 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import (
-    DataConfig,
-    UserError,
-    WordPiece,
-    append_json,
-    atomic_folder,
-    atomic_write,
-    digest,
-    find_model,
-    lock,
-    parse_json,
-    read_json,
-    read_tokenizer,
-    rng,
-)
-from glue import (
-    AVERAGED_BY_ELECTRA,
-    TASKS,
-    Example,
-    average_of_8,
-    average_of_9,
-    check_folder,
-    find_tasks,
-    read_examples,
-    read_sentences,
-    read_table,
-    score,
-    submission_file,
-    submission_splits,
-    write_submission,
-)
-from model import (
-    ElectraConfig,
-    Encoder,
-    glorot_uniform_,
-    in_fp32,
-    load_config,
-    load_weights,
-    mask_and_types,
-    save_pretrained,
-)
-from train import (
-    CudaGraphs,
-    StepConfig,
-    autocast,
-    build_optimizer,
-    learning_rate,
-    parse,
-    reset_moments,
-    resolve_device,
-    run_command,
-)
+import data
+import glue
+import model
+import train
 
 EVAL_BATCH_SIZE = 128  # examples in a forward pass that predicts
 CHUNK = 10_000  # examples of --predict-file that are sorted by length together
-# Peak learning rate and layer-wise decay of small, base and large by hidden size; a size in between takes the
-# next larger one's. 3e-4 is the paper's for small; the official code's default for it is 1e-4.
-RECIPES = {256: (3e-4, 0.8), 768: (1e-4, 0.8), 1024: (5e-5, 0.9)}
+# Peak learning rate and layer-wise decay of small, base and large, by hidden size. Other widths use the next
+# larger entry. 3e-4 is the paper's for small; the official code's default for it is 1e-4.
+FINETUNING = {256: (3e-4, 0.8), 768: (1e-4, 0.8), 1024: (5e-5, 0.9)}
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(StepConfig):
+class FinetuneConfig(train.StepConfig):
     """The recipe, and where and how it runs."""
 
     task: list = ("all",)  # cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, all, or folders of your own
@@ -108,24 +62,81 @@ class FinetuneConfig(StepConfig):
     submit: bool = False  # write those of the seeds with the best dev scores as files; GLUE as a zip
     save: bool = False  # keep the network of the seed with the best dev score in OUT/TASK
     predict_file: str = ""  # a .tsv, .csv or .jsonl file, or - for standard input: print predictions for it
-    cache: str = DataConfig.cache  # folder for downloads
+    cache: str = data.DataConfig.cache  # folder for downloads
     out: str = "out/glue"  # folder for results
 
     def __post_init__(self):
         for name in ("seeds", "batch_size"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise data.UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_length < 8:
-            raise UserError(f"max_length is {self.max_length}; an example needs at least 8 tokens")
+            raise data.UserError(f"max_length is {self.max_length}; an example needs at least 8 tokens")
+
+    @property
+    def keeps_predictions(self):
+        return self.predict or self.submit
 
 
-def resolve(config, task, hidden_size):
-    """The config of one task: what was typed, else the recipe of the task and of the model's size."""
-    sizes = [size for size in RECIPES if size >= hidden_size]
-    peak, decay = RECIPES[min(sizes, default=max(RECIPES))]
-    return replace(config, learning_rate=config.learning_rate or peak,
-                   layerwise_lr_decay=config.layerwise_lr_decay or decay,
+# Flags that are not compared: they do not change a result, or the files that they name are compared instead.
+NOT_SETTINGS = {"task", "seeds", "model", "random_weights", "glue_dir", "predict", "submit", "save",
+                "predict_file", "cache", "out", "device", "graph", "deterministic"}
+
+
+def fill_in_recipe(config, task, hidden_size):
+    """The config of one task. What is 0 becomes the value for the model's size or for the task."""
+    widths = [width for width in FINETUNING if width >= hidden_size]
+    learning_rate, layerwise_lr_decay = FINETUNING[min(widths, default=max(FINETUNING))]
+    return replace(config, learning_rate=config.learning_rate or learning_rate,
+                   layerwise_lr_decay=config.layerwise_lr_decay or layerwise_lr_decay,
                    num_train_epochs=config.num_train_epochs or task.num_train_epochs)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The sweep: all tasks with all seeds
+
+
+def sweep(experiments):
+    """Fine-tune each task with each seed, and append a line to results.jsonl.
+
+    Seeds that are finished are skipped. Several processes may share a sweep: each skips what another is
+    working on.
+    """
+    for experiment in experiments:
+        finetuner = None  # made for the first seed that is to be run, and used for the others
+        for seed in range(experiment.config.seeds):
+            with data.lock(experiment.folder / "locks" / experiment.key(seed)) as is_ours:
+                if not is_ours:  # another process is working on it
+                    continue
+                if seed in experiment.results():  # perhaps another process has just finished it
+                    continue
+                if finetuner is None:
+                    finetuner = Finetuner(experiment.task, experiment.pretrained, experiment.config)
+                    splits = tokenize_splits(experiment)
+                run_seed(experiment, seed, finetuner, splits)
+
+
+def run_seed(experiment, seed, finetuner, splits):
+    """Fine-tune a task with a seed, score it, and append its line to the results."""
+    task = experiment.task
+    config = experiment.config
+    began = time.perf_counter()
+    predictions = finetuner.run(seed, splits)
+    seconds = round(time.perf_counter() - began, 1)
+
+    metrics = glue.score(task, predictions, {split: splits[split][1] for split in task.dev_splits})
+    if config.keeps_predictions:
+        write_predictions(experiment, seed, predictions)
+    append_result(experiment, dict(
+        task=task.name, seed=seed, metrics=metrics,
+        is_constant=bool(np.ptp(predictions[task.dev_splits[0]]) < 1e-5),
+        examples={split: len(rows) for split, (rows, _) in splits.items()}, seconds=seconds,
+        finished=time.strftime("%Y-%m-%d %H:%M:%S"), model=str(experiment.pretrained.folder),
+        device=config.device, threads=torch.get_num_threads(), torch=str(torch.__version__),
+        settings=experiment.settings()))
+    scores = ", ".join(f"{metric} {100 * value:.1f}" for metric, value in metrics.items())
+    print(f"{task.title}, seed {seed}: {scores} ({seconds:.0f} s)")
+    if config.save and seed == best_seed(experiment):
+        save(experiment, seed, finetuner.network)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -140,33 +151,38 @@ class Finetuner:
         self.pretrained = pretrained
         self.config = config
         self.network = self.new_classifier().to(config.device)
-        layers, decay = pretrained.config.num_hidden_layers, config.layerwise_lr_decay
-        self.optimizer = build_optimizer(self.network.named_parameters(), config,
-                                         lambda name: lr_scale(name, layers, decay))
-        self.step = CudaGraphs(self.take_step) if config.graph else self.take_step
+        num_layers = pretrained.config.num_hidden_layers
+        self.optimizer = train.build_optimizer(
+            self.network.named_parameters(), config,
+            lambda name: lr_scale(name, num_layers, config.layerwise_lr_decay))
+        self.run_step = train.CudaGraphs(self.take_step) if config.graph else self.take_step
 
     def run(self, seed, splits):
         """Train with a seed on splits["train"], and return the predictions of the others, NumPy arrays (N,).
 
         `splits` has the (rows, labels) of each split.
         """
-        task, config = self.task, self.config
+        task = self.task
+        config = self.config
         self.start(seed)
         rows, labels = splits["train"]
         # Everything is on the device, and the host knows the lengths: no step waits for the device.
-        ids, lengths = to_device(rows, config)
-        kind = torch.long if task.labels else torch.float32
-        labels = torch.tensor(labels, dtype=kind, device=config.device)
-        total, step = num_steps(len(rows), config.batch_size, config.num_train_epochs), 0
+        ids, lengths = ids_and_lengths(rows, config)
+        dtype = torch.long if task.labels else torch.float32
+        labels = torch.tensor(labels, dtype=dtype, device=config.device)
+        total = num_steps(len(rows), config.batch_size, config.num_train_epochs)
+        step = 0
         title = f"{task.title}, seed {seed}"
         with tqdm(total=total, desc=title, unit=" steps", leave=False, disable=None) as bar:
             for epoch in range(config.num_train_epochs):
-                order = rng(seed, f"{task.name} order", epoch).permutation(len(rows))
-                for chosen, places in batches(order, config.batch_size, config.device):
-                    lr = learning_rate(step, config.learning_rate, total, config.warmup_proportion * total)
+                order = data.rng(seed, f"{task.name} order", epoch).permutation(len(rows))
+                for indices, device_indices in batches(order, config.batch_size, config.device):
+                    lr = train.learning_rate(step, config.learning_rate, total,
+                                             config.warmup_proportion * total)
                     for group in self.optimizer.param_groups:
                         group["lr"].fill_(lr * group["lr_scale"])
-                    self.step(ids[places, : cut_length(lengths[chosen], config)], labels[places])
+                    length = cut_length(lengths[indices], config)
+                    self.run_step(ids[device_indices, :length], labels[device_indices])
                     step += 1
                     bar.update()
         # The last step is scored: no best epoch is picked.
@@ -175,10 +191,11 @@ class Finetuner:
 
     def start(self, seed):
         """Go back to the pre-trained weights, a new classifier and empty moments, all in place."""
-        torch.manual_seed(int(rng(seed, f"{self.task.name} classifier").integers(2**63)))  # of dropout, too
+        # The seed of the classifier's weights, and of dropout.
+        torch.manual_seed(int(data.rng(seed, f"{self.task.name} classifier").integers(2**63)))
         self.network.load_state_dict(self.new_classifier().state_dict())
         self.network.train()
-        reset_moments(self.optimizer)
+        train.reset_moments(self.optimizer)
         device = torch.device(self.config.device).type
         self.scaler = torch.amp.GradScaler(device, enabled=self.config.dtype == "fp16")
 
@@ -191,7 +208,7 @@ class Finetuner:
     def take_step(self, ids, labels):
         """One optimizer step on ids (B, L) and labels (B,)."""
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.config):
+        with train.autocast(self.config):
             logits = self.network(ids)
         loss = losses(logits, labels, self.task).sum()  # [D34] not the mean
         self.scaler.scale(loss).backward()
@@ -204,21 +221,22 @@ class Finetuner:
 class Classifier(nn.Module):
     """The pre-trained encoder, then dropout and one linear layer on [CLS]. [D29]"""
 
-    architecture = "ElectraModel"  # the encoder: the head of transformers' classifier is another one
+    # Saved as a plain encoder, which transformers can load. Its classification head has another layer.
+    architecture = "ElectraModel"
 
     def __init__(self, config, num_outputs):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = model.Encoder(config)
         self.dropout = nn.Dropout(0.1)
         self.classifier = nn.Linear(config.hidden_size, num_outputs)
-        glorot_uniform_(self.classifier)
+        model.glorot_uniform_(self.classifier)
 
     def forward(self, input_ids):
         """(B, L) ids -> logits (B, num_outputs)."""
-        types = mask_and_types(input_ids, self.config.sep_token_id)
-        hidden = self.encoder(input_ids, *types)  # (B, L, H)
-        return in_fp32(self.classifier(self.dropout(hidden[:, 0])))
+        attention_mask, token_type_ids = model.mask_and_types(input_ids, self.config.sep_token_id)
+        hidden = self.encoder(input_ids, attention_mask, token_type_ids)  # (B, L, H)
+        return model.in_fp32(self.classifier(self.dropout(hidden[:, 0])))
 
 
 def lr_scale(name, num_hidden_layers, decay):
@@ -231,8 +249,13 @@ def lr_scale(name, num_hidden_layers, decay):
     >>> [round(lr_scale(name, 12, 0.8), 3) for name in ("classifier.bias", "encoder.layers.11.output.bias")]
     [1.0, 0.64]
     """
-    match = re.match(r"encoder\.layers\.(\d+)\.", name)
-    depth = int(match[1]) + 1 if match else 0 if name.startswith("encoder.") else num_hidden_layers + 2
+    layer = re.match(r"encoder\.layers\.(\d+)\.", name)
+    if layer:
+        depth = int(layer[1]) + 1
+    elif name.startswith("encoder."):
+        depth = 0
+    else:
+        depth = num_hidden_layers + 2
     return decay ** (num_hidden_layers + 2 - depth)
 
 
@@ -240,23 +263,16 @@ def num_steps(num_examples, batch_size, epochs):
     return math.ceil(num_examples / batch_size) * epochs  # [D32]
 
 
-def losses(logits, labels, task):
-    """(B,): cross-entropy or, for STS-B, the squared error of the number itself. [D31]"""
-    if task.labels:
-        return F.cross_entropy(logits, labels, reduction="none")
-    return (logits.squeeze(1) - labels) ** 2
-
-
-def to_device(rows, config):
-    """(ids (N, L) on the device, their lengths (N,) on the host) of zero-padded rows."""
+def ids_and_lengths(rows, config):
+    """The ids (N, L) of zero-padded rows, on the device, and their lengths (N,), on the host."""
     return torch.from_numpy(rows.astype(np.int32)).to(config.device), (rows != 0).sum(1)
 
 
 def batches(order, size, device):
-    """Yield (numbers, the same on the device) for each batch of examples in an order."""
-    places = torch.from_numpy(order).to(device)  # all at once
+    """Yield, for each batch, the indices of its examples: on the host, and the same on the device."""
+    device_order = torch.from_numpy(order).to(device)  # all at once
     for start in range(0, len(order), size):
-        yield order[start : start + size], places[start : start + size]
+        yield order[start : start + size], device_order[start : start + size]
 
 
 def cut_length(lengths, config):
@@ -265,18 +281,11 @@ def cut_length(lengths, config):
     return 16 * math.ceil(longest / 16) if config.device.startswith("cuda") else longest
 
 
-@torch.no_grad()
-def compute_logits(network, rows, config):
-    """(N, num_outputs), without dropout. Rows of like length share a batch."""
-    network.eval()
-    ids, lengths = to_device(rows, config)
-    order = np.argsort(lengths, kind="stable")
-    with autocast(config):
-        logits = torch.cat([network(ids[places, : cut_length(lengths[chosen], config)])
-                            for chosen, places in batches(order, EVAL_BATCH_SIZE, config.device)])
-    unsorted = np.empty(logits.shape, dtype=np.float32)
-    unsorted[order] = logits.cpu().numpy()
-    return unsorted
+def losses(logits, labels, task):
+    """(B,): cross-entropy or, for STS-B, the squared error of the number itself. [D31]"""
+    if task.labels:
+        return F.cross_entropy(logits, labels, reduction="none")
+    return (logits.squeeze(1) - labels) ** 2
 
 
 def predict(network, rows, task, config):
@@ -288,30 +297,79 @@ def predict(network, rows, task, config):
     return logits.argmax(1) if task.labels else logits[:, 0]
 
 
+@torch.no_grad()
+def compute_logits(network, rows, config):
+    """(N, num_outputs), without dropout. Rows of like length share a batch."""
+    network.eval()
+    ids, lengths = ids_and_lengths(rows, config)
+    order = np.argsort(lengths, kind="stable")
+    parts = []
+    with train.autocast(config):
+        for indices, device_indices in batches(order, EVAL_BATCH_SIZE, config.device):
+            length = cut_length(lengths[indices], config)
+            parts.append(network(ids[device_indices, :length]))
+        logits = torch.cat(parts)
+    unsorted = np.empty(logits.shape, dtype=np.float32)
+    unsorted[order] = logits.cpu().numpy()
+    return unsorted
+
+
 # ------------------------------------------------------------------------------------------------------------
 # From examples to rows
 
 
+def tokenize_splits(experiment):
+    """The (rows, labels) of each split of a task."""
+    task = experiment.task
+    config = experiment.config
+    examples, sha256 = read_splits(task, config)
+    if sha256 != experiment.sha256:
+        raise data.UserError(f"the files of {task.title} have changed; run the same command again")
+    return {split: tokenize_examples(examples[split], experiment.pretrained.wordpiece, config.max_length,
+                                     both_orders=task.both_orders and split == "train")
+            for split in examples}
+
+
+def read_splits(task, config):
+    """The examples of a task by split, and the SHA-256 of their files by split."""
+    examples = {}
+    sha256 = {}
+    for owner, split in needed_splits(task, config):
+        examples[split], sha256[split] = glue.read_examples(owner, split, config.cache, config.glue_dir)
+    return examples, sha256
+
+
+def needed_splits(task, config):
+    """(Owner, split) of each set that is needed of a task."""
+    needed = [(task, split) for split in ("train", *task.dev_splits)]
+    if config.keeps_predictions:
+        needed += glue.submission_splits(task)
+    return needed
+
+
 def tokenize_examples(examples, wordpiece, max_length, both_orders=False):
     """Rows, uint16 (N, max_length), zero-padded, and labels (N,). With both_orders, swapped pairs follow."""
-    firsts, seconds = (wordpiece.encode([example[side] for example in examples]) for side in (0, 1))
-    pairs = list(zip(firsts, seconds, strict=True))
+    firsts = wordpiece.encode([example.first for example in examples])
+    seconds = wordpiece.encode([example.second for example in examples])
     labels = [example.label for example in examples]
     if both_orders:
-        pairs += [(second, first) for first, second in pairs]  # [D30] swapped before they are cut
-        labels += labels
-    rows = np.zeros((len(pairs), max_length), dtype=np.uint16)
-    for row, pair in zip(rows, pairs, strict=True):
-        ids = build_row(*pair, wordpiece, max_length)
+        firsts, seconds = firsts + seconds, seconds + firsts  # [D30] swapped before they are cut
+        labels = labels + labels
+    rows = np.zeros((len(firsts), max_length), dtype=np.uint16)
+    for row, first, second in zip(rows, firsts, seconds, strict=True):
+        ids = build_row(first, second, wordpiece, max_length)
         row[: len(ids)] = ids
     return rows, np.array(labels)
 
 
 def build_row(first, second, wordpiece, max_length):
     """[CLS] first [SEP] second [SEP], or [CLS] first [SEP] if there is no second, as a list of ids."""
-    cls, sep = [wordpiece.cls_token_id], [wordpiece.sep_token_id]
-    first, second = truncate(first, second, max_length - (3 if second else 2))
-    return cls + first + sep + (second + sep if second else [])
+    cls = wordpiece.cls_token_id
+    sep = wordpiece.sep_token_id
+    if not second:
+        return [cls, *first[: max_length - 2], sep]
+    first, second = truncate(first, second, max_length - 3)
+    return [cls, *first, sep, *second, sep]
 
 
 def truncate(first, second, length):
@@ -320,9 +378,13 @@ def truncate(first, second, length):
     >>> truncate([1, 2, 3, 4, 5], [6, 7, 8], 5)
     ([1, 2, 3], [6, 7])
     """
-    first, second = list(first), list(second)
+    first = list(first)
+    second = list(second)
     while len(first) + len(second) > length:
-        (first if len(first) > len(second) else second).pop()
+        if len(first) > len(second):
+            first.pop()
+        else:
+            second.pop()
     return first, second
 
 
@@ -334,233 +396,247 @@ class Pretrained(NamedTuple):
     """A model to fine-tune."""
 
     folder: Path
-    config: ElectraConfig  # with the dropout of fine-tuning
-    wordpiece: WordPiece
+    config: model.ElectraConfig  # with the dropout of fine-tuning
+    wordpiece: data.WordPiece
     encoder_state: dict | None  # None for random weights
     weights_sha256: str  # or "random"
 
 
 def load_pretrained(config):
-    folder = find_model(config.model, config.cache)
-    wordpiece, trained_length = read_tokenizer(folder)
-    model_config = replace(load_config(folder), hidden_dropout_prob=config.dropout,
+    """The model that --model names. It is checked here, before anything is fine-tuned."""
+    folder = data.find_model(config.model, config.cache)
+    wordpiece, trained_length = data.read_tokenizer(folder)
+    model_config = replace(model.load_config(folder), hidden_dropout_prob=config.dropout,
                            attention_probs_dropout_prob=config.dropout, sep_token_id=wordpiece.sep_token_id)
-    if "ElectraForMaskedLM" in (read_json(folder / "config.json").get("architectures") or ()):
+    if "ElectraForMaskedLM" in (data.read_json(folder / "config.json").get("architectures") or ()):
         print(f"{folder} is a generator or a masked language model; its encoder is fine-tuned")
     if len(wordpiece.tokens) != model_config.vocab_size:
-        raise UserError(f"{folder} is inconsistent: its vocabulary has {len(wordpiece.tokens):,} tokens, and "
-                        f"config.json says {model_config.vocab_size:,}")
+        raise data.UserError(f"{folder} is inconsistent: its vocabulary has {len(wordpiece.tokens):,} "
+                             f"tokens, and config.json says {model_config.vocab_size:,}")
     positions = model_config.max_position_embeddings
     if config.max_length > positions:
-        raise UserError(f"{folder} has {positions} positions; use --max-length {positions} or less")
+        raise data.UserError(f"{folder} has {positions} positions; use --max-length {positions} or less")
     if trained_length and config.max_length > trained_length:
         print(f"warning: {folder} was pre-trained on rows of {trained_length} tokens, so later positions are "
               f"untrained; --max-length {trained_length} avoids them")
-    network, sha256 = Classifier(model_config, 1), hashlib.sha256()
-    load_weights(network, folder, encoder_only=True)
+    encoder_state = load_encoder(folder, model_config)
     if config.random_weights:
         return Pretrained(folder, model_config, wordpiece, None, "random")
-    encoder_state = network.encoder.state_dict()
-    for tensor in encoder_state.values():
+    return Pretrained(folder, model_config, wordpiece, encoder_state, hash_tensors(encoder_state))
+
+
+def load_encoder(folder, model_config):
+    """The weights of a folder's encoder, by name."""
+    network = Classifier(model_config, 1)
+    model.load_weights(network, folder, encoder_only=True)
+    return network.encoder.state_dict()
+
+
+def hash_tensors(tensors):
+    sha256 = hashlib.sha256()
+    for tensor in tensors.values():
         sha256.update(tensor.numpy())
-    return Pretrained(folder, model_config, wordpiece, encoder_state, sha256.hexdigest())
+    return sha256.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The sweep over tasks and seeds
+# Experiments: what a sweep runs, and its results on disk
 
 
-class Sweep:
-    """All (task, seed) of a config. A finished one is a line of results.jsonl, and is not repeated.
-
-    Several processes may share a sweep: each skips what another is working on.
-    """
-
-    def __init__(self, config, tasks, pretrained):
-        self.config, self.tasks, self.pretrained, self.folder = config, tasks, pretrained, Path(config.out)
-        self.path = self.folder / "results.jsonl"
-        self.keeps_predictions = config.predict or config.submit
-        self.jobs = [(name, seed) for name in tasks for seed in range(config.seeds)]
-        self.configs = {name: resolve(config, task, pretrained.config.hidden_size)
-                        for name, task in tasks.items()}
-        if config.glue_dir:
-            check_folder([needed for name in tasks for needed in self.splits(name)], config.glue_dir)
-        for name in tasks if config.save else ():
-            folder = self.folder / name
-            if folder.exists() and not is_kept_network(folder):
-                raise UserError(f"--save would overwrite {folder}, which is not a network; use another --out")
+def plan(config, tasks, pretrained):
+    """The Experiment of each task, after all files are checked."""
+    folder = Path(config.out)
+    if config.glue_dir:
+        glue.check_folder([needed for task in tasks.values() for needed in needed_splits(task, config)],
+                          config.glue_dir)
+    if config.save:
+        for name in tasks:
+            if (folder / name).exists() and not is_kept_network(folder / name):
+                raise data.UserError(f"--save would overwrite {folder / name}, which is not a network; use "
+                                     "another --out")
+    experiments = []
+    for task in tasks.values():
         # Everything is read here once, so that damage is reported now, not in the middle of the night.
-        self.sha256 = {name: {split: sha256 for split, (_, sha256) in self.read(name).items()}
-                       for name in tasks}
+        _, sha256 = read_splits(task, config)
+        task_config = fill_in_recipe(config, task, pretrained.config.hidden_size)
+        experiments.append(Experiment(task, task_config, pretrained, sha256))
+    return experiments
 
-    def splits(self, name):
-        """All (task, split) that are needed of a task."""
-        task = self.tasks[name]
-        needed = [(task, split) for split in ("train", *task.dev_splits)]
-        return needed + submission_splits(task) * self.keeps_predictions
 
-    def read(self, name):
-        """(Examples, SHA-256) by split."""
-        return {split: read_examples(task, split, self.config.cache, self.config.glue_dir)
-                for task, split in self.splits(name)}
+@dataclass(frozen=True)
+class Experiment:
+    """A task, and everything that decides its results except the seed."""
 
-    def tokenize(self, name):
-        """(Rows, labels) by split."""
-        wordpiece, length, task = self.pretrained.wordpiece, self.config.max_length, self.tasks[name]
-        splits = self.read(name)
-        if {split: sha256 for split, (_, sha256) in splits.items()} != self.sha256[name]:
-            raise UserError(f"the files of {task.title} have changed; run the same command again")
-        return {split: tokenize_examples(examples, wordpiece, length, task.both_orders and split == "train")
-                for split, (examples, _) in splits.items()}
+    task: glue.Task
+    config: FinetuneConfig  # with the recipe of the task
+    pretrained: Pretrained
+    sha256: dict  # of the file of each split
 
-    def settings(self, name):
-        """Everything that decides a task's result, except the seed."""
-        model, task = self.pretrained, self.tasks[name]
-        others = ("task", "seeds", "model", "random_weights", "glue_dir", "predict", "submit", "save",
-                  "predict_file", "cache", "out", "device", "graph", "deterministic")
-        settings = {key: value for key, value in asdict(self.configs[name]).items() if key not in others}
-        return settings | dict(
-            data={split: self.sha256[name][split] for split in ("train", *task.dev_splits)},
-            shape=asdict(model.config), weights=model.weights_sha256, vocab=model.wordpiece.sha256,
-            do_lower_case=model.wordpiece.do_lower_case, strip_accents=model.wordpiece.strip_accents)
+    @property
+    def folder(self):
+        return Path(self.config.out)
 
-    def key(self, name, seed):
-        """The name under which the files of a (task, seed) are kept."""
-        return f"{name}-{seed}-{digest(self.settings(name))}"
+    def settings(self):
+        """What decides the results, for comparison with the lines of results.jsonl."""
+        flags = {name: value for name, value in asdict(self.config).items() if name not in NOT_SETTINGS}
+        pretrained = self.pretrained
+        wordpiece = pretrained.wordpiece
+        return flags | dict(
+            data={split: self.sha256[split] for split in ("train", *self.task.dev_splits)},
+            shape=asdict(pretrained.config), weights=pretrained.weights_sha256, vocab=wordpiece.sha256,
+            do_lower_case=wordpiece.do_lower_case, strip_accents=wordpiece.strip_accents)
 
-    def predictions_path(self, name, seed):
-        tests = digest([self.sha256[name][split] for _, split in submission_splits(self.tasks[name])])
-        return self.folder / "predictions" / f"{self.key(name, seed)}-{tests}.npz"
+    def key(self, seed):
+        """The name under which the files of a seed are kept."""
+        return f"{self.task.name}-{seed}-{data.digest(self.settings())}"
+
+    def predictions_path(self, seed):
+        tests = data.digest([self.sha256[split] for _, split in glue.submission_splits(self.task)])
+        return self.folder / "predictions" / f"{self.key(seed)}-{tests}.npz"
 
     def results(self):
-        """The finished lines of these settings by (task, seed)."""
-        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
-        wanted, done = {name: self.settings(name) for name in self.tasks}, {}
-        for number, line in enumerate(lines[:-1], 1):  # a kill may have cut the last one short
-            entry = parse_json(line, f"{self.path}, line {number},")
-            name, seed = entry["task"], entry["seed"]
-            if entry["settings"] == wanted.get(name) and seed < self.config.seeds:
-                if not self.keeps_predictions or self.predictions_path(name, seed).exists():
-                    done[name, seed] = entry
-        return done
+        """The line of each finished seed. A seed is not finished if it lacks predictions that are wanted."""
+        path = self.folder / "results.jsonl"
+        if not path.exists():
+            return {}
+        settings = self.settings()
+        *lines, _ = path.read_bytes().split(b"\n")  # a kill may have cut the last one short
+        finished = {}
+        for number, line in enumerate(lines, 1):
+            entry = data.parse_json(line, f"{path}, line {number},")
+            seed = entry["seed"]
+            if entry["task"] != self.task.name or entry["settings"] != settings or seed >= self.config.seeds:
+                continue
+            if self.config.keeps_predictions and not self.predictions_path(seed).exists():
+                continue
+            finished[seed] = entry
+        return finished
 
-    def add(self, entry):
-        """Append a line to results.jsonl."""
-        with (lock(self.folder / "locks" / "results", "waiting to write the results"),
-              open(self.path, "a+b") as file):
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)  # what a kill cut short
-            append_json(file, entry)
 
-    def run(self):
-        """Run everything that is not finished, except what another process is working on."""
-        finetuner, splits = None, None
-        for name, seed in self.jobs:
-            with lock(self.folder / "locks" / self.key(name, seed)) as is_ours:
-                if is_ours and (name, seed) not in self.results():  # another process may have finished it
-                    if finetuner is None or finetuner.task is not self.tasks[name]:
-                        finetuner = Finetuner(self.tasks[name], self.pretrained, self.configs[name])
-                        splits = self.tokenize(name)
-                    self.run_one(name, seed, finetuner, splits)
+def append_result(experiment, entry):
+    """Append a line to results.jsonl."""
+    with (data.lock(experiment.folder / "locks" / "results", "waiting to write the results"),
+          open(experiment.folder / "results.jsonl", "a+b") as file):
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)  # what a kill cut short
+        data.append_json(file, entry)
 
-    def run_one(self, name, seed, finetuner, splits):
-        """Fine-tune a task with a seed, and add its line to the results."""
-        task, config, began = self.tasks[name], self.configs[name], time.perf_counter()
-        predictions = finetuner.run(seed, splits)
-        seconds = round(time.perf_counter() - began, 1)
-        metrics = score(task, predictions, {split: splits[split][1] for split in task.dev_splits})
-        if self.keeps_predictions:
-            files = {owner.submissions[split]: predictions[split] for owner, split in submission_splits(task)}
-            with atomic_write(self.predictions_path(name, seed)) as file:
-                np.savez(file, **files)
-        self.add(dict(
-            task=name, seed=seed, metrics=metrics,
-            is_constant=bool(np.ptp(predictions[task.dev_splits[0]]) < 1e-5),
-            examples={split: len(rows) for split, (rows, _) in splits.items()}, seconds=seconds,
-            finished=time.strftime("%Y-%m-%d %H:%M:%S"), model=str(self.pretrained.folder),
-            device=config.device, threads=torch.get_num_threads(), torch=str(torch.__version__),
-            settings=self.settings(name)))
-        scores = ", ".join(f"{metric} {100 * value:.1f}" for metric, value in metrics.items())
-        print(f"{task.title}, seed {seed}: {scores} ({seconds:.0f} s)")
-        if self.config.save and seed == self.best_seed(name):
-            self.save(name, seed, finetuner.network)
 
-    def best_seed(self, name):
-        """The finished seed with the best dev score."""
-        results, metric = self.results(), self.tasks[name].metrics[0]
-        scores = {seed: results[name, seed]["metrics"][metric]
-                  for seed in range(self.config.seeds) if (name, seed) in results}
-        return max(scores, key=scores.get)
+def write_predictions(experiment, seed, predictions):
+    """Keep what a seed predicts of the test sets, under the names of the files to submit."""
+    arrays = {owner.submissions[split]: predictions[split]
+              for owner, split in glue.submission_splits(experiment.task)}
+    with data.atomic_write(experiment.predictions_path(seed)) as file:
+        np.savez(file, **arrays)
 
-    def save(self, name, seed, network):
-        """Write encoder, classifier, names of the labels and tokenizer of a task to its folder."""
-        task = self.tasks[name]
-        labels = dict(id2label=dict(enumerate(task.labels)), label_range=[task.low, task.high])
-        with (lock(self.folder / "locks" / "results", "waiting to write the network"),
-              atomic_folder(self.folder / name) as folder):
-            save_pretrained(network, folder, **labels, result=self.key(name, seed))
-            self.pretrained.wordpiece.save(folder, self.config.max_length)
 
-    def save_best(self):
-        """Keep the network of each task's best seed. If it is not at hand any more, the seed is run again."""
-        for name, task in self.tasks.items():
-            seed, path = self.best_seed(name), self.folder / name / "config.json"
-            if not path.exists() or read_json(path).get("result") != self.key(name, seed):
-                finetuner = Finetuner(task, self.pretrained, self.configs[name])
-                finetuner.run(seed, self.tokenize(name))
-                self.save(name, seed, finetuner.network)
-            print(f"{path.parent} holds the network of seed {seed}, {task.title}'s best on dev")
-
-    def submit(self):
-        """Write the predictions of each task's best seed and, with all nine of GLUE, the zip."""
-        files, folder, is_whole = {}, self.folder / "submission", set(TASKS) <= set(self.tasks)
-        for name, task in self.tasks.items():
-            with np.load(self.predictions_path(name, self.best_seed(name))) as kept:
-                for owner, split in submission_splits(task):
-                    file = owner.submissions[split]
-                    files[file] = submission_file(owner, kept[file])
-        with lock(self.folder / "locks" / "results", "waiting to write the submission"):
-            for file, text in files.items():
-                with atomic_write(folder / file) as opened:
-                    opened.write(text.encode())
-            if is_whole:
-                write_submission(self.folder / "submission.zip", files)
-        chosen = ", ".join(f"{task.title} {self.best_seed(name)}" for name, task in self.tasks.items())
-        print(f"{folder} has the test predictions of the seeds with the best dev scores: {chosen}")
-        if not is_whole and set(TASKS) & set(self.tasks):
-            print("submission.zip for gluebenchmark.com needs --task all")
+# ------------------------------------------------------------------------------------------------------------
+# The table
 
 
 def format_table(results, tasks):
-    """What papers print: of every metric the mean, deviation, median and best of the seeds; averages."""
+    """What papers print: the mean, deviation, median and best of the seeds of each metric; averages.
+
+    `results` has the lines of results.jsonl by task and seed.
+    """
+    has_averages = len(glue.TASKS.keys() & tasks) > 1
     width = max(10, *(len(task.title) + 1 for task in tasks.values()))
     lines = [f"{'':{width}}{'':22}{'seeds':>6}{'mean':>8}{'sd':>7}{'median':>8}{'best':>7}"]
-    means, medians, notes = {}, {}, []
+    notes = []
+    means = {}
+    medians = {}
     for name, task in tasks.items():
-        entries = [entry for (other, _), entry in results.items() if other == name]
-        means[name], medians[name] = {}, {}
-        for metric in entries[0]["metrics"] if entries else ():
+        entries = list(results[name].values())
+        if not entries:
+            continue
+        means[name] = {}
+        medians[name] = {}
+        is_averaged = has_averages and name in glue.AVERAGED_BY_ELECTRA and not task.files
+        for metric in entries[0]["metrics"]:
             values = 100 * np.array([entry["metrics"][metric] for entry in entries])
-            means[name][metric], medians[name][metric] = np.mean(values), np.median(values)
+            means[name][metric] = np.mean(values)
+            medians[name][metric] = np.median(values)
             deviation = f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "-"
-            is_averaged = name in AVERAGED_BY_ELECTRA and len(TASKS.keys() & tasks) > 1 and not task.files
             mark = "*" if is_averaged and metric == task.metrics[0] else ""
             lines.append(f"{task.title:{width}}{metric + mark:22}{len(values):6}{np.mean(values):8.2f}"
                          f"{deviation:>7}{np.median(values):8.2f}{np.max(values):7.2f}")
-        if constant := [str(entry["seed"]) for entry in entries if entry["is_constant"]]:
+        constant = [str(entry["seed"]) for entry in entries if entry["is_constant"]]
+        if constant:
             notes.append(f"{task.title}: seed {', '.join(constant)} gave every example the same answer; it "
                          "counts, too. With little data, more --num-train-epochs help")
-    if len(TASKS.keys() & tasks) > 1:
-        for title, average, needed in (
-            ("ELECTRA's average of 8 (* of each, no WNLI)", average_of_8, AVERAGED_BY_ELECTRA),
-            ("GLUE's average of 9 (a task's metrics averaged first)", average_of_9, tuple(TASKS)),
-        ):
-            missing = [TASKS[name].title for name in needed if not means.get(name)]
-            notes.append(f"{title}: needs {', '.join(missing)}" if missing else
-                         f"{title}: {average(means):.2f} from means, {average(medians):.2f} from medians")
+    if has_averages:
+        notes.append(format_average("ELECTRA's average of 8 (* of each, no WNLI)", glue.average_of_8,
+                                    glue.AVERAGED_BY_ELECTRA, means, medians))
+        notes.append(format_average("GLUE's average of 9 (a task's metrics averaged first)",
+                                    glue.average_of_9, tuple(glue.TASKS), means, medians))
     if "wnli" in tasks:
         notes.append("WNLI's dev set is adversarial: the majority class scores 56.3, models rarely more")
     return "\n".join(lines + notes)
+
+
+def format_average(title, average, needed, means, medians):
+    """The line of an average, or of the tasks that it needs."""
+    missing = [glue.TASKS[name].title for name in needed if name not in means]
+    if missing:
+        return f"{title}: needs {', '.join(missing)}"
+    return f"{title}: {average(means):.2f} from means, {average(medians):.2f} from medians"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# --submit and --save: what is made of the best seed
+
+
+def submit(experiments, config):
+    """Write the predictions of each task's best seed and, with all nine of GLUE, the zip."""
+    files = {}  # text by name
+    for experiment in experiments:
+        with np.load(experiment.predictions_path(best_seed(experiment))) as predictions:
+            for owner, split in glue.submission_splits(experiment.task):
+                name = owner.submissions[split]
+                files[name] = glue.submission_file(owner, predictions[name])
+    tasks = {experiment.task.name for experiment in experiments}
+    is_whole = tasks >= glue.TASKS.keys()
+    folder = Path(config.out)
+    with data.lock(folder / "locks" / "results", "waiting to write the submission"):
+        for name, text in files.items():
+            with data.atomic_write(folder / "submission" / name) as file:
+                file.write(text.encode())
+        if is_whole:
+            glue.write_submission(folder / "submission.zip", files)
+    seeds = ", ".join(f"{experiment.task.title} {best_seed(experiment)}" for experiment in experiments)
+    print(f"{folder / 'submission'} has the test predictions of the seeds with the best dev scores: {seeds}")
+    if not is_whole and tasks & glue.TASKS.keys():
+        print("submission.zip for gluebenchmark.com needs --task all")
+
+
+def save_best(experiments):
+    """Keep the network of each task's best seed. If it is not at hand any more, the seed is run again."""
+    for experiment in experiments:
+        task = experiment.task
+        seed = best_seed(experiment)
+        path = experiment.folder / task.name / "config.json"
+        if not path.exists() or data.read_json(path).get("result") != experiment.key(seed):
+            finetuner = Finetuner(task, experiment.pretrained, experiment.config)
+            finetuner.run(seed, tokenize_splits(experiment))
+            save(experiment, seed, finetuner.network)
+        print(f"{path.parent} holds the network of seed {seed}, {task.title}'s best on dev")
+
+
+def save(experiment, seed, network):
+    """Write encoder, classifier, names of the labels and tokenizer of a task to its folder."""
+    task = experiment.task
+    with (data.lock(experiment.folder / "locks" / "results", "waiting to write the network"),
+          data.atomic_folder(experiment.folder / task.name) as folder):
+        model.save_pretrained(network, folder, id2label=dict(enumerate(task.labels)),
+                              label_range=[task.low, task.high], result=experiment.key(seed))
+        experiment.pretrained.wordpiece.save(folder, experiment.config.max_length)
+
+
+def best_seed(experiment):
+    """The finished seed with the best dev score; of equal ones, the first."""
+    results = experiment.results()
+    metric = experiment.task.metrics[0]
+    return max(sorted(results), key=lambda seed: results[seed]["metrics"][metric])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -570,7 +646,7 @@ def format_table(results, tasks):
 def is_kept_network(folder):
     """Whether --save wrote a folder."""
     path = Path(folder) / "config.json"
-    return path.is_file() and "label_range" in read_json(path)
+    return path.is_file() and "label_range" in data.read_json(path)
 
 
 class Predictor:
@@ -582,71 +658,88 @@ class Predictor:
     The encoder in that folder loads in transformers, too. The head does not: theirs has another layer.
     """
 
-    def __init__(self, folder, config=FinetuneConfig(device="cpu", dtype="fp32")):
-        folder, self.config = Path(folder), config
+    def __init__(self, folder, config=None):
+        folder = Path(folder)
         if not is_kept_network(folder):
-            raise UserError(f"{folder} has no classifier; --model takes what --save wrote, as out/glue/mrpc")
-        content = read_json(folder / "config.json")
-        self.labels, (self.low, self.high) = list(content["id2label"].values()), content["label_range"]
-        self.wordpiece, self.max_length = read_tokenizer(folder)
-        self.network = Classifier(load_config(folder), len(self.labels) or 1)
-        load_weights(self.network, folder)
-        self.network.to(config.device)
+            raise data.UserError(f"{folder} has no classifier; --model takes what --save wrote, as "
+                                 "out/glue/mrpc")
+        content = data.read_json(folder / "config.json")
+        self.config = config or FinetuneConfig(device="cpu", dtype="fp32")
+        self.labels = list(content["id2label"].values())
+        self.low, self.high = content["label_range"]
+        self.wordpiece, self.max_length = data.read_tokenizer(folder)
+        self.network = Classifier(model.load_config(folder), len(self.labels) or 1)
+        model.load_weights(self.network, folder)
+        self.network.to(self.config.device)
 
     def predict(self, texts):
         """For each sentence or pair of sentences: (label, {label: probability}), or (number, {})."""
-        pairs = [(text, "") if isinstance(text, str) else text for text in texts]
-        if not pairs:
+        examples = []
+        for text in texts:
+            pair = (text, "") if isinstance(text, str) else text
+            examples.append(glue.Example(*pair, None))
+        if not examples:
             return []
-        examples = [Example(first, second, None) for first, second in pairs]
         rows, _ = tokenize_examples(examples, self.wordpiece, self.max_length)
         logits = torch.from_numpy(compute_logits(self.network, rows, self.config))
         if not self.labels:
-            return [(self.low + (self.high - self.low) * score, {}) for score in logits[:, 0].tolist()]
-        return [(self.labels[int(np.argmax(row))], dict(zip(self.labels, row, strict=True)))
-                for row in logits.softmax(1).tolist()]
+            return [(self.low + (self.high - self.low) * number, {}) for number in logits[:, 0].tolist()]
+        predictions = []
+        for probabilities in logits.softmax(1).tolist():
+            label = self.labels[int(np.argmax(probabilities))]
+            predictions.append((label, dict(zip(self.labels, probabilities, strict=True))))
+        return predictions
 
 
 def predict_file(config):
     """Print a table of predictions for a file of any size, in its order."""
-    predictor, is_stdin = Predictor(config.model, config), config.predict_file == "-"
-    source = "standard input" if is_stdin else config.predict_file
-    header = ["prediction", *predictor.labels]
-    with sys.stdin.buffer if is_stdin else open(source, "rb") as file:
-        rows = read_table(file, source)
-        while chunk := [read_sentences(row, where) for where, row in itertools.islice(rows, CHUNK)]:
-            if header:  # not before there is something below it
-                print(*header, sep="\t")
-                header = None
+    predictor = Predictor(config.model, config)
+    if config.predict_file == "-":
+        source = "standard input"
+        file = sys.stdin.buffer
+    else:
+        source = config.predict_file
+        file = open(source, "rb")
+    has_header = False
+    with file:
+        rows = glue.read_table(file, source)
+        while True:
+            chunk = [glue.read_sentences(row, where) for where, row in itertools.islice(rows, CHUNK)]
+            if not chunk:
+                break
+            if not has_header:  # not before there is something below it
+                print("prediction", *predictor.labels, sep="\t")
+                has_header = True
             for label, probabilities in predictor.predict(chunk):
                 text = label if predictor.labels else f"{label:.6g}"
                 print(text, *(f"{probability:.4f}" for probability in probabilities.values()), sep="\t")
-    if header:
-        raise UserError(f"{source} has no rows; the first line of a table names its columns")
+    if not has_header:
+        raise glue.no_rows(source)
 
 
 def main(argv=None):
     description = "Fine-tune and score. The same command resumes; a finished seed is not repeated."
-    [config], _ = parse(argv, description, [FinetuneConfig], {})
-    config = resolve_device(config)
+    [config], _ = train.parse(argv, description, [FinetuneConfig], {})
+    config = train.resolve_device(config)
     if config.predict_file:
         predict_file(config)
         return
-    sweep = Sweep(config, find_tasks(config.task, config.regression), load_pretrained(config))
-    sweep.run()
-    results = sweep.results()
-    print(format_table(results, sweep.tasks))
-    print(f"every seed's metrics are in {sweep.path}")
-    missing = [f"{sweep.tasks[name].title} seed {seed}" for name, seed in sweep.jobs
-               if (name, seed) not in results]
+    tasks = glue.find_tasks(config.task, config.regression)
+    experiments = plan(config, tasks, load_pretrained(config))
+    sweep(experiments)
+    results = {experiment.task.name: experiment.results() for experiment in experiments}
+    print(format_table(results, tasks))
+    print(f"every seed's metrics are in {Path(config.out) / 'results.jsonl'}")
+    missing = [f"{task.title} seed {seed}" for name, task in tasks.items() for seed in range(config.seeds)
+               if seed not in results[name]]
     if missing:
         print(f"not in the table, because another process is working on it: {', '.join(missing)}")
         return
     if config.submit:
-        sweep.submit()
+        submit(experiments, config)
     if config.save:
-        sweep.save_best()
+        save_best(experiments)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(train.run_command(main))

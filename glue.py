@@ -1,8 +1,8 @@
 """GLUE: nine tasks and a diagnostic set. Where they come from, how they are read, scored and submitted.
 
 An example is (first sentence, second sentence or "", label). Read the table of tasks, then `read_examples`.
-Every file must have the official number of rows, every download its published SHA-256. A folder with files of
-one's own makes one more task: `own_task`.
+Each file is checked for the official number of rows, each download for its published SHA-256. `own_task`
+turns a folder of your own files into a task.
 """
 
 import csv
@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import UserError, atomic_write, decode, download, make_once, parse_json
-from train import tied_ranks
+import data
+import train
 
 GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
 MSR = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
@@ -28,7 +28,7 @@ MSR = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
 class Example(NamedTuple):
     first: str
     second: str  # "" for a task of single sentences
-    label: float | None  # number of a class; a score on a scale from 0 to 1; None in a test set
+    label: float | None  # the number of the class, or a score from 0 to 1; None in a test set
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,22 @@ class Task:
     sentences: tuple = None  # columns of the one or two sentences in train and dev
     test_sentences: tuple = None  # the same in test
     label: int = None  # column of the label in train and dev; -1 is the last
-    labels: tuple = ("0", "1")  # names of the classes; none if the label is a number
-    low: float = 0.0  # such numbers are scaled to 0-1 from this
-    high: float = 5.0  # to this
-    in_words: bool = False  # submitted by name, not by number
+    labels: tuple = ("0", "1")  # names of the classes, or () for a regression: the label is a number
+    low: float = 0.0  # a regression's labels in [low, high] are scaled to [0, 1]
+    high: float = 5.0
+    submits_names: bool = False  # classes are submitted by name, not by number
     num_train_epochs: int = 3  # [D32]
     both_orders: bool = False  # [D30] trained on both orders of the sentences
-    header: bool = True  # of train and dev; test always has one
+    header: bool = True  # whether train and dev have one; test always has
     skips_short_rows: bool = False  # QQP has some rows that lack fields
     raw_rows: int = None  # training rows of the original QQP.zip, which is accepted as well
-    files: dict = None  # of one's own task: split -> path
+    files: dict = None  # split -> path, for a task of your own
 
     @property
     def name(self):
-        return self.title if self.files else self.title.lower().replace("-", "")
+        if self.files:
+            return self.title
+        return self.title.lower().replace("-", "")
 
     @property
     def dev_splits(self):
@@ -118,7 +120,7 @@ TASKS = {
                   test_mismatched=9_847),
         sentences=(8, 9), test_sentences=(8, 9), label=-1, labels=NLI,
         metrics=("accuracy",), submissions={"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
-        in_words=True,
+        submits_names=True,
     ),
     "qnli": Task(
         title="QNLI",
@@ -126,7 +128,7 @@ TASKS = {
                 "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
         rows=dict(train=104_743, dev=5_463, test=5_463),
         sentences=(1, 2), test_sentences=(1, 2), label=3, labels=ENTAILED,
-        metrics=("accuracy",), submissions={"test": "QNLI.tsv"}, in_words=True,
+        metrics=("accuracy",), submissions={"test": "QNLI.tsv"}, submits_names=True,
     ),
     "rte": Task(
         title="RTE",
@@ -134,7 +136,7 @@ TASKS = {
                 "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
         rows=dict(train=2_490, dev=277, test=3_000),
         sentences=(1, 2), test_sentences=(1, 2), label=3, labels=ENTAILED,
-        metrics=("accuracy",), submissions={"test": "RTE.tsv"}, in_words=True,
+        metrics=("accuracy",), submissions={"test": "RTE.tsv"}, submits_names=True,
         num_train_epochs=10,
     ),
     "wnli": Task(
@@ -152,7 +154,7 @@ DIAGNOSTIC = Task(
     source=(GLUE + "AX.tsv", 222_257, "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd"),
     rows=dict(diagnostic=1_104),
     sentences=(1, 2), test_sentences=(1, 2), labels=NLI,
-    metrics=(), submissions={"diagnostic": "AX.tsv"}, in_words=True,
+    metrics=(), submissions={"diagnostic": "AX.tsv"}, submits_names=True,
 )
 # MRPC cannot be distributed with GLUE: its dev set is cut out of the original's training set.
 MRPC_TEST = (MSR + "msr_paraphrase_test.txt", 441_275,
@@ -162,7 +164,7 @@ MRPC_DEV_IDS = (GLUE + "mrpc_dev_ids.tsv", 6_222,
 
 
 def find_tasks(names, is_regression=False):
-    """The tasks of a command by name: GLUE's, without regard to case and hyphens, folders, or all of GLUE."""
+    """The tasks of a command by name: GLUE's, in any case and with or without hyphens, folders, or all."""
     tasks = {}
     for name in names:
         key = name.lower().replace("-", "")
@@ -173,36 +175,100 @@ def find_tasks(names, is_regression=False):
         elif Path(name).is_dir():
             found = [own_task(Path(name), is_regression)]
         else:
-            raise UserError(f"there is no task {name}; there are {', '.join(TASKS)}, all, and folders with "
-                            "train and dev as .tsv, .csv or .jsonl")
+            raise data.UserError(f"there is no task {name}; there are {', '.join(TASKS)}, all, and folders "
+                                 "with train and dev as .tsv, .csv or .jsonl")
         for task in found:
-            if any(task.title == other.title and task != other for other in tasks.values()):
-                raise UserError(f"two tasks are called {task.title}; rename a folder")
+            namesakes = [other for other in tasks.values() if other.title == task.title]
+            if any(other != task for other in namesakes):
+                raise data.UserError(f"two tasks are called {task.title}; rename a folder")
             tasks[task.name] = task
     return tasks
 
 
 def submission_splits(task):
-    """(Task, split) of all that the model of a task predicts: MNLI's predicts the diagnostic set, too."""
-    tasks = [task, DIAGNOSTIC] if task is TASKS["mnli"] else [task]
-    return [(task, split) for task in tasks for split in task.submissions]
+    """(Owner, split) of each set that a task's model predicts. MNLI's predicts the diagnostic set, too."""
+    owners = [task]
+    if task is TASKS["mnli"]:
+        owners.append(DIAGNOSTIC)
+    return [(owner, split) for owner in owners for split in owner.submissions]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Reading
 
 
+def check_folder(splits, folder):
+    """Check that a folder has the files of all (task, split), and name all that are missing."""
+    paths = [official_path(task, split, folder) for task, split in splits if not task.files]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise data.UserError(f"there is no {', '.join(missing)}; --glue-dir takes a folder laid out as the "
+                             "official zips are")
+
+
 def read_examples(task, split, cache, glue_dir=None):
-    """(The examples of a split, in file order; SHA-256), from `glue_dir` or else downloaded to `cache`."""
+    """The examples of a split, in file order, and the SHA-256 of its file.
+
+    The file is one of your own, or an official one in `glue_dir` or else downloaded to `cache`.
+    """
     if task.files:
-        raw, source = task.files[split].read_bytes(), task.files[split]
-        return read_own(task, split, raw, source), hashlib.sha256(raw).hexdigest()
-    if glue_dir:
-        source = official_path(task, split, glue_dir)
+        source = task.files[split]
         raw = source.read_bytes()
+        examples = parse_own(task, split, raw, source)
     else:
-        raw, source = read_download(task, split, cache)
-    return parse_official(task, split, raw, source), hashlib.sha256(raw).hexdigest()
+        raw, source = read_official(task, split, cache, glue_dir)
+        examples = parse_official(task, split, raw, source)
+    return examples, hashlib.sha256(raw).hexdigest()
+
+
+def read_official(task, split, cache, glue_dir):
+    """The bytes of an official file, and what messages call it. Most downloads are zips."""
+    if glue_dir:
+        path = official_path(task, split, glue_dir)
+        return path.read_bytes(), path
+    if task is TASKS["mrpc"]:
+        return read_mrpc(split, cache), f"MRPC's {split} set"
+    path = fetch_official(task.source, cache)
+    if path.suffix != ".zip":
+        return path.read_bytes(), str(path)
+    name = f"{task.title}/{split}.tsv"
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(name), f"{name} in {path}"
+
+
+def official_path(task, split, folder):
+    return Path(folder) / task.title / f"{split}.tsv"
+
+
+def read_mrpc(split, cache):
+    """The bytes of MRPC's train, dev or test set. GLUE cuts dev out of the original's training set."""
+    if split == "test":
+        return fetch_official(MRPC_TEST, cache).read_bytes()
+    lines = fetch_official(MRPC_DEV_IDS, cache).read_bytes().split(b"\n")
+    dev_ids = {tuple(line.split(b"\t")) for line in lines}
+    original = fetch_official(TASKS["mrpc"].source, cache).read_bytes()
+    header, *rows = original.removesuffix(b"\n").split(b"\n")
+    kept = [header]
+    for row in rows:
+        ids = tuple(row.split(b"\t")[1:3])
+        row_split = "dev" if ids in dev_ids else "train"
+        if row_split == split:
+            kept.append(row)
+    return b"\n".join(kept)
+
+
+@functools.cache
+def fetch_official(source, cache):
+    """The path of an official file: downloaded, unless it is there, and checked."""
+    address, size, sha256 = source
+    path = Path(cache) / "glue" / address.rsplit("/", 1)[1]
+    advice = f"put {path.name} into {path.parent}, or use --glue-dir"
+    data.make_once(path, lambda: data.download(path, address, advice, size, sha256))
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != sha256:
+        raise data.UserError(f"{path} has SHA-256 {found} instead of {sha256}; delete it to download it "
+                             "again")
+    return path
 
 
 def parse_official(task, split, raw, source):
@@ -210,25 +276,35 @@ def parse_official(task, split, raw, source):
 
     Only "\\n" ends a line and only "\\t" a field. Quotes are characters like any other.
     """
-    is_test = split in task.submissions
-    columns = task.test_sentences if is_test else task.sentences
-    lines = decode(raw, source).removesuffix("\n").split("\n")
+    is_test = split in task.submissions  # a test set has columns of its own, a header and no labels
+    if is_test:
+        columns = task.test_sentences
+        last_column = max(columns)
+    else:
+        columns = task.sentences
+        last_column = max(*columns, task.label)
+    lines = data.decode(raw, source).removesuffix("\n").split("\n")
     width = lines[0].count("\t") + 1
     first_line = 2 if task.header or is_test else 1
-    examples, skipped = [], 0
+    examples = []
+    skipped = 0
     for number, line in enumerate(lines[first_line - 1 :], first_line):
         fields = line.split("\t")
         if len(fields) < width and task.skips_short_rows:
             skipped += 1
             continue
-        if len(fields) != width or width <= max(*columns, 0 if is_test else task.label):
-            raise UserError(f"{source}, line {number}, has {len(fields)} fields; it was damaged or edited")
-        sentences = [fields[column] for column in columns]
-        label = None if is_test else read_label(task, fields[task.label], f"{source}, line {number}")
-        examples.append(Example(sentences[0], sentences[1] if len(sentences) == 2 else "", label))
+        if len(fields) != width or last_column >= width:
+            raise data.UserError(f"{source}, line {number}, has {len(fields)} fields; it was damaged or "
+                                 "edited")
+        first = fields[columns[0]]
+        second = fields[columns[1]] if len(columns) == 2 else ""
+        label = None
+        if not is_test:
+            label = read_label(task, fields[task.label], f"{source}, line {number}")
+        examples.append(Example(first, second, label))
     if len(examples) not in (task.rows[split], task.raw_rows):
-        raise UserError(f"{source} has {len(examples):,} rows and not {task.rows[split]:,}: it was cut or "
-                        "edited")
+        raise data.UserError(f"{source} has {len(examples):,} rows and not {task.rows[split]:,}: it was "
+                             "cut or edited")
     if skipped:
         print(f"{source}: skipped {skipped} rows that lack fields")
     return examples
@@ -239,7 +315,7 @@ def read_label(task, text, where):
     if not task.labels:
         return (read_number(text, where) - task.low) / (task.high - task.low)
     if text not in task.labels:
-        raise UserError(f"{where}: the label is {text!r} and not one of {', '.join(task.labels)}")
+        raise data.UserError(f"{where}: the label is {text!r} and not one of {', '.join(task.labels)}")
     return task.labels.index(text)
 
 
@@ -249,216 +325,173 @@ def read_number(text, where):
     except ValueError:
         number = np.nan
     if not np.isfinite(number):
-        raise UserError(f"{where}: the label is {text!r} and not a number")
+        raise data.UserError(f"{where}: the label is {text!r} and not a number")
     return number
 
 
-def check_folder(splits, folder):
-    """Check that the files of all (task, split) are in a folder. Those that are missing are named at once."""
-    paths = [official_path(task, split, folder) for task, split in splits if not task.files]
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        raise UserError(f"there is no {', '.join(missing)}; --glue-dir takes a folder laid out as the "
-                        "official zips are")
-
-
-def official_path(task, split, folder):
-    return Path(folder) / task.title / f"{split}.tsv"
-
-
-def read_download(task, split, cache):
-    """(Bytes, name) of a split in the downloads, most of which are zips."""
-    if task is TASKS["mrpc"]:
-        return split_mrpc(split, cache), f"MRPC's {split} set"
-    path = fetch_official(task.source, cache)
-    if path.suffix != ".zip":
-        return path.read_bytes(), str(path)
-    name = f"{task.title}/{split}.tsv"
-    with zipfile.ZipFile(path) as archive:
-        return archive.read(name), f"{name} in {path}"
-
-
-def split_mrpc(split, cache):
-    """The bytes of MRPC's train, dev or test set: GLUE cuts dev out of the original's training set."""
-    if split == "test":
-        return fetch_official(MRPC_TEST, cache).read_bytes()
-    pairs = fetch_official(MRPC_DEV_IDS, cache).read_bytes().split(b"\n")
-    dev_ids = {tuple(pair.split(b"\t")) for pair in pairs}
-    train = fetch_official(TASKS["mrpc"].source, cache).read_bytes()
-    header, *rows = train.removesuffix(b"\n").split(b"\n")
-    chosen = [row for row in rows if (tuple(row.split(b"\t")[1:3]) in dev_ids) == (split == "dev")]
-    return b"\n".join([header, *chosen])
-
-
-@functools.cache
-def fetch_official(source, cache):
-    """The path of an official file: downloaded, unless it is there, and checked."""
-    address, size, sha256 = source
-    path = Path(cache) / "glue" / address.rsplit("/", 1)[1]
-    make_once(path, lambda: download(path, address, f"put {path.name} into {path.parent}, or use --glue-dir",
-                                     size, sha256))
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != sha256:
-        raise UserError(f"{path} has SHA-256 {found} instead of {sha256}; delete it to download it again")
-    return path
-
-
 # ------------------------------------------------------------------------------------------------------------
-# One's own tasks
+# Your own tasks. Nothing of GLUE needs this section.
 
 
 def own_task(folder, is_regression):
     """The task that a folder describes: train and dev, and perhaps test, as .tsv, .csv or .jsonl."""
+    files = find_own_files(folder)
+    title = folder.resolve().name
+    submissions = {}
+    if "test" in files:
+        submissions["test"] = f"{title}.tsv"
+    task = Task(title, rows=dict.fromkeys(files), metrics=("accuracy", "macro f1", "matthews"),
+                submissions=submissions, submits_names=True, files=files)
+    first_seen = find_labels(files["train"])
+    if is_regression:
+        labels = {read_number(text, where) for text, where in first_seen.items()}
+    else:
+        labels = set(first_seen)
+        for text, where in first_seen.items():
+            check_class(text, where)
+    if len(labels) < 2:
+        raise data.UserError(f"{files['train']} needs at least two different labels")
+    if is_regression:
+        return replace(task, labels=(), metrics=("spearman", "pearson"), low=min(labels), high=max(labels))
+    return replace(task, labels=tuple(sorted(labels, key=class_order)))
+
+
+def find_own_files(folder):
+    """The file of each split in a folder."""
     files = {}
     for split in ("train", "dev", "test"):
-        found = [path for kind in ("tsv", "csv", "jsonl") if (path := folder / f"{split}.{kind}").is_file()]
+        paths = [folder / f"{split}.{kind}" for kind in ("tsv", "csv", "jsonl")]
+        found = [path for path in paths if path.is_file()]
         if len(found) > 1:
-            raise UserError(f"there are {found[0]} and {found[1]}; keep one of them")
+            raise data.UserError(f"there are {found[0]} and {found[1]}; keep one of them")
         if found:
             files[split] = found[0]
         elif split != "test":
-            raise UserError(f"{folder} has no {split}.tsv, {split}.csv or {split}.jsonl")
-    title = folder.resolve().name
-    task = Task(title, dict.fromkeys(files), ("accuracy", "macro f1", "matthews"),
-                {"test": f"{title}.tsv"} if "test" in files else {}, in_words=True, files=files)
-    places = {}  # of each label, where it is seen first
-    with open(files["train"], "rb") as file:
-        for where, row in read_table(file, files["train"]):
-            places.setdefault(read_cell(row, "label", where), f"{where}, column label")
-    if is_regression:
-        numbers = {read_number(text, where) for text, where in places.items()}
-        if len(numbers) < 2:
-            raise UserError(f"{files['train']} needs at least two different labels")
-        return replace(task, labels=(), metrics=("spearman", "pearson"), low=min(numbers), high=max(numbers))
-    for text, where in places.items():
-        if not text or re.search(r"[\t\r\n]", text):
-            raise UserError(f"{where}: the label is {text!r}; it must be a word, without tab or line break")
-        if re.fullmatch(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?", text) and not re.fullmatch(r"[-+]?\d+", text):
-            raise UserError(f"{where}: the label is {text}, a number; use --regression")
-    if len(places) < 2:
-        raise UserError(f"{files['train']} needs at least two different labels")
-    in_order = sorted(places, key=lambda text: (int(text) if re.fullmatch(r"[-+]?\d+", text) else 0, text))
-    return replace(task, labels=tuple(in_order))
+            raise data.UserError(f"{folder} has no {split}.tsv, {split}.csv or {split}.jsonl")
+    return files
 
 
-def read_own(task, split, raw, source):
-    """The examples in a file of one's own."""
+def find_labels(path):
+    """The different labels in a file, as text, and where each is seen first."""
+    first_seen = {}
+    with open(path, "rb") as file:
+        for where, row in read_table(file, path):
+            first_seen.setdefault(read_cell(row, "label", where), f"{where}, column label")
+    return first_seen
+
+
+WHOLE_NUMBER = re.compile(r"[-+]?\d+")
+NUMBER = re.compile(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?")
+
+
+def check_class(text, where):
+    """Check that a label can be the name of a class: words and whole numbers can."""
+    if not text or re.search(r"[\t\r\n]", text):
+        raise data.UserError(f"{where}: the label is {text!r}; it must be a word, without tab or line break")
+    if NUMBER.fullmatch(text) and not WHOLE_NUMBER.fullmatch(text):
+        raise data.UserError(f"{where}: the label is {text}, a number; use --regression")
+
+
+def class_order(text):
+    """The key that sorts whole numbers by value and words by letters."""
+    if WHOLE_NUMBER.fullmatch(text):
+        return int(text), text
+    return 0, text
+
+
+def parse_own(task, split, raw, source):
+    """The examples in a file of your own."""
     examples = []
     for where, row in read_table(io.BytesIO(raw), source):
         label = None
         if split not in task.submissions:
             label = read_label(task, read_cell(row, "label", where), f"{where}, column label")
-        examples.append(Example(*read_sentences(row, where), label))
+        first, second = read_sentences(row, where)
+        examples.append(Example(first, second, label))
     if not examples:
-        raise UserError(f"{source} has no rows; the first line of a table names its columns")
+        raise no_rows(source)
     return examples
+
+
+def no_rows(source):
+    return data.UserError(f"{source} has no rows; the first line of a table names its columns")
 
 
 def read_sentences(row, where):
     """The one or two sentences of a row, under `sentence` or `sentence1` and `sentence2`."""
-    if not {"sentence", "sentence1"} & row.keys():
-        raise UserError(f"{where}, has no column sentence, or sentence1 and sentence2; there are "
-                        f"{', '.join(map(str, row))}")
-    first = read_cell(row, "sentence1" if "sentence1" in row else "sentence", where)
-    return first, read_cell(row, "sentence2", where) if "sentence2" in row else ""
+    if "sentence1" in row:
+        first = read_cell(row, "sentence1", where)
+    elif "sentence" in row:
+        first = read_cell(row, "sentence", where)
+    else:
+        raise data.UserError(f"{where}, has no column sentence, or sentence1 and sentence2; there are "
+                             f"{', '.join(map(str, row))}")
+    second = read_cell(row, "sentence2", where) if "sentence2" in row else ""
+    return first, second
 
 
 def read_cell(row, column, where):
-    """The text in a column."""
+    """The text in a column of a row. `where` is "SOURCE, line N", with which every message begins."""
     if column not in row:
-        raise UserError(f"{where}, has no column {column}; there are {', '.join(map(str, row))}")
+        raise data.UserError(f"{where}, has no column {column}; there are {', '.join(map(str, row))}")
     value = row[column]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise UserError(f"{where}, column {column}, is {value!r}, neither text nor a number")
+        raise data.UserError(f"{where}, column {column}, is {value!r}, neither text nor a number")
     return str(value).encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
 
 
 def read_table(file, source):
-    """Yield ("SOURCE, line N", {column: value}) for each row of a binary .tsv, .csv or .jsonl file.
-
-    Of standard input ("-") the first line tells which: .jsonl begins with "{", .tsv has tabs, .csv commas.
-    """
-    lines = (decode(line, f"{source}, line {number},") for number, line in enumerate(file, 1))
-    first, kind = next(lines, ""), Path(source).suffix.lower()
-    if kind not in (".jsonl", ".csv", ".tsv"):
-        kind = ".jsonl" if first.startswith("{") else ".csv" if "," in first and "\t" not in first else ".tsv"
+    """Yield ("SOURCE, line N", {column: value}) for each row of a binary .tsv, .csv or .jsonl file."""
+    lines = (data.decode(line, f"{source}, line {number},") for number, line in enumerate(file, 1))
+    first = next(lines, "")
     lines = itertools.chain([first], lines)
-    return read_objects(lines, source) if kind == ".jsonl" else read_separated(lines, source, kind)
+    kind = Path(source).suffix.lower()
+    if kind not in (".jsonl", ".csv", ".tsv"):  # of standard input
+        kind = guess_kind(first)
+    if kind == ".jsonl":
+        return read_objects(lines, source)
+    return read_separated(lines, source, kind)
+
+
+def guess_kind(first_line):
+    """The kind of a table from its first line: .jsonl begins with "{", .tsv has tabs, .csv commas."""
+    if first_line.startswith("{"):
+        return ".jsonl"
+    if "," in first_line and "\t" not in first_line:
+        return ".csv"
+    return ".tsv"
 
 
 def read_objects(lines, source):
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield f"{source}, line {number}", parse_json(line, f"{source}, line {number},")
+            yield f"{source}, line {number}", data.parse_json(line, f"{source}, line {number},")
 
 
 def read_separated(lines, source, kind):
-    rows = csv.reader(lines) if kind == ".csv" else (line.rstrip("\r\n").split("\t") for line in lines)
+    if kind == ".csv":
+        rows = csv.reader(lines)
+    else:
+        rows = (line.rstrip("\r\n").split("\t") for line in lines)
     try:
         header = next(rows, [])
         for number, fields in enumerate(rows, 2):
-            where = f"{source}, line {rows.line_num if kind == '.csv' else number}"
+            if kind == ".csv":
+                number = rows.line_num  # a quoted cell may have several lines
+            where = f"{source}, line {number}"
             if fields in ([], [""]):
                 continue
             if len(fields) != len(header):
-                raise UserError(f"{where}, has {len(fields)} fields, and the first line {len(header)}")
+                raise data.UserError(f"{where}, has {len(fields)} fields, and the first line {len(header)}")
             yield where, dict(zip(header, fields, strict=True))
     except csv.Error as error:
-        raise UserError(f"{source}, line {rows.line_num}, is not CSV: {error}") from None
+        raise data.UserError(f"{source}, line {rows.line_num}, is not CSV: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Metrics, as fractions of 1. 0 / 0 counts as 0, so a constant prediction scores 0.
 
-
-def accuracy(predictions, labels):
-    return float(np.mean(predictions == labels))
-
-
-def f1(predictions, labels):
-    """Of class 1. (The official F1Scorer counts predictions where it means labels.)"""
-    hits, total = np.sum((predictions == 1) & (labels == 1)), np.sum(predictions == 1) + np.sum(labels == 1)
-    return float(2 * hits / total) if total else 0.0
-
-
-def pearson(predictions, labels):
-    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
-        return 0.0
-    return float(np.corrcoef(predictions.astype(np.float64), labels.astype(np.float64))[0, 1])
-
-
-def spearman(predictions, labels):
-    return pearson(tied_ranks(predictions), tied_ranks(labels))
-
-
-def macro_f1(predictions, labels):
-    """The mean over the classes of each one's F1."""
-    classes = np.union1d(predictions, labels)
-    return float(np.mean([f1(predictions == number, labels == number) for number in classes]))
-
-
-def matthews(predictions, labels):
-    """Pearson's coefficient of indicators of the classes; of two classes, of zeros and ones."""
-    classes = np.union1d(predictions, labels)
-    one, other = ((values[:, None] == classes).astype(np.float64) for values in (predictions, labels))
-    one, other = one - one.mean(0), other - other.mean(0)
-    norm = np.sqrt((one**2).sum() * (other**2).sum())
-    return float((one * other).sum() / norm) if norm else 0.0
-
-
-METRICS = {"accuracy": accuracy, "f1": f1, "macro f1": macro_f1, "matthews": matthews, "pearson": pearson,
-           "spearman": spearman}
 AVERAGED_BY_ELECTRA = tuple(name for name in TASKS if name != "wnli")
-
-
-def score(task, predictions, labels):
-    """Metrics by name from predictions and labels by split. MNLI has "mismatched accuracy" as well."""
-    metrics = {}
-    for split in task.dev_splits:
-        prefix = "mismatched " if split == "dev_mismatched" else ""
-        metrics |= {prefix + metric: METRICS[metric](predictions[split], labels[split])
-                    for metric in task.metrics}
-    return metrics
 
 
 def average_of_8(metrics):
@@ -471,6 +504,58 @@ def average_of_9(metrics):
     return float(np.mean([np.mean(list(metrics[name].values())) for name in TASKS]))
 
 
+def score(task, predictions, labels):
+    """Metrics by name from predictions and labels by split. MNLI has "mismatched accuracy" as well."""
+    metrics = {}
+    for split in task.dev_splits:
+        prefix = "mismatched " if split == "dev_mismatched" else ""
+        for metric in task.metrics:
+            metrics[prefix + metric] = METRICS[metric](predictions[split], labels[split])
+    return metrics
+
+
+def accuracy(predictions, labels):
+    return float(np.mean(predictions == labels))
+
+
+def macro_f1(predictions, labels):
+    """The mean of the F1 of each class."""
+    classes = np.union1d(predictions, labels)
+    return float(np.mean([f1(predictions == number, labels == number) for number in classes]))
+
+
+def f1(predictions, labels):
+    """F1 of class 1. (The official F1Scorer counts predictions where it means labels.)"""
+    hits = np.sum((predictions == 1) & (labels == 1))
+    total = np.sum(predictions == 1) + np.sum(labels == 1)
+    return float(2 * hits / total) if total else 0.0
+
+
+def matthews(predictions, labels):
+    """Pearson's correlation of the indicators of the classes: of zeros and ones, a column for each class."""
+    classes = np.union1d(predictions, labels)
+    predicted = (predictions[:, None] == classes).astype(np.float64)  # (N, classes)
+    actual = (labels[:, None] == classes).astype(np.float64)
+    predicted = predicted - predicted.mean(0)
+    actual = actual - actual.mean(0)
+    norm = np.sqrt((predicted**2).sum() * (actual**2).sum())
+    return float((predicted * actual).sum() / norm) if norm else 0.0
+
+
+def spearman(predictions, labels):
+    return pearson(train.tied_ranks(predictions), train.tied_ranks(labels))
+
+
+def pearson(predictions, labels):
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        return 0.0
+    return float(np.corrcoef(predictions.astype(np.float64), labels.astype(np.float64))[0, 1])
+
+
+METRICS = {"accuracy": accuracy, "f1": f1, "macro f1": macro_f1, "matthews": matthews, "pearson": pearson,
+           "spearman": spearman}
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Submission
 
@@ -478,17 +563,19 @@ def average_of_9(metrics):
 def submission_file(task, predictions):
     """The text of a file to submit."""
     if not task.labels:
-        scores = task.low + (task.high - task.low) * np.clip(predictions, 0, 1)
+        scores = task.low + (task.high - task.low) * np.clip(predictions, 0, 1)  # [D31]
         digits = ".6g" if task.files else ".3f"
-        values = [f"{score:{digits}}" for score in scores + 0.0]  # [D31] and no -0
+        values = [f"{number:{digits}}" for number in scores + 0.0]  # + 0.0 turns -0.0 into 0.0
+    elif task.submits_names:
+        values = [task.labels[int(label)] for label in predictions]
     else:
-        values = [task.labels[int(label)] if task.in_words else str(int(label)) for label in predictions]
+        values = [str(int(label)) for label in predictions]
     return "index\tprediction\n" + "".join(f"{index}\t{value}\n" for index, value in enumerate(values))
 
 
 def write_submission(path, files):
     """Write the zip of eleven files. `files` has the text of each by name."""
-    with atomic_write(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
+    with data.atomic_write(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
         for task in [*TASKS.values(), DIAGNOSTIC]:
             for name in task.submissions.values():
                 member = zipfile.ZipInfo(name)  # dated 1980: the same predictions give the same bytes

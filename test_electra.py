@@ -1738,9 +1738,8 @@ class Recorded(train.CudaGraphs):
 def recorded(monkeypatch):
     """Steps are replayed, on a CPU."""
     resolve = train.resolve_device
-    for module in train, finetune:
-        monkeypatch.setattr(module, "CudaGraphs", Recorded)
-        monkeypatch.setattr(module, "resolve_device", lambda config: replace(resolve(config), graph=True))
+    monkeypatch.setattr(train, "CudaGraphs", Recorded)
+    monkeypatch.setattr(train, "resolve_device", lambda config: replace(resolve(config), graph=True))
     monkeypatch.setattr(Recorded, "captures", 0)
     monkeypatch.setattr(Recorded, "replays", 0)
 
@@ -1838,7 +1837,7 @@ def on_cuda(function):
 @on_cuda
 def test_graphs_and_resuming_change_no_bit_on_a_gpu(corpus, monkeypatch):
     """With --deterministic, 24 steps replayed as a graph equal 24 plain ones; so does a resumed run."""
-    flags = "--device cuda --no-compile --deterministic --log-every 1 --out "
+    flags = "--device cuda --deterministic --log-every 1 --out "
     pretrain(flags + "plain --no-graph")
     pretrain(flags + "graph")
 
@@ -2144,12 +2143,14 @@ def test_other_settings_are_other_results(toy_glue):
     keys = []
     for changes in deciding + others:
         config = replace(finetune.FinetuneConfig(glue_dir="glue", max_length=32), **changes)
-        sweep = finetune.Sweep(config, {"wnli": glue.TASKS["wnli"]}, finetune.load_pretrained(config))
-        keys.append(sweep.key("wnli", 0))
+        tasks, pretrained = {"wnli": glue.TASKS["wnli"]}, finetune.load_pretrained(config)
+        [experiment] = finetune.plan(config, tasks, pretrained)
+        keys.append(experiment.key(0))
     assert len(set(keys[: len(deciding)])) == len(deciding) and set(keys[len(deciding) :]) == {keys[0]}
     path = Path("glue/WNLI/dev.tsv")
     path.write_bytes(path.read_bytes().replace(b"ba", b"do"))
-    assert finetune.Sweep(config, sweep.tasks, sweep.pretrained).key("wnli", 0) not in keys
+    [experiment] = finetune.plan(config, tasks, pretrained)
+    assert experiment.key(0) not in keys
 
 
 @pytest.mark.parametrize("victim", ["results.jsonl", ".npz"])
@@ -2201,9 +2202,9 @@ def test_the_table_is_what_papers_print():
     def entry(seed, metrics):
         return dict(metrics=metrics, is_constant=False, seed=seed)
 
-    results = {("mrpc", seed): entry(seed, dict(accuracy=accuracy, f1=0.9))
-               for seed, accuracy in enumerate([0.8, 0.9, 0.82])}
-    results["wnli", 0] = entry(0, dict(accuracy=0.5))
+    mrpc = {seed: entry(seed, dict(accuracy=accuracy, f1=0.9))
+            for seed, accuracy in enumerate([0.8, 0.9, 0.82])}
+    results = dict(mrpc=mrpc, wnli={0: entry(0, dict(accuracy=0.5))}, cola={})
     text = finetune.format_table(results, glue.find_tasks(["mrpc", "wnli", "cola"]))
     assert re.search(r"^MRPC +accuracy\* +3 +84.00 +5.29 +82.00 +90.00$", text, re.M)
     assert re.search(r"^MRPC +f1 +3 +90.00 +0.00 +90.00 +90.00$", text, re.M)
@@ -2218,11 +2219,11 @@ def test_the_averages_are_the_papers():
     published = dict(cola=[56.8], sst2=[88.3], mrpc=[87.4, 90.4], stsb=[86.8, 87.0], qqp=[88.3, 85.3],
                      mnli=[78.9, 79.9], qnli=[87.9], rte=[68.5], wnli=[56.3])
     # Two seeds have the published scores, whose average is 80.36, and one has 0.3 more: the mean 0.1 more.
-    results = {}
+    results = collections.defaultdict(dict)
     for (name, scores), (seed, more) in itertools.product(published.items(), enumerate([0, 0, 0.3])):
         metrics = [*glue.TASKS[name].metrics, "mismatched accuracy"]
         values = {metric: (score + more) / 100 for metric, score in zip(metrics, scores, strict=False)}
-        results[name, seed] = dict(metrics=values, is_constant=False, seed=seed)
+        results[name][seed] = dict(metrics=values, is_constant=False, seed=seed)
     text = finetune.format_table(results, glue.TASKS)
     assert "no WNLI): 80.46 from means, 80.36 from medians" in text
     mean = np.mean([np.mean(scores) for scores in published.values()])
@@ -2232,8 +2233,8 @@ def test_the_averages_are_the_papers():
 def test_submission_is_eleven_files_of_the_best_seeds(toy_glue, monkeypatch, capsys):
     """The zip has eleven files, each from its task's best seed; it is reproducible."""
     scores = itertools.cycle([0.1, 0.2, 0.2, 0.1])  # of two seeds, task after task
-    watched = finetune.score
-    monkeypatch.setattr(finetune, "score",
+    watched = glue.score
+    monkeypatch.setattr(glue, "score",
                         lambda task, *args: watched(task, *args) | {task.metrics[0]: next(scores)})
     tune("--seeds 2 --submit --learning-rate 2e-3")
     said, results, path = capsys.readouterr().out, read_results(), Path("out/glue/submission.zip")
@@ -2397,13 +2398,13 @@ def test_what_is_kept_replaces_nothing_else(toy_glue, monkeypatch):
     with pytest.raises(UserError, match="--save would overwrite mine/own, which is not a network"):
         tune("--task mine/own --out mine --save")
     assert Path("mine/own/train.tsv").exists()
-    watch(monkeypatch, finetune.Sweep, "tokenize", lambda *_: Path("mine/own/dev.tsv").write_text("changed"))
+    watch(monkeypatch, finetune, "tokenize_splits", lambda _: Path("mine/own/dev.tsv").write_text("changed"))
     with pytest.raises(UserError, match="mine/own/dev.tsv has no rows"):
         tune("--task mine/own")
     write_task("mine/own")
     monkeypatch.undo()
     monkeypatch.chdir(toy_glue)
-    watch(monkeypatch, finetune.Sweep, "tokenize", lambda *_: write_task("mine/own", count=20))
+    watch(monkeypatch, finetune, "tokenize_splits", lambda _: write_task("mine/own", count=20))
     with pytest.raises(UserError, match="the files of own have changed; run the same command again"):
         finetune.main("--task mine/own --max-length 32".split())
 
@@ -2431,14 +2432,15 @@ def test_part_of_glue_is_submitted_as_files(toy_glue, capsys):
 def test_no_step_of_fine_tuning_waits_for_the_device(toy_glue, monkeypatch):
     """Rows and labels are on the device; nothing in a step has a size or a branch that depends on them."""
     steps = ExitStack()
-    watch(monkeypatch, finetune, "learning_rate", lambda step, *_: step or steps.enter_context(NoSync()))
+    watch(monkeypatch, train, "learning_rate", lambda step, *_: step or steps.enter_context(NoSync()))
     watch(monkeypatch, finetune, "predict", lambda *_: steps.close())
     config = finetune.FinetuneConfig(glue_dir="glue", max_length=32, num_train_epochs=1, device="cpu",
                                      dtype="fp32", graph=False, learning_rate=1e-3, layerwise_lr_decay=0.8)
     task = glue.TASKS["mrpc"]
-    sweep = finetune.Sweep(config, {"mrpc": task}, finetune.load_pretrained(config))
+    [experiment] = finetune.plan(config, {"mrpc": task}, finetune.load_pretrained(config))
     with steps:
-        finetune.Finetuner(task, sweep.pretrained, config).run(0, sweep.tokenize("mrpc"))
+        finetuner = finetune.Finetuner(task, experiment.pretrained, config)
+        finetuner.run(0, finetune.tokenize_splits(experiment))
 
 
 def test_folders_of_transformers_and_generators_are_taken(toy_glue, capsys, tmp_path):
@@ -3203,7 +3205,7 @@ def test_the_readmes_exercises_are_those_that_were_run(monkeypatch):
 
 
 def test_the_figures_of_log_and_readme_are_those_of_the_runs(monkeypatch, capsys):
-    """LOG.md has the tables of bench/results, with commands and commits; README has the scores."""
+    """LOG.md has the tables of bench/results, with commands and commits."""
     monkeypatch.syspath_prepend(HERE / "bench")
     import study
 
@@ -3212,8 +3214,34 @@ def test_the_figures_of_log_and_readme_are_those_of_the_runs(monkeypatch, capsys
     study.report(None)
     tables = capsys.readouterr().out.strip().split("\n\n")
     assert all(table in log for table in tables)
-    [scores] = (table for table in tables if table.startswith("| GLUE dev sets"))
-    assert scores[: scores.index("\n| ELECTRA − no pre-training")] in README
     found = [json.loads(path.read_text(encoding="utf-8")) for path in study.RESULTS.glob("*.json")]
     assert len(tables) == len(found) > 0
     assert all(stage["command"] in log and f"commit {stage['commit']}" in log for stage in found)
+
+
+def test_the_figures_of_the_gpu_are_those_of_the_runs():
+    """README's and LOG's tables of speed and of scores are made of bench/results/h100."""
+    log = (HERE / "LOG.md").read_text(encoding="utf-8")
+    steps, dev, run, mlm = (json.loads((HERE / f"bench/results/h100/{name}.json").read_text(encoding="utf-8"))
+                            for name in ("steps", "small_20k_dev", "small_20k", "small_20k_mlm"))
+    shown = {"transformers eager": "transformers' modules", "ours compiled": "compiled",
+             "ours compiled, one CUDA graph, in the real loop": "this code"}
+    for name, title in shown.items():
+        row = steps["small"]["variants"][name]
+        cells = f"| {row['ms']:.1f} | {row['steps_per_s']:.1f} | {row['tokens_per_s']:,.0f} |"
+        assert re.search(rf"{title}.*{re.escape(cells)}\n", README)
+        assert cells.strip("|") in log.replace("*", "")
+    metrics = "cola matthews", "mrpc accuracy", "stsb spearman", "sst2 accuracy"
+    arms = dict(random="random weights", mlm="20,000 steps", electra="ELECTRA, 20,000 steps")
+    for arm, title in arms.items():
+        cells = []
+        for metric in metrics:
+            scores = 100 * np.array(dev["scores"][metric].get(arm, []))
+            deviation = f" ± {scores.std(ddof=1):.1f}" if len(scores) > 1 else ""
+            cells.append(f"{scores.mean():.1f}{deviation} ({len(scores)})" if len(scores) else "")
+        row = f"| {' | '.join(cells)} |".replace("  ", " ")
+        assert all(re.search(rf"{title}\W.*{re.escape(row)}\n", text) for text in (README, log)), row
+    published = " | ".join(f"{100 * dev['published'][metric]:.1f}" for metric in metrics)
+    assert published in README and published in log
+    for lines, metric in (run, "mlm_loss"), (run, "disc_loss"), (run, "auc"), (mlm, "mlm_loss"):
+        assert " | ".join(f"{line[metric]:.3f}" for line in lines["heldout"]) in log

@@ -71,7 +71,7 @@ class TrainConfig(StepConfig):
     num_warmup_steps: int = 10_000  # steps over which the learning rate rises from 0
     micro_batch_size: int = 0  # rows in a forward pass, to save memory; 0 is all
     init: list = ()  # start from weights: DISCRIMINATOR [GENERATOR], runs, folders or names on the hub
-    compile: bool = None  # use torch.compile; by default on a GPU only
+    compile: bool = None  # use torch.compile; by default on a GPU, without --deterministic
     out: str = "out"  # parent folder; the run goes to OUT/SIZE
     log_every: int = 100  # steps between lines of log.jsonl
     eval_every: int = 1000  # steps between evaluations on held-out text
@@ -910,8 +910,8 @@ def configure(argv):
         torch.set_num_threads(1)  # a second gains little, and loses much on a busy machine (LOG.md)
     if config.micro_batch_size == 0:
         config = replace(config, micro_batch_size=config.batch_size // WORLD_SIZE)
-    if config.compile is None:
-        config = replace(config, compile=config.device.startswith("cuda"))
+    if config.compile is None:  # inductor may choose other kernels in another process, and round otherwise
+        config = replace(config, compile=config.device.startswith("cuda") and not config.deterministic)
     if config.compile and config.device == "cpu" and torch.__version__ < "2.11":
         raise data.UserError(f"torch {torch.__version__} may compile wrong gradients of embeddings on a CPU; "
                              "leave out --compile, or use torch 2.11 or later")

@@ -1,6 +1,6 @@
 """What a GPU makes of a step: tokens/s, time on the host, memory and kernels of each way to run it.
 
-    python bench/gpu.py [--size small] [--only eager,graph] [--glue-dir GLUE] [--json FILE]
+    python bench/gpu.py [--size small] [--only "eager;eager, graph"] [--glue-dir GLUE] [--json FILE]
 
 All ways run in one process, which takes a few minutes, most of them for compiling. Each reads the recipe's
 batch, draws random numbers, sets rates and the seed, and ends with clipping and AdamW. `transformers` is the

@@ -28,7 +28,7 @@ def make_finetuner(glue_dir, size, num_examples=None, **flags):
     config = train.resolve_device(finetune.FinetuneConfig(glue_dir=glue_dir, num_train_epochs=1, **flags))
     task = glue.TASKS["mrpc"]
     shape = train.make_config(model.ElectraConfig, train.SIZES[size])
-    config = finetune.resolve(config, task, shape.hidden_size)
+    config = finetune.fill_in_recipe(config, task, shape.hidden_size)
     examples, _ = glue.read_examples(task, "train", config.cache, glue_dir)
     # A vocabulary of the words that are there: rows are about as long as with BERT's.
     words = {word for example in examples for word in " ".join(example[:2]).lower().split()}
@@ -70,13 +70,13 @@ def main():
                         (torch.nn.utils, "clip_grad_norm_"), (torch.optim.AdamW, "step")):
         watch(owner, name)
     marks = []  # when the first and the last step begin
-    learning_rate = finetune.learning_rate
+    learning_rate = train.learning_rate
 
     def mark(*args):
         marks.append((time.perf_counter(), inside[0]))
         return learning_rate(*args)
 
-    finetune.learning_rate = mark
+    train.learning_rate = mark
     finetuner.run(0, {"train": (rows, labels)})
     (began, inside_before), (ended, inside_after) = marks[0], marks[-1]
     seconds, steps = ended - began, len(marks) - 1
