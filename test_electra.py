@@ -1298,9 +1298,9 @@ sys.exit(train.run_command(lambda: train.main(flags)))
 """
 
 
-def launch(ranks, flags):
-    """`train.py` in fp64 under torchrun: the process."""
-    Path("ranked.py").write_text(RANKED)
+def launch(ranks, flags, before=""):
+    """`train.py` in fp64 under torchrun: the process. Each rank first runs the Python code `before`."""
+    Path("ranked.py").write_text(before + RANKED)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
                "ranked.py", *(ARGUMENTS + CALM + flags).split()]
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
@@ -2637,6 +2637,9 @@ def use_small_shards(command, popen=subprocess.Popen, **kwargs):
     return popen([word.replace(data.__file__, "child.py") for word in command], **kwargs)
 
 
+SMALL = f"{CHILD}\n{inspect.getsource(use_small_shards)}\nsubprocess.Popen = use_small_shards\n"
+
+
 @pytest.fixture
 def streaming(corpus, monkeypatch):
     """The address of OpenWebText on a server that fails now and then; the child process has two workers."""
@@ -2667,8 +2670,7 @@ def test_trainer_and_child_killed_in_the_stream_end_in_the_same_bits(streaming):
     """Training begins with the first shard; killed while the rest arrives, it ends in the same bits."""
     pretrain(f"--data {streaming} --out whole")
     flags = f"--data {streaming} --out killed --cache cache2"
-    script = f"{CHILD}\n{inspect.getsource(use_small_shards)}\nsubprocess.Popen = use_small_shards\n"
-    command = [sys.executable, "-c", script + "train.main(sys.argv[1:])", *ARGUMENTS.split(), *flags.split()]
+    command = [sys.executable, "-c", SMALL + "train.main(sys.argv[1:])", *ARGUMENTS.split(), *flags.split()]
     assert kill_when(command, lambda: len(list(Path("cache2").glob("owt*/shard-*.npz"))) >= 2)
     log = Path("killed/small/log.jsonl")
     assert kill_when(command, lambda: log.exists() and log.read_bytes().count(b"\n") >= 6)
@@ -2690,6 +2692,46 @@ def test_the_childs_own_sentence_stops_the_training_which_saves(streaming):
     assert torch.load("out/small/checkpoint.pt", weights_only=True)["step"] > 3
 
 
+def test_ctrl_c_while_text_is_waited_for_saves_at_once(streaming):
+    """The rows run out before the text does; Ctrl-C ends the wait, and what was trained is saved."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.mkfifo("slow.txt")
+    log = Path("out/small/log.jsonl")
+
+    def write_and_interrupt():
+        with open("slow.txt", "w") as pipe:  # it stays open: the child process waits for more
+            pipe.write(Path("corpus.txt").read_text())
+            pipe.flush()
+            size = -1
+            while not log.exists() or log.stat().st_size > size:
+                size = log.stat().st_size if log.exists() else -1
+                time.sleep(0.5)
+            interrupted.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+
+    interrupted = []
+    thread = threading.Thread(target=write_and_interrupt, daemon=True)
+    thread.start()
+    with pytest.raises(UserError, match="stopped after step [0-9]+; the same command resumes") as error:
+        pretrain("--data slow.txt --num-train-steps 100000 --save-every 100000 --eval-every 100000")
+    assert time.monotonic() - interrupted[0] < 3
+    thread.join()
+    step = int(re.search(r"step (\d+)", str(error.value))[1])
+    assert torch.load("out/small/checkpoint.pt", weights_only=True)["step"] == step > 3
+
+
+def test_what_stops_one_rank_while_text_is_waited_for_stops_all(streaming):
+    """Text that breaks in the middle ends both ranks with its sentence, when rank 0 has saved."""
+    content = make_openwebtext()[1]
+    Path("cut.tar").write_bytes(content[: len(content) // 2])
+    flags = "--data cut.tar --num-train-steps 100000 --save-every 100000 SLOW_SAVE"
+    process = launch(2, flags, before=SMALL)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 1
+    assert printed.count("cut.tar is damaged or cut short") == 2, printed
+    assert torch.load("out/small/checkpoint.pt", weights_only=True)["step"] > 3
+
+
 def children(pid):
     """The processes that a process has started."""
     with suppress(FileNotFoundError):
@@ -2700,9 +2742,7 @@ def children(pid):
 def test_no_child_and_no_worker_outlives_its_parent(streaming):
     """The child process ends when its parent is killed, and its workers with it."""
     os.mkfifo("silent.txt")  # nobody writes to it: the child waits
-    script = f"""{CHILD}
-{inspect.getsource(use_small_shards)}
-subprocess.Popen = use_small_shards
+    script = f"""{SMALL}
 config = data.DataConfig(data=["silent.txt"], vocab="vocab.txt", max_length=32)
 with data.prepare_in_child(data.Shards(config, data.load_wordpiece(config))):
     signal.pause()"""
