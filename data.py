@@ -561,7 +561,7 @@ class Shards:
             info = self.load("info", len(self.infos))
             self.infos.append(json.loads(str(info)))
 
-    def wait(self, is_there, signals=()):
+    def wait_until(self, is_there, signals=()):
         """Block until `is_there()` or until the text is complete.
 
         Raises Stopped if the child process has failed, or once there is something in the list `signals`.
@@ -587,13 +587,13 @@ class Shards:
         status = self.child.returncode
         return message or f"preparing the text ended with status {status}; run the same command again"
 
-    def wait_for_first(self):
-        """Block until there is a shard."""
-        self.wait(lambda: self.infos)
+    def wait_for(self, number, signals=()):
+        """Block until there are so many shards."""
+        self.wait_until(lambda: len(self.infos) >= number, signals)
 
     def heldout(self, limit, signals=()):
         """The first `limit` held-out rows, int64, all if there are fewer. Blocks until they are there."""
-        self.wait(lambda: sum(info["heldout_rows"] for info in self.infos) >= limit, signals)
+        self.wait_until(lambda: self.total("heldout_rows") >= limit, signals)
         rows = np.zeros((0, self.config.max_length), dtype=np.uint16)
         for number, info in enumerate(self.infos):
             if len(rows) < limit and info["heldout_rows"]:
@@ -715,7 +715,7 @@ class Order:
             for number in itertools.count():
                 stop = start + min(2**number, MAX_GROUP)
                 if epoch == 0:
-                    self.wait_for(stop)
+                    self.shards.wait_for(stop, self.signals)
                 num_shards = len(self.shards.infos)
                 if start >= num_shards:
                     break
@@ -724,9 +724,6 @@ class Order:
                     members = rng(self.seed, "shards", epoch).permutation(num_shards).tolist()
                 yield epoch, number, members[start:stop]
                 start = stop
-
-    def wait_for(self, num_shards):
-        self.shards.wait(lambda: len(self.shards.infos) >= num_shards, self.signals)
 
 
 def rng(seed, purpose, *numbers):

@@ -885,7 +885,7 @@ def main(argv=None):
 
         if LOCAL_RANK == 0:
             stack.enter_context(data.prepare_in_child(shards))
-        read_together(shards.wait_for_first)  # so that bad text leaves the run in the folder alone
+        read_together(shards.wait_for, 1)  # so that bad text leaves the run in the folder alone
         step = folder.resume(electra, optimizer, scaler)
         print(shards.describe())
         if not config.eval_only:
