@@ -3142,8 +3142,12 @@ def test_details_in_code_in_the_table_and_in_tests_are_the_same():
     tests = {name for name in globals() if name.startswith("test_D")}
     in_tests = {tag for name in tests for tag in re.findall(r"D\d\d", name)}
     assert in_code == set(rows) == in_tests == {f"D{number:02d}" for number in range(1, 36)}
+    official = "https://github.com/google-research/electra/blob/8a46635f32083ada044d7e9ad09604742600ee7b/"
+    links = dict(re.findall(rf"^\[(.+)\]: {official}(.+)$", DETAILS, re.MULTILINE))
     for tag, row in rows.items():
-        assert re.search(r"github\.com/google-research/electra/blob/8a46635", row), tag
+        [link] = re.findall(r"\[(\w+\.py:\d+)\]", row)
+        file, line = link.split(":")
+        assert links[link].rpartition("/")[2] == f"{file}#L{line}", tag
         named = re.findall(r"test_D\w+", row)
         assert named and {name for name in tests if tag in name} == set(named), tag
         [(file, function)] = re.findall(r"`(\w+\.py)`, `([\w.]+)`", row)
