@@ -327,10 +327,10 @@ def test_D08_the_number_of_predictions():
         ids[0, 0], ids[0, length - 1] = CLS, SEP
         positions, weights, masked_ids = run_mask(ids)
         assert weights.shape == (1, 19) and weights.sum() == predictions
-        assert model.count(ids, CONFIG).tolist() == [predictions, length]
+        assert model.loss_counts(ids, CONFIG).tolist() == [predictions, length]
         assert (positions[weights == 0] == 0).all() and masked_ids[0, 0] == CLS
     full = torch.full((1, 32), 150)  # 0.15 x 32 = 4.8 -> 5, but K = 4
-    assert model.count(full, CONFIG)[0] == run_mask(full)[1].sum() == 4
+    assert model.loss_counts(full, CONFIG)[0] == run_mask(full)[1].sum() == 4
 
 
 def test_D09_positions_are_drawn_uniformly_without_replacement():
@@ -375,7 +375,7 @@ def test_D11_one_generator_pass_serves_the_loss_and_the_samples():
     electra.generator.register_forward_hook(lambda module, inputs, logits: passes.append(logits))
     output, [logits] = run_electra(electra, ids), passes
     sampled = model.sample(logits, make_uniforms(ids)[:, -CONFIG.num_slots(32) :])
-    assert torch.equal(output.corrupted_ids, model.corrupt(ids, output.positions, output.weights, sampled))
+    assert torch.equal(output.corrupted_ids, model.corrupt(ids, output.positions, output.slot_weights, sampled))
 
 
 def test_D12_D13_every_selected_token_is_resampled_and_may_stay_the_original():
@@ -515,7 +515,8 @@ def test_D22_dropout_follows_embeddings_attention_and_feed_forward(monkeypatch):
     """Dropout 0.1 after the embedding LayerNorm, attention and feed-forward, and on the probabilities."""
     config = replace(CONFIG, attention_probs_dropout_prob=0.2)
     encoder, ids, seen = make_electra(config).discriminator.encoder, make_rows(), []
-    watch(monkeypatch, model, "dropout", lambda hidden, prob: seen.append((hidden.ndim, prob)))
+    watch(monkeypatch, model, "dropout", lambda hidden, prob, training:
+          seen.append((hidden.ndim, prob * training)))
     encoder(ids, ids != 0, ids * 0)
     assert seen == [(3, 0.1)] + 2 * [(4, 0.2), (3, 0.1), (3, 0.1)]
     seen.clear()
@@ -526,18 +527,19 @@ def test_D22_dropout_follows_embeddings_attention_and_feed_forward(monkeypatch):
 def test_dropout_and_attention_of_a_cpu_are_torchs():
     """A share of the elements is dropped, the others are scaled up; attention agrees with torch's kernel."""
     ones = torch.ones(401, 499, dtype=torch.float64, requires_grad=True)
-    dropped = model.dropout(ones, 0.1)
+    dropped = model.dropout(ones, 0.1, True)
     assert set(dropped.unique().tolist()) == {0.0, 1 / 0.9} and abs(dropped.mean() - 1) < 0.003
     (dropped * 2).sum().backward()
     assert torch.equal(ones.grad, 2 * dropped)
     flat = (dropped == 0).double().flatten()
     for lag in (1, 2, 3, 4, 499):  # elements share words of random bits
         assert abs((flat[lag:] * flat[:-lag]).mean() - 0.01) < 0.001
-    assert torch.equal(model.dropout(ones, 0), ones)
+    assert torch.equal(model.dropout(ones, 0, True), ones)
+    assert torch.equal(model.dropout(ones, 0.1, False), ones)
     query, key, value = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64)
     mask = torch.rand(2, 1, 1, 7) < 0.7
     mask[..., 0] = True
-    ours, theirs = model.attention(query, key, value, mask, 1e-9), model.attention(query, key, value, mask, 0)
+    ours, theirs = (model.attention(query, key, value, mask, 1e-9, training) for training in (True, False))
     assert torch.allclose(ours, theirs, atol=1e-8)
 
 
@@ -776,7 +778,7 @@ def test_electra_works_with_nothing_but_ids_and_compiles_to_one_graph():
     torch.manual_seed(3)
     expected = electra(ids)
     torch.manual_seed(3)
-    arguments = ids, torch.rand(6, 32 + 2 * CONFIG.num_slots(32)), model.count(ids, CONFIG)
+    arguments = ids, torch.rand(6, 32 + 2 * CONFIG.num_slots(32)), model.loss_counts(ids, CONFIG)
     for function in electra, torch.compile(electra, fullgraph=True, backend="eager"):
         assert all(map(torch.equal, function(*arguments), expected))
 
@@ -784,7 +786,7 @@ def test_electra_works_with_nothing_but_ids_and_compiles_to_one_graph():
 def test_micro_batches_give_the_gradient_of_the_one_batch():
     """Losses are divided by the counts of the whole batch, so that micro-batches add up to it."""
     ids, gradients = make_rows(12), {}
-    uniforms, counts = make_uniforms(ids), model.count(ids, CONFIG)
+    uniforms, counts = make_uniforms(ids), model.loss_counts(ids, CONFIG)
     for size in (12, 1, 3, 4):
         electra = make_electra().double()
         for part in zip(ids.split(size), uniforms.split(size), strict=True):
@@ -1684,7 +1686,7 @@ def test_a_gpu_agrees_with_the_cpu(dtype, corpus):
         for name in "mlm_loss", "disc_loss":
             ours, theirs = getattr(output, name).item(), getattr(expected, name).item()
             assert ours == pytest.approx(theirs, rel=tolerance)
-    counts, whole, parts = model.count(inputs[0], CONFIG), [], []
+    counts, whole, parts = model.loss_counts(inputs[0], CONFIG), [], []
     for gradients, size in (whole, 6), (parts, 2):  # micro-batches
         electra.zero_grad()
         for part in zip(*(tensor.split(size) for tensor in inputs), strict=True):
@@ -1931,7 +1933,7 @@ def test_metrics_of_a_batch_by_hand():
     electra, ids = make_electra().double().eval(), make_rows(8)
     ids[ids > 150] = 150
     electra.generator.mlm_bias.data[150] = 4.0  # the best guess, and now and then the sample
-    uniforms, counts = make_uniforms(ids), model.count(ids, CONFIG)
+    uniforms, counts = make_uniforms(ids), model.loss_counts(ids, CONFIG)
     with torch.no_grad():
         whole = electra(ids, uniforms, counts)
         parts = [electra(*part, counts) for part in zip(ids.split(2), uniforms.split(2), strict=True)]

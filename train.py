@@ -59,7 +59,7 @@ from model import (
     ElectraConfig,
     ModelError,
     Output,
-    count,
+    loss_counts,
     load_config,
     load_networks,
     load_weights,
@@ -195,7 +195,7 @@ def train(run, producer_error):
             # Log, evaluate, save. A checkpoint leaves no trace in the log.
             is_logged = evaluates or run.step == 1 or run.step % config.log_every == 0
             if is_logged:
-                counts = count(input_ids, model.config)
+                counts = loss_counts(input_ids, model.config)
                 metrics = compute_metrics(gather_outputs(outputs), input_ids, counts)  # waits for the device
                 seconds = (time.perf_counter() - logged_at) / (run.step - logged_step)
                 rate = round(input_ids.numel() / seconds)
@@ -242,7 +242,7 @@ def make_step(run):
 
     def step(input_ids, uniforms):
         optimizer.zero_grad(set_to_none=True)
-        counts = count(input_ids, model.config)  # of the whole batch, so that the gradients add up to its own
+        counts = loss_counts(input_ids, model.config)  # of the whole batch, so that the gradients add up to its own
         outputs = []
         for ids, draws in micro_batches(input_ids[mine], uniforms[mine], config.micro_batch_size):
             with autocast(config):
@@ -471,7 +471,7 @@ class Run:
         """(Outputs, ids, counts) of rows, without dropout, with the same masks and samples every time."""
         self.model.eval()
         ids, uniforms = self.to_device(rows, "heldout", 0)
-        counts = count(ids, self.model.config)
+        counts = loss_counts(ids, self.model.config)
         with autocast(self.config):
             outputs = [self.model(*part, counts)
                        for part in micro_batches(ids, uniforms, self.config.micro_batch_size)]
@@ -723,7 +723,7 @@ def show(run, rows):
         return torch.cat([getattr(output, name) for output in outputs]).cpu()
 
     positions, weights, corrupted_ids, is_replaced = map(
-        join, ("positions", "weights", "corrupted_ids", "is_replaced"))
+        join, ("positions", "slot_weights", "corrupted_ids", "is_replaced"))
     is_suspect, marks = torch.zeros_like(is_replaced), ("", "")
     print(LEGEND)
     if run.model.discriminator is not None:
