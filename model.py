@@ -5,11 +5,11 @@ of the result whether it was replaced. Read from `Electra.forward` downwards: ma
 corrupt, discriminator, loss. The end of the file reads and writes HuggingFace folders. [Dnn] marks a detail
 that DETAILS.md explains and links to the official code and to its test.
 
-It is no GAN: the generator never learns to fool the discriminator, since no gradient passes a sampled token,
-and the paper found reinforcement learning in its place to be worse. The generator is the smaller network: one
-that guesses too well leaves the other too little to learn from. So a high AUC is no aim in itself. Both share
-the embeddings, which the generator's softmax over the whole vocabulary trains best. After training only the
-discriminator is kept; for a task, a layer on its [CLS] vector is added, and all of it is fine-tuned.
+This is not a GAN. The generator is trained to predict the original tokens, not to fool the discriminator:
+no gradient passes a sampled token, and the paper found reinforcement learning to work worse. The generator
+is the smaller network, since the fakes of a large one are too hard for the discriminator to learn from. Both
+networks share their embeddings, which the generator's softmax over the whole vocabulary trains best. After
+training only the discriminator is kept. Fine-tuning adds a layer on its [CLS] vector, and trains all of it.
 
     electra = Electra(ElectraConfig())
     output = electra(torch.tensor([[101, 1996, 4937, 2938, 102]]))  # [CLS] the cat sat [SEP]
@@ -59,7 +59,7 @@ class ElectraConfig:
     initializer_range: float = 0.02  # standard deviation of the initial weights, before truncation
     generator_size: float = 0.25  # width of the generator as a share of the discriminator's
     mask_prob: float = 0.15  # share of the tokens that the generator predicts
-    discriminator_weight: float = 50.0  # weight of its loss, the smaller one; the generator's is 1
+    discriminator_weight: float = 50.0  # weight of the discriminator's loss; the MLM loss, much larger, has 1
     objective: str = "electra"  # electra, or mlm: only a generator, as wide as the discriminator would be
     cls_token_id: int = 101
     sep_token_id: int = 102
@@ -81,12 +81,13 @@ class ElectraConfig:
         if self.objective == "mlm":
             return self
         hidden = max(1, round(self.hidden_size * self.generator_size))  # [D18] narrower, not shallower
-        heads = math.gcd(hidden, max(1, hidden // 64))  # 64 wide or, unlike the official code, what divides
+        heads = math.gcd(hidden, max(1, hidden // 64))  # hidden // 64, or what divides it and hidden
         return replace(self, hidden_size=hidden, intermediate_size=4 * hidden, num_attention_heads=heads)
 
     def num_slots(self, length):
         """K, the most positions that are predicted in a row of `length`: 19 for small's 128. [D08]"""
-        return min(length, max(1, int((self.mask_prob + 0.005) * length)))
+        slots = int((self.mask_prob + 0.005) * length)  # with the official code's slack of 0.005
+        return min(length, max(1, slots))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -94,16 +95,12 @@ class ElectraConfig:
 
 
 class Output(NamedTuple):
-    """The result of a forward pass.
-
-    If the rows are a micro-batch, their losses are still divided by the counts of the whole batch, so that
-    those of all its micro-batches add up.
-    """
+    """The result of a forward pass. Losses of micro-batches add up to that of the batch."""
 
     loss: torch.Tensor  # () to call backward() on
     mlm_loss: torch.Tensor  # () the generator's part of it
-    mlm_correct: torch.Tensor  # () predictions whose most likely token is the original
-    sampled_correct: torch.Tensor  # () predictions whose sampled token is the original
+    mlm_correct: torch.Tensor  # () the number of predictions whose most likely token is the original
+    sampled_correct: torch.Tensor  # () the number of predictions whose sampled token is the original
     positions: torch.Tensor  # (B, K) the masked positions; 0 in unused slots
     slot_weights: torch.Tensor  # (B, K) 1 for a prediction, 0 for an unused slot
     corrupted_ids: torch.Tensor  # (B, L) the text with the samples in it
@@ -126,42 +123,43 @@ class Electra(nn.Module):
     def forward(self, input_ids, uniforms=None, counts=None):
         """One pass of the objective over rows of token ids (B, L) that begin with [CLS], zero-padded.
 
-        `uniforms` (B, L + 2K) float32 in [0, 1) is all the randomness apart from dropout; by default it is
-        drawn here. `counts` (2,) are the `loss_counts` of the whole batch, if these rows are a part of it.
+        `uniforms` (B, L + 2K) float32 in [0, 1) is all the randomness apart from dropout. It is passed in, so
+        that a step is a function of (seed, step) on any device; by default it is drawn here. `counts` (2,) is
+        what `loss_counts` returns for the whole batch, if these rows are a part of it.
         """
-        K = self.config.num_slots(input_ids.shape[1])
+        B, L = input_ids.shape
+        K = self.config.num_slots(L)
         if uniforms is None:
-            uniforms = torch.rand(len(input_ids), input_ids.shape[1] + 2 * K, device=input_ids.device)
+            uniforms = torch.rand(B, L + 2 * K, device=input_ids.device)
         if counts is None:
             counts = loss_counts(input_ids, self.config)
-        mlm_count, token_count = counts + 1e-6  # as in the official code
-        mask_uniforms, sample_uniforms = uniforms[:, :-K], uniforms[:, -K:]  # (B, L + K), (B, K)
+        mask_uniforms, sample_uniforms = uniforms.split([L + K, K], dim=1)
+        num_predicted, num_tokens = counts + 1e-6  # as in the official code
         # Computed once, from the original ids: a sampled [PAD] or [SEP] must not change them.
         attention_mask, token_type_ids = mask_and_types(input_ids, self.config.sep_token_id)
 
-        # [D10] The mask is drawn anew at every step: (B, K), (B, K), (B, L).
+        # [D10] The mask is drawn anew at every step.
         positions, slot_weights, masked_ids = mask(input_ids, mask_uniforms, self.config)
         labels = input_ids.gather(1, positions)  # (B, K)
 
         # One pass of the generator, with dropout, serves its loss and the samples.
         mlm_logits = self.generator(masked_ids, attention_mask, token_type_ids, positions)  # (B, K, V)
-        log_probs = mlm_logits.log_softmax(-1)
+        log_probs = mlm_logits.log_softmax(-1)  # for the cross-entropy, and for the samples
         mlm_losses = -log_probs.gather(2, labels[..., None]).squeeze(2)  # (B, K)
 
         sampled = sample(log_probs.detach(), sample_uniforms)  # (B, K) [D11] no argmax, no gradient
         corrupted_ids = corrupt(input_ids, positions, slot_weights, sampled)  # (B, L)
         is_replaced = corrupted_ids != input_ids  # [D13] a correct guess counts as original
 
-        mlm_loss = (mlm_losses * slot_weights).sum() / mlm_count
-
+        mlm_loss = (mlm_losses * slot_weights).sum() / num_predicted
         loss = mlm_loss
-        disc_loss = None  # of the baseline, a masked language model
+        disc_loss = None  # without a discriminator this is the baseline, a masked language model
         disc_logits = None
         if self.discriminator is not None:
             disc_logits = self.discriminator(corrupted_ids, attention_mask, token_type_ids)  # (B, L)
             targets = is_replaced.to(disc_logits.dtype)
             disc_losses = F.binary_cross_entropy_with_logits(disc_logits, targets, reduction="none")  # (B, L)
-            disc_loss = (disc_losses * attention_mask).sum() / token_count  # [D14] [CLS] and [SEP] too
+            disc_loss = (disc_losses * attention_mask).sum() / num_tokens  # [D14] [CLS] and [SEP] too
             loss = mlm_loss + self.config.discriminator_weight * disc_loss  # [D15]
 
         return Output(
@@ -198,12 +196,31 @@ def mask_and_types(input_ids, sep_token_id):
     return attention_mask, ((seps_before > 0) & attention_mask).long()
 
 
-def loss_counts(input_ids, config):
-    """(Predictions, tokens) of a batch, (2,) float32: the denominators of the two losses.
+def mask(input_ids, uniforms, config):
+    """Choose what to predict, and mask it: positions (B, K), slot weights (B, K) and masked ids (B, L).
 
-    They follow from the ids, so a micro-batch can divide by the counts of the batch it belongs to.
+    A row has K slots, and uses the first `num_predictions` of them. Of `uniforms` (B, L + K) the first L rank
+    the positions: the highest are predicted. The last K decide between [MASK] and staying visible. Here two
+    of five tokens are predicted, and the second stays visible:
+
+    >>> ids = torch.tensor([[101, 5, 6, 7, 102]])
+    >>> uniforms = torch.tensor([[0.9, 0.1, 0.8, 0.5, 0.9, 0.2, 0.95]])  # K = 2
+    >>> mask(ids, uniforms, ElectraConfig(mask_prob=0.4))
+    (tensor([[2, 3]]), tensor([[1., 1.]]), tensor([[101,   5, 103,   7, 102]]))
     """
-    return torch.stack([num_predictions(input_ids, config).sum(), (input_ids != 0).sum()]).float()
+    L = input_ids.shape[1]
+    K = config.num_slots(L)
+    rank_uniforms, keep_uniforms = uniforms.split([L, K], dim=1)
+    # [D09] Unlike the official code, positions are drawn without replacement: the K highest-ranked tokens.
+    ranks = rank_uniforms.masked_fill(~selectable(input_ids, config), -1.0)
+    positions = ranks.topk(K).indices  # (B, K)
+    is_used = torch.arange(K, device=input_ids.device) < num_predictions(input_ids, config)[:, None]  # (B, K)
+    positions = torch.where(is_used, positions, 0)  # spare slots point at [CLS], and write it over itself
+
+    original = input_ids.gather(1, positions)
+    becomes_mask = is_used & (keep_uniforms < 0.85)  # [D06] the others stay as they are
+    shown = torch.where(becomes_mask, config.mask_token_id, original)
+    return positions, is_used.float(), input_ids.scatter(1, positions, shown)
 
 
 def num_predictions(input_ids, config):
@@ -220,32 +237,6 @@ def selectable(input_ids, config):
     return (input_ids != 0) & ~is_special & (input_ids != config.mask_token_id)  # [UNK] may be masked
 
 
-def mask(input_ids, uniforms, config):
-    """Choose what to predict, and mask it: positions (B, K), slot weights (B, K) and masked ids (B, L).
-
-    Of `uniforms` (B, L + K) the first L rank the positions: the highest are predicted. The last K decide
-    between [MASK] and staying visible. Here two of five tokens are predicted, and the second stays visible:
-
-    >>> ids = torch.tensor([[101, 5, 6, 7, 102]])
-    >>> uniforms = torch.tensor([[0.9, 0.1, 0.8, 0.5, 0.9, 0.2, 0.95]])  # K = 2
-    >>> mask(ids, uniforms, ElectraConfig(mask_prob=0.4))
-    (tensor([[2, 3]]), tensor([[1., 1.]]), tensor([[101,   5, 103,   7, 102]]))
-    """
-    L = input_ids.shape[1]
-    K = config.num_slots(L)
-    # [D09] Unlike the official code, positions are drawn without replacement: the K highest-ranked tokens.
-    ranks = uniforms[:, :L].masked_fill(~selectable(input_ids, config), -1.0)
-    positions = ranks.topk(K).indices  # (B, K)
-    is_used = torch.arange(K, device=input_ids.device) < num_predictions(input_ids, config)[:, None]  # (B, K)
-    # Short rows need fewer than K predictions. Their spare slots point at [CLS], and write it over itself.
-    positions = positions * is_used
-
-    original = input_ids.gather(1, positions)
-    becomes_mask = is_used & (uniforms[:, L:] < 0.85)  # [D06] the others stay as they are
-    shown = torch.where(becomes_mask, config.mask_token_id, original)
-    return positions, is_used.float(), input_ids.scatter(1, positions, shown)
-
-
 @torch.no_grad()
 def sample(log_probs, uniforms):
     """Draw from log-probabilities (B, K, V), one token for each of uniforms (B, K): (B, K) int64.
@@ -259,7 +250,7 @@ def sample(log_probs, uniforms):
     cumulative = log_probs.exp().cumsum(-1)  # (B, K, V)
     thresholds = uniforms[..., None] * cumulative[..., -1:]  # the last is 1 up to rounding
     sampled = torch.searchsorted(cumulative, thresholds.to(cumulative), right=True).squeeze(-1)
-    return sampled.clamp(max=log_probs.shape[-1] - 1)  # of NaN, the search runs past the end
+    return sampled.clamp(max=log_probs.shape[-1] - 1)  # for NaN, the search runs past the end
 
 
 def corrupt(input_ids, positions, slot_weights, sampled):
@@ -271,6 +262,14 @@ def corrupt(input_ids, positions, slot_weights, sampled):
     """
     original = input_ids.gather(1, positions)
     return input_ids.scatter(1, positions, torch.where(slot_weights > 0, sampled, original))
+
+
+def loss_counts(input_ids, config):
+    """(Predictions, tokens) of a batch, (2,) float32: what the two losses are divided by.
+
+    They follow from the ids, so a micro-batch can divide by the counts of the batch it belongs to.
+    """
+    return torch.stack([num_predictions(input_ids, config).sum(), (input_ids != 0).sum()]).float()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -356,12 +355,13 @@ class Embeddings(nn.Module):
             truncated_normal_(table, config)  # [PAD]'s row too
 
     def forward(self, input_ids, token_type_ids):
-        length, positions = input_ids.shape[1], len(self.position_embeddings.weight)
-        if length > positions:
-            raise ModelError(f"a row of {length} tokens does not fit into the model's {positions} positions")
+        length = input_ids.shape[1]
+        most = len(self.position_embeddings.weight)
+        if length > most:
+            raise ModelError(f"a row of {length} tokens does not fit into the model's {most} positions")
         hidden = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)  # (B, L, E)
         hidden = hidden + self.position_embeddings.weight[:length]
-        return dropout(self.norm(hidden), self.dropout_prob * self.training)
+        return dropout(self.norm(hidden), self.dropout_prob, self.training)
 
 
 class Layer(nn.Module):
@@ -369,7 +369,8 @@ class Layer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        H, self.num_heads = config.hidden_size, config.num_attention_heads
+        H = config.hidden_size
+        self.num_heads = config.num_attention_heads
         self.query_key_value = nn.Linear(H, 3 * H)  # three matrices in one product
         self.attention_output = nn.Linear(H, H)
         self.attention_norm = nn.LayerNorm(H, eps=config.layer_norm_eps)
@@ -384,34 +385,16 @@ class Layer(nn.Module):
     def forward(self, hidden, key_mask):
         """`key_mask` (B, 1, 1, L) says which positions may be attended to. Padding itself still attends."""
         B, L, H = hidden.shape
-        query, key, value = (
-            part.view(B, L, self.num_heads, H // self.num_heads).transpose(1, 2)  # (B, heads, L, H / heads)
-            for part in self.query_key_value(hidden).chunk(3, dim=-1)
-        )
-        attended = attention(query, key, value, key_mask, self.attention_dropout_prob * self.training)
+        query, key, value = self.query_key_value(hidden).chunk(3, dim=-1)  # (B, L, H) each
+        shape = B, L, self.num_heads, H // self.num_heads
+        query = query.view(shape).transpose(1, 2)  # (B, heads, L, H / heads)
+        key = key.view(shape).transpose(1, 2)
+        value = value.view(shape).transpose(1, 2)
+        attended = attention(query, key, value, key_mask, self.attention_dropout_prob, self.training)
         attended = self.attention_output(attended.transpose(1, 2).reshape(B, L, H))
-        hidden = self.attention_norm(hidden + dropout(attended, self.dropout_prob * self.training))
+        hidden = self.attention_norm(hidden + dropout(attended, self.dropout_prob, self.training))
         fed_forward = self.output(F.gelu(self.intermediate(hidden)))
-        return self.output_norm(hidden + dropout(fed_forward, self.dropout_prob * self.training))
-
-
-def attention(query, key, value, key_mask, dropout_prob):
-    """softmax(query key^T / sqrt(H / heads)) value. On a CPU torch's fused kernel has no dropout."""
-    if not dropout_prob or query.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(query, key, value, key_mask, dropout_prob)
-    scores = query / math.sqrt(query.shape[3]) @ key.transpose(2, 3)  # (B, heads, L, L)
-    scores += torch.where(key_mask, 0.0, -math.inf).to(scores)
-    return dropout(scores.softmax(-1), dropout_prob) @ value
-
-
-def dropout(hidden, prob):
-    """Dropout. On a CPU random numbers are expensive: an element takes 16 bits, not one of its own."""
-    if not prob or hidden.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(hidden, prob)
-    words = torch.empty(hidden.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
-    bits = words.view(torch.int16)[: hidden.numel()].view(hidden.shape)  # uniform in [-2^15, 2^15)
-    is_kept = (bits >= round(prob * 2**16) - 2**15).to(hidden.dtype)
-    return hidden * is_kept.mul_(1 / (1 - prob))
+        return self.output_norm(hidden + dropout(fed_forward, self.dropout_prob, self.training))
 
 
 def in_fp32(logits):
@@ -431,6 +414,37 @@ def glorot_uniform_(linear):
     """TensorFlow's default, which applies where the official code names no initializer. [D21]"""
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Dropout and attention. Elsewhere these are torch's; on a CPU, random numbers by 16 bits make a step 1.1 to
+# 1.3 times as fast (LOG.md), and torch's fused attention has no dropout.
+
+
+def dropout(hidden, prob, training):
+    """F.dropout."""
+    if not training or not prob or uses_torch(hidden):
+        return F.dropout(hidden, prob, training)
+    # A number of 64 bits serves four elements, each by 16 bits that are uniform in [-2^15, 2^15).
+    words = torch.empty(hidden.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+    bits = words.view(torch.int16)[: hidden.numel()].view(hidden.shape)
+    threshold = round(prob * 2**16) - 2**15
+    is_kept = (bits >= threshold).to(hidden.dtype)
+    return hidden * is_kept.mul_(1 / (1 - prob))
+
+
+def attention(query, key, value, key_mask, dropout_prob, training):
+    """softmax(query key^T / sqrt(H / heads)) value, with dropout on the softmax."""
+    if not training or not dropout_prob or uses_torch(query):
+        prob = dropout_prob if training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, key_mask, prob)
+    scores = query / math.sqrt(query.shape[3]) @ key.transpose(2, 3)  # (B, heads, L, L)
+    scores += torch.where(key_mask, 0.0, -math.inf).to(scores)
+    return dropout(scores.softmax(-1), dropout_prob, training) @ value
+
+
+def uses_torch(tensor):
+    return tensor.device.type != "cpu" or torch.compiler.is_compiling()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -456,7 +470,7 @@ RENAMES = {  # ours -> HuggingFace's, in this order, for later ones apply to wha
 
 
 def huggingface_tensors(network):
-    """The tensors of a network under HuggingFace's names. They are views: what is copied into them stays."""
+    """The tensors of a network under HuggingFace's names. As views: copying into one changes the network."""
     tensors = {}
     for name, tensor in network.state_dict().items():
         for ours, theirs in RENAMES.items():
@@ -489,7 +503,8 @@ def load_config(folder):
         raise ModelError(f"{folder} is not a model folder: it has no config.json")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        kind, activation = content.get("model_type"), content.get("hidden_act", "gelu")
+        kind = content.get("model_type")
+        activation = content.get("hidden_act", "gelu")
         config = {field.name: field.type(content[field.name])
                   for field in fields(ElectraConfig) if field.name in content}
     except (ValueError, TypeError, AttributeError) as error:
@@ -502,19 +517,21 @@ def load_config(folder):
 
 def load_electra(discriminator_folder, generator_folder):
     """An Electra from the folders of its two networks."""
-    config, generator_config = load_config(discriminator_folder), load_config(generator_folder)
+    config = load_config(discriminator_folder)
+    generator_config = load_config(generator_folder)
     electra = Electra(replace(config, generator_size=generator_config.hidden_size / config.hidden_size))
     load_networks(electra, discriminator_folder, generator_folder)
     return electra
 
 
 def load_networks(electra, discriminator_folder, generator_folder):
-    """Fill an Electra from two folders. Returns whether their embeddings, of which it has one, are the same.
+    """Fill an Electra from two folders.
 
-    If not, it has the discriminator's.
+    Returns False if the folders hold different embeddings. The discriminator's are then used for both.
     """
     load_weights(electra.generator, generator_folder)
-    theirs, ours = asdict(load_config(generator_folder)), asdict(electra.generator.config)
+    theirs = asdict(load_config(generator_folder))
+    ours = asdict(electra.generator.config)
     for name in ("num_hidden_layers", "num_attention_heads"):  # tensors do not show them
         if theirs[name] != ours[name]:
             raise ModelError(f"{generator_folder} has {name} {theirs[name]}, and should have {ours[name]}")
@@ -530,7 +547,7 @@ def load_weights(network, folder, encoder_only=False):
     Every tensor must be there, have its shape and be finite. Others in the folder are ignored.
     """
     tensors, path = read_weights(folder)
-    if encoder_only and not any(name.startswith("electra.") for name in tensors):  # by AutoModel
+    if encoder_only and not any(name.startswith("electra.") for name in tensors):  # AutoModel's
         tensors = {f"electra.{name}": tensor for name, tensor in tensors.items()}
     for name, ours in huggingface_tensors(network).items():
         if encoder_only and not name.startswith("electra."):
@@ -559,17 +576,19 @@ def read_weights(folder):
         raise ModelError(f"{path} is damaged, or not a file of weights ({type(error).__name__})") from None
 
 
-# The format: the header's length in 8 bytes, little-endian; the header, JSON {name: {dtype, shape,
-# data_offsets}}; the tensors' bytes.
+# safetensors is not one of the five packages, and its format is simple: the header's length in 8 bytes,
+# little-endian; the header, JSON {name: {dtype, shape, data_offsets}}; the tensors' bytes.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32}
 
 
 def write_safetensors(path, tensors):
     """Write fp32 tensors by name."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, tensor in tensors.items():
-        start, end = end, end + 4 * tensor.numel()
+        start = end
+        end += 4 * tensor.numel()
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight
@@ -584,8 +603,9 @@ def read_safetensors(path):
     data = path.read_bytes()
     try:
         begin = 8 + struct.unpack_from("<Q", data)[0]
-        header, tensors = json.loads(data[8:begin]), {}
+        header = json.loads(data[8:begin])
         header.pop("__metadata__", None)
+        tensors = {}
         for name, entry in header.items():
             start, end = entry["data_offsets"]
             raw = bytearray(data[begin + start : begin + end])

@@ -517,7 +517,8 @@ def test_D22_dropout_follows_embeddings_attention_and_feed_forward(monkeypatch):
     """Dropout 0.1 after the embedding LayerNorm, attention and feed-forward, and on the probabilities."""
     config = replace(CONFIG, attention_probs_dropout_prob=0.2)
     encoder, ids, seen = make_electra(config).discriminator.encoder, make_rows(), []
-    watch(monkeypatch, model, "dropout", lambda hidden, prob: seen.append((hidden.ndim, prob)))
+    watch(monkeypatch, model, "dropout", lambda hidden, prob, training:
+          seen.append((hidden.ndim, prob * training)))
     encoder(ids, ids != 0, ids * 0)
     assert seen == [(3, 0.1)] + 2 * [(4, 0.2), (3, 0.1), (3, 0.1)]
     seen.clear()
@@ -528,18 +529,19 @@ def test_D22_dropout_follows_embeddings_attention_and_feed_forward(monkeypatch):
 def test_dropout_and_attention_of_a_cpu_are_torchs():
     """A share of the elements is dropped, the others are scaled up; attention agrees with torch's kernel."""
     ones = torch.ones(401, 499, dtype=torch.float64, requires_grad=True)
-    dropped = model.dropout(ones, 0.1)
+    dropped = model.dropout(ones, 0.1, True)
     assert set(dropped.unique().tolist()) == {0.0, 1 / 0.9} and abs(dropped.mean() - 1) < 0.003
     (dropped * 2).sum().backward()
     assert torch.equal(ones.grad, 2 * dropped)
     flat = (dropped == 0).double().flatten()
     for lag in (1, 2, 3, 4, 499):  # elements share words of random bits
         assert abs((flat[lag:] * flat[:-lag]).mean() - 0.01) < 0.001
-    assert torch.equal(model.dropout(ones, 0), ones)
+    assert torch.equal(model.dropout(ones, 0, True), ones)
+    assert torch.equal(model.dropout(ones, 0.1, False), ones)
     query, key, value = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64)
     mask = torch.rand(2, 1, 1, 7) < 0.7
     mask[..., 0] = True
-    ours, theirs = model.attention(query, key, value, mask, 1e-9), model.attention(query, key, value, mask, 0)
+    ours, theirs = (model.attention(query, key, value, mask, 1e-9, training) for training in (True, False))
     assert torch.allclose(ours, theirs, atol=1e-8)
 
 
