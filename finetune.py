@@ -155,7 +155,11 @@ class Finetuner:
         self.optimizer = train.build_optimizer(
             self.network.named_parameters(), config,
             lambda name: lr_scale(name, num_layers, config.layerwise_lr_decay))
-        self.run_step = train.CudaGraphs(self.take_step) if config.graph else self.take_step
+        device = torch.device(config.device).type
+        self.scaler = torch.amp.GradScaler(device, enabled=config.dtype == "fp16")
+        self.first_scale = self.scaler.state_dict()
+        step = make_step(self.network, self.optimizer, self.scaler, task, config)
+        self.take_step = train.CudaGraphs(step) if config.graph else step
 
     def run(self, seed, splits):
         """Train with a seed on splits["train"], and return the predictions of the others, NumPy arrays (N,).
@@ -182,7 +186,7 @@ class Finetuner:
                     for group in self.optimizer.param_groups:
                         group["lr"].fill_(lr * group["lr_scale"])
                     length = cut_length(lengths[indices], config)
-                    self.run_step(ids[device_indices, :length], labels[device_indices])
+                    self.take_step(ids[device_indices, :length], labels[device_indices])
                     step += 1
                     bar.update()
         # The last step is scored: no best epoch is picked.
@@ -196,8 +200,7 @@ class Finetuner:
         self.network.load_state_dict(self.new_classifier().state_dict())
         self.network.train()
         train.reset_moments(self.optimizer)
-        device = torch.device(self.config.device).type
-        self.scaler = torch.amp.GradScaler(device, enabled=self.config.dtype == "fp16")
+        self.scaler.load_state_dict(self.first_scale)
 
     def new_classifier(self):
         network = Classifier(self.pretrained.config, len(self.task.labels) or 1)
@@ -205,17 +208,22 @@ class Finetuner:
             network.encoder.load_state_dict(self.pretrained.encoder_state)
         return network
 
-    def take_step(self, ids, labels):
-        """One optimizer step on ids (B, L) and labels (B,)."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with train.autocast(self.config):
-            logits = self.network(ids)
-        loss = losses(logits, labels, self.task).sum()  # [D34] not the mean
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+
+def make_step(network, optimizer, scaler, task, config):
+    """The function that takes an optimizer step on ids (B, L) and labels (B,)."""
+
+    def step(ids, labels):
+        optimizer.zero_grad(set_to_none=True)
+        with train.autocast(config):
+            logits = network(ids)
+        loss = losses(logits, labels, task).sum()  # [D34] not the mean
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
 
 
 class Classifier(nn.Module):

@@ -1741,7 +1741,7 @@ def recorded(monkeypatch):
     """Steps are replayed, on a CPU."""
     resolve = train.resolve_device
     monkeypatch.setattr(train, "CudaGraphs", Recorded)
-    monkeypatch.setattr(train, "resolve_device", lambda config: replace(resolve(config), graph=True))
+    monkeypatch.setattr(train, "resolve_device", lambda config: replace(resolve(config), graph=config.graph))
     monkeypatch.setattr(Recorded, "captures", 0)
     monkeypatch.setattr(Recorded, "replays", 0)
 
@@ -1769,13 +1769,17 @@ def test_a_replayed_run_is_the_plain_run(corpus, monkeypatch, request):
         assert read_log("plain/small", split) == read_log("replayed/small", split)
 
 
-def test_replayed_fine_tuning_is_plain_fine_tuning(toy_glue, request):
+def test_replayed_fine_tuning_is_plain_fine_tuning(toy_glue, monkeypatch, request):
     """A shape of a batch is captured once for all seeds; scores and networks are those of plain steps."""
     flags = "--task mrpc --seeds 3 --save --predict "
     tune(flags + "--out plain")
     request.getfixturevalue("recorded")
+    shapes = []
+    watch(monkeypatch, Recorded, "__call__", lambda graphs, ids, labels: shapes.append(ids.shape))
     tune(flags + "--out replayed")
-    assert 0 < Recorded.captures < Recorded.replays
+    counts = collections.Counter(shapes).values()
+    assert Recorded.captures == sum(count > train.WARM_UP_CALLS for count in counts) > 0
+    assert Recorded.replays == sum(max(0, count - train.WARM_UP_CALLS) for count in counts)
     plain, replayed = (read_results(out) for out in ("plain", "replayed"))
     assert plain == replayed
     plain, replayed = (model.read_weights(f"{out}/mrpc")[0] for out in ("plain", "replayed"))
@@ -1802,9 +1806,8 @@ def test_a_failed_capture_names_the_flag(recorded, monkeypatch, corpus):
     message = r"no CUDA graph can be made of a step \(not permitted\); add --no-graph"
     with pytest.raises(UserError, match=message):
         pretrain()
-    monkeypatch.undo()
-    monkeypatch.chdir(corpus)
     pretrain("--no-graph")
+    assert read_log(split="heldout")[-1]["step"] == 24
 
 
 def test_where_there_are_no_graphs_it_is_said(monkeypatch, capsys):
@@ -1812,6 +1815,7 @@ def test_where_there_are_no_graphs_it_is_said(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     sentence = "no CUDA graphs: they are for bf16 and fp32 in one process\n"
     for changes, size, expected, printed in (
             ({}, 1, True, ""), (dict(dtype="fp32"), 1, True, ""), (dict(graph=False), 1, False, ""),
@@ -1819,7 +1823,26 @@ def test_where_there_are_no_graphs_it_is_said(monkeypatch, capsys):
             (dict(device="cpu"), 1, False, "")):
         monkeypatch.setattr(train, "WORLD_SIZE", size)
         assert train.resolve_device(train.TrainConfig(**changes)).graph is expected
-        assert capsys.readouterr().out == printed
+        assert capsys.readouterr().err == printed
+
+
+def test_what_a_graph_reads_stays_where_it_is(toy_glue):
+    """Weights, moments, step counts and rates are the same tensors, at the same addresses, for all seeds."""
+    config = finetune.FinetuneConfig(glue_dir="glue", max_length=32, num_train_epochs=1, device="cpu",
+                                     dtype="fp32", graph=False, learning_rate=1e-3, layerwise_lr_decay=0.8)
+    [experiment] = finetune.plan(config, {"mrpc": glue.TASKS["mrpc"]}, finetune.load_pretrained(config))
+    splits = finetune.tokenize_splits(experiment)
+    finetuner = finetune.Finetuner(experiment.task, experiment.pretrained, experiment.config)
+    runs = []
+    for seed in 0, 1:
+        finetuner.run(seed, splits)
+        rates = [group["lr"] for group in finetuner.optimizer.param_groups]
+        state = [tensor for state in finetuner.optimizer.state.values() for tensor in state.values()]
+        tensors = [*finetuner.network.parameters(), *state, *rates]
+        runs.append([(tensor, tensor.data_ptr()) for tensor in tensors])
+        assert min(rates) > 0
+    for (one, before), (other, after) in zip(*runs, strict=True):
+        assert one is other and before == after
 
 
 @pytest.fixture

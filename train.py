@@ -1047,7 +1047,7 @@ def resolve_device(config):
     dtype = dtypes[0] if config.dtype == "auto" else config.dtype
     graph = config.graph and device in gpus
     if graph and (dtype == "fp16" or WORLD_SIZE > 1):
-        print("no CUDA graphs: they are for bf16 and fp32 in one process")
+        print("no CUDA graphs: they are for bf16 and fp32 in one process", file=sys.stderr)
         graph = False
     if config.deterministic and device in gpus:
         compute_deterministically()

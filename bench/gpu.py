@@ -5,7 +5,7 @@
 All ways run in one process, which takes a few minutes, most of them for compiling. Each reads the recipe's
 batch, draws random numbers, sets rates and the seed, and ends with clipping and AdamW. `transformers` is the
 step of bench/pretrain.py. With GLUE, a folder laid out as the official zips are, MRPC is fine-tuned for an
-epoch, twice: the first time includes captures. `--device cpu --batch-size 4` is a trial.
+epoch, twice: the first time includes captures. `--device cpu --batch-size 4` is a trial, without graphs.
 """
 
 import argparse
@@ -184,8 +184,10 @@ def main():
     options = parse()
     config, _, length = make_recipe(options)
     options.rate = pretrain.matmul_rate(config)
-    names = options.only.split(";") if options.only else list(VARIANTS)
     is_cuda = config.device.startswith("cuda")
+    names = options.only.split(";") if options.only else list(VARIANTS)
+    if not is_cuda:
+        names = [name for name in names if "graph" not in name and "reduce" not in name]
     device = torch.cuda.get_device_name() if is_cuda else f"{torch.get_num_threads()} CPU threads"
     figures = dict(device=device, dtype=config.dtype, torch=str(torch.__version__), size=options.size,
                    batch_size=config.batch_size, micro_batch_size=config.micro_batch_size, length=length,

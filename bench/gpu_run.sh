@@ -3,10 +3,11 @@
 # Pre-trains small by its recipe, decayed over STEPS, on a folder of text; then PROCESSES (4) processes share the
 # fine-tuning of CoLA, MRPC, STS-B and SST-2 with SEEDS (3) seeds each. On an H100: a minute for compiling, 12 ms a
 # step, and some four minutes for fine-tuning. Each part stops after LIMIT (500) seconds; the same command goes on.
-# VOCAB is BERT's, downloaded, or a file. MORE has more flags for train.py. SIZE=tiny is a trial on a CPU.
+# VOCAB is BERT's, downloaded, or a file. MORE has more flags for train.py; a short run wants a short warm-up:
+# MORE="--num-warmup-steps 1500" for 20,000 steps. SIZE=tiny is a trial on a CPU.
 set -euo pipefail
 if [[ $# -lt 3 ]]; then
-    sed -n 2,6p "$0"
+    sed -n 2,7p "$0"
     exit 1
 fi
 steps=$1 text=$(realpath "$2") glue=$(realpath "$3")
@@ -23,4 +24,4 @@ for _ in $(seq "$PROCESSES"); do
     OMP_NUM_THREADS=2 timeout -s TERM "$LIMIT" "${finetune[@]}" > /dev/null &
 done
 wait
-"${finetune[@]}"  # the table, and what another process left unfinished
+timeout -s TERM "$LIMIT" "${finetune[@]}"  # the table, and what another process left unfinished

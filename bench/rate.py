@@ -5,7 +5,7 @@
 Each round times, one after the other:
 
 - the tokenizer alone, with as many threads as there are workers;
-- text to rows, with that many worker processes, or with `--in-place` with that many threads in one process;
+- text to rows, with that many worker processes; with one, or with `--in-place`, by threads of one process;
 - reading alone;
 - the parent alone: workers that answer at once, with rows made beforehand, so that it reads, sends, receives
   and writes as fast as it can;
