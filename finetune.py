@@ -35,9 +35,6 @@ import train
 
 EVAL_BATCH_SIZE = 128  # examples in a forward pass that predicts
 CHUNK = 10_000  # examples of --predict-file that are sorted by length together
-# Peak learning rate and layer-wise decay of small, base and large, by hidden size. Other widths use the next
-# larger entry. 3e-4 is the paper's for small; the official code's default for it is 1e-4.
-FINETUNING = {256: (3e-4, 0.8), 768: (1e-4, 0.8), 1024: (5e-5, 0.9)}
 
 
 @dataclass(frozen=True)
@@ -83,9 +80,14 @@ NOT_SETTINGS = {"task", "seeds", "model", "random_weights", "glue_dir", "predict
 
 
 def fill_in_recipe(config, task, hidden_size):
-    """The config of one task. What is 0 becomes the value for the model's size or for the task."""
-    widths = [width for width in FINETUNING if width >= hidden_size]
-    learning_rate, layerwise_lr_decay = FINETUNING[min(widths, default=max(FINETUNING))]
+    """The config of one task. What is 0 becomes the value for the task, or for the size that is as wide.
+
+    A width between two sizes takes the values of the larger one.
+    """
+    recipes = {row.get("hidden_size", model.ElectraConfig.hidden_size): row["finetuning"]
+               for row in train.SIZES.values()}
+    widths = [width for width in recipes if width >= hidden_size]
+    learning_rate, layerwise_lr_decay = recipes[min(widths, default=max(recipes))]
     return replace(config, learning_rate=config.learning_rate or learning_rate,
                    layerwise_lr_decay=config.layerwise_lr_decay or layerwise_lr_decay,
                    num_train_epochs=config.num_train_epochs or task.num_train_epochs)
@@ -371,13 +373,10 @@ def tokenize_examples(examples, wordpiece, max_length, both_orders=False):
 
 
 def build_row(first, second, wordpiece, max_length):
-    """[CLS] first [SEP] second [SEP], or [CLS] first [SEP] if there is no second, as a list of ids."""
-    cls = wordpiece.cls_token_id
-    sep = wordpiece.sep_token_id
-    if not second:
-        return [cls, *first[: max_length - 2], sep]
-    first, second = truncate(first, second, max_length - 3)
-    return [cls, *first, sep, *second, sep]
+    """A sentence, or a pair, cut to max_length with its special tokens, as a list of ids."""
+    num_special = 3 if second else 2
+    first, second = truncate(first, second, max_length - num_special)
+    return wordpiece.add_special_tokens(first, second)
 
 
 def truncate(first, second, length):

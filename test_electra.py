@@ -1658,6 +1658,32 @@ def test_an_old_torch_does_not_compile_on_a_cpu(corpus, monkeypatch):
         pretrain("--compile")
 
 
+def test_where_a_run_compiles(monkeypatch):
+    """By default on a GPU, not with an old torch, and never with --deterministic."""
+    compiles = train.compiles_by_default
+    assert compiles(train.TrainConfig(device="cuda:0")) == (torch.__version__ >= "2.11")
+    assert not compiles(train.TrainConfig(device="cpu"))
+    assert not compiles(train.TrainConfig(device="cuda:0", deterministic=True))
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.6.0+cu124"))
+    assert not compiles(train.TrainConfig(device="cuda:0"))
+    with pytest.raises(UserError, match="--deterministic does not compile; leave out --compile"):
+        train.TrainConfig(deterministic=True, compile=True)
+
+
+def test_the_toy_computes_on_one_thread(monkeypatch):
+    """tiny does on a CPU, whatever the machine has, unless OMP_NUM_THREADS is set; the other sizes do not."""
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    train.configure("--size small --device cpu".split())
+    assert chosen == []
+    train.configure("--size tiny --device cpu".split())
+    assert chosen == [1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    train.configure("--size tiny --device cpu".split())
+    assert chosen == [1]
+
+
 @pytest.mark.filterwarnings("ignore")  # torch's own
 def test_inductor_compiles_the_step():
     """Compiled for real, one layer gives the loss and the gradients of the same layer uncompiled."""
@@ -1925,6 +1951,19 @@ def test_dropout_differs_from_replay_to_replay():
         plain.append(F.dropout(hidden, 0.5))
     assert all(torch.equal(*pair) for pair in zip(plain, replayed, strict=True))
     assert not torch.equal(replayed[-1], replayed[-2])
+
+
+@on_cuda
+@pytest.mark.filterwarnings("ignore")  # inductor's own
+def test_compiled_dropout_differs_from_replay_to_replay():
+    """The same holds for what inductor compiles, which draws seeds of its own from torch's."""
+    torch.manual_seed(0)
+    graphs = train.CudaGraphs(torch.compile(lambda hidden: F.dropout(hidden, 0.5)))
+    hidden, replayed = torch.ones(1000, device="cuda"), []
+    for seed in (*range(train.WARM_UP_CALLS), 5, 6, 5):
+        torch.manual_seed(seed)
+        replayed.append(graphs(hidden).clone())
+    assert torch.equal(replayed[-1], replayed[-3]) and not torch.equal(replayed[-1], replayed[-2])
 
 
 @on_cuda

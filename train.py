@@ -71,7 +71,7 @@ class TrainConfig(StepConfig):
     num_warmup_steps: int = 10_000  # steps over which the learning rate rises from 0
     micro_batch_size: int = 0  # rows in a forward pass, to save memory; 0 is all
     init: list = ()  # start from weights: DISCRIMINATOR [GENERATOR], runs, folders or names on the hub
-    compile: bool = None  # use torch.compile; by default on a GPU, without --deterministic
+    compile: bool = None  # use torch.compile; by default on a GPU, with torch 2.11 or later
     out: str = "out"  # parent folder; the run goes to OUT/SIZE
     log_every: int = 100  # steps between lines of log.jsonl
     eval_every: int = 1000  # steps between evaluations on held-out text
@@ -94,12 +94,15 @@ class TrainConfig(StepConfig):
                                  f"micro-batches of {self.micro_batch_size or 'equal size'}")
         if len(self.init) > 2:
             raise data.UserError("--init takes a discriminator and a generator")
+        if self.deterministic and self.compile:
+            raise data.UserError("--deterministic does not compile; leave out --compile")
         if self.eval_only and self.restart:
             raise data.UserError("--eval-only evaluates a run, and --restart deletes it; leave one out")
 
 
 # All that a size means. A row lists what differs from the defaults of TrainConfig, DataConfig and
-# ElectraConfig, which are those of small.
+# ElectraConfig, which are those of small; and, for fine-tuning, the peak learning rate and the layer-wise decay.
+# (3e-4 is the paper's for small. The official code's default for it is 1e-4.)
 SIZES = {
     "tiny": dict(
         data=["python-docs"], vocab="train:2048", max_length=32, batch_size=32, num_train_steps=9000,
@@ -107,16 +110,16 @@ SIZES = {
         embedding_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256,
         max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         initializer_range=0.1,  # layers this narrow need it: with 0.02 hardly any context reaches a token
-        generator_size=0.5),
-    "small": dict(),
+        generator_size=0.5, finetuning=(3e-4, 0.8)),
+    "small": dict(finetuning=(3e-4, 0.8)),
     "base": dict(
         max_length=512, batch_size=256, num_train_steps=766_000, learning_rate=2e-4,
         embedding_size=768, hidden_size=768, num_attention_heads=12, intermediate_size=3072,
-        generator_size=1 / 3),
+        generator_size=1 / 3, finetuning=(1e-4, 0.8)),
     "large": dict(
         max_length=512, batch_size=2048, num_train_steps=400_000, learning_rate=2e-4,
         embedding_size=1024, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
-        intermediate_size=4096, mask_prob=0.25),
+        intermediate_size=4096, mask_prob=0.25, finetuning=(5e-5, 0.9)),
 }
 # Flags that a resumed run may change. All others decide its result.
 MAY_CHANGE = {"micro_batch_size", "dtype", "device", "graph", "deterministic", "compile", "out", "log_every",
@@ -339,10 +342,10 @@ WARM_UP_CALLS = 3  # before a CUDA graph is captured: they compile, choose and l
 class CudaGraphs:
     """A function of tensors on a GPU whose kernels are launched all at once, as a CUDA graph, for each shape.
 
-    To launch a kernel of a small network takes the host longer than the kernel takes the GPU. So the function
-    is called as it is a few times, then captured, which computes nothing, and replayed from there on. Each
-    replay writes its results into the same tensors. What the function reads besides its inputs, such as
-    weights and learning rates, must be changed in place.
+    To launch a kernel of a small network takes the host longer than the kernel takes the GPU. So the first
+    calls run as they are. The next one captures the function, which computes nothing, and from then on it is
+    replayed. Each replay writes its results into the same tensors. What the function reads besides its
+    inputs, such as weights and learning rates, must be changed in place.
     """
 
     def __init__(self, function):
@@ -378,7 +381,7 @@ class CudaGraphs:
         return results
 
     def capture(self, inputs):
-        """(inputs, a function that computes the results from what they hold when it is called)."""
+        """(inputs, replay): replay() calls the function on what the inputs hold by then."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             results = self.function(*inputs)
@@ -910,14 +913,22 @@ def configure(argv):
         torch.set_num_threads(1)  # a second gains little, and loses much on a busy machine (LOG.md)
     if config.micro_batch_size == 0:
         config = replace(config, micro_batch_size=config.batch_size // WORLD_SIZE)
-    if config.compile is None:  # inductor may choose other kernels in another process, and round otherwise
-        config = replace(config, compile=config.device.startswith("cuda") and not config.deterministic)
+    if config.compile is None:
+        config = replace(config, compile=compiles_by_default(config))
     if config.compile and config.device == "cpu" and torch.__version__ < "2.11":
         raise data.UserError(f"torch {torch.__version__} may compile wrong gradients of embeddings on a CPU; "
                              "leave out --compile, or use torch 2.11 or later")
     if config.init:
         return resolve_init(config, data_config, electra_config, typed)
     return config, data_config, electra_config
+
+
+def compiles_by_default(config):
+    """Only on a GPU. --deterministic does not: another process may compile kernels that round otherwise.
+
+    torch 2.6 was seen to compile wrong gradients of embeddings on a CPU, and 2.11 to be right.
+    """
+    return config.device.startswith("cuda") and not config.deterministic and torch.__version__ >= "2.11"
 
 
 def prepare_only(config, data_config):
