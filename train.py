@@ -101,8 +101,8 @@ class TrainConfig(StepConfig):
 
 
 # All that a size means. A row lists what differs from the defaults of TrainConfig, DataConfig and
-# ElectraConfig, which are those of small; and, for fine-tuning, the peak learning rate and the layer-wise decay.
-# (3e-4 is the paper's for small. The official code's default for it is 1e-4.)
+# ElectraConfig, which are those of small, and fine-tuning's peak learning rate and layer-wise decay.
+# (For small, 3e-4 is the paper's. The official code's default is 1e-4.)
 SIZES = {
     "tiny": dict(
         data=["python-docs"], vocab="train:2048", max_length=32, batch_size=32, num_train_steps=9000,
