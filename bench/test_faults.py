@@ -1,0 +1,681 @@
+"""What can go wrong. Contents, in the order of the file:
+
+    Downloads               connections that break, files that change or have another hash
+    Damaged files           archives, GLUE's files, checkpoints and shards of ours
+    Text that breaks off    while it is read, by one process or several
+    Kills and orphans       of the trainer, of its child process and of workers; no process is left behind
+    Full disks              in any file, of pre-training and of fine-tuning
+    Numbers                 that are not finite
+    Bad input               one sentence for each mistake, before anything is trained or overwritten
+
+Helpers are those of test_electra.py, and fixtures come by way of conftest.py.
+"""
+
+import gzip
+import hashlib
+import inspect
+import io
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import finetune
+import glue
+import model
+import train
+from data import Shards, UserError
+from model import ModelError
+from test_electra import (
+    ARGUMENTS,
+    CHILD,
+    GLUE_FILES,
+    HERE,
+    OWNERS,
+    SMALL_VOCAB,
+    STSB,
+    STSB_ROW,
+    TOKENIZER,
+    WEIGHTS,
+    Server,
+    assert_same_run,
+    contents,
+    data_config,
+    fail_at,
+    launch,
+    make_openwebtext,
+    make_tar,
+    pretrain,
+    pretrain_until_killed,
+    read_log,
+    read_results,
+    read_texts,
+    tune,
+    watch,
+    write_files,
+    write_split,
+    write_task,
+)
+
+# ============================================================================================================
+# Downloads
+
+
+def flip(content, place):
+    return content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :]
+
+
+def test_a_download_survives_what_goes_wrong_on_the_way(corpus, quick, capfd):
+    """Cut, reset, slow and stalled bodies, 429, 503 and redirects: the documents are the same."""
+    texts, content = make_openwebtext(1500)
+    kinds, random_ = ["cut", "reset", "slow", "stall", 429, 503, "redirect", None], random.Random(0)
+    happened, began = [], time.monotonic()
+
+    def fault():
+        happened.append(random_.choice(kinds))
+        return happened[-1]
+
+    def resumed_at():
+        return set(server.ranges_asked) - {""}  # bytes that are not the first
+
+    with Server({"/owt.tar": content}, fault) as server:
+        # What a reset loses depends on timing: a few requests more may be needed to break at a second place.
+        while set(happened) != set(kinds) or (len(resumed_at()) < 2 and time.monotonic() - began < 50):
+            assert read_texts(f"{server.url}/owt.tar", one_document_per_file=True) == texts
+        assert len(resumed_at()) >= 2
+    assert time.monotonic() - began < 50  # it did not wait for a stalled body
+    said = capfd.readouterr().err
+    assert re.search(r"owt.tar: \w+, at byte [\d,]+; trying again in 0 s", said)
+    assert "it answers 429, at byte" in said
+
+
+def test_a_download_gives_up_after_ten_minutes(corpus, monkeypatch, capfd):
+    """It waits longer from attempt to attempt, a minute at most, and says so; who never answers gets less."""
+    slept = []
+    monkeypatch.setattr(data.time, "sleep", slept.append)
+    with Server({"/a.txt": b""}, lambda: 429) as server:
+        with pytest.raises(UserError, match="it answers 429, 16 times in a row; the same command resumes"):
+            read_texts(f"{server.url}/a.txt")
+    assert slept == [1, 2, 4, 8, 16, 32, *[60] * 9]
+    assert capfd.readouterr().err.count("it answers 429, at byte 0; trying again in 60 s") == 9
+    with pytest.raises(UserError, match="cannot be read: ConnectionError, 7 times"):
+        read_texts(f"{server.url}/a.txt")
+    assert sum(slept[15:]) == 63
+
+
+def test_files_that_change_or_cannot_be_continued_are_refused(corpus, quick):
+    """A file that changes while it is read is noticed; so is a server without ranges. A file may be empty."""
+    _, content = make_openwebtext(300)
+    files = {"/owt.tar": content, "/empty.txt": b""}
+    with Server(files, lambda: "cut") as server:
+        reading = data.read_documents(data_config(data=(f"{server.url}/owt.tar",)))
+        next(reading)
+        files["/owt.tar"] = flip(content, 0)
+        changed = "owt.tar cannot be resumed at byte [1-9].*: it has changed, or"
+        with pytest.raises(UserError, match=changed):
+            list(reading)
+    files["/owt.tar"] = content
+    with Server(files, lambda: "cut", has_ranges=False) as server:
+        with pytest.raises(UserError, match="the server cannot send a part"):
+            read_texts(f"{server.url}/owt.tar")
+        assert read_texts(f"{server.url}/empty.txt") == []
+    troubles = ["cut", None, "cut"]
+    with Server({"/a.txt": b"ba " * 20_000}, lambda: troubles.pop(), is_chunked=True) as server:
+        assert read_texts(f"{server.url}/a.txt") == [("ba " * 20_000).strip()]  # an unknown length
+    assert troubles == ["cut"]
+
+
+def source(server, path, content):
+    return f"{server.url}{path}", len(content), hashlib.sha256(content).hexdigest()
+
+
+def test_glue_is_downloaded_once_and_checked(corpus, quick):
+    """A download has the published hash or is refused, and so is a file that was damaged later."""
+    with zipfile.ZipFile("WNLI.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("WNLI/dev.tsv", GLUE_FILES["wnli", "dev"][0])
+    archive = Path("WNLI.zip").read_bytes()
+    with Server({"/WNLI.zip": archive}) as server:
+        good = replace(glue.TASKS["wnli"], source=source(server, "/WNLI.zip", archive), rows=dict(dev=1))
+        wrong = replace(good, source=source(server, "/WNLI.zip", archive[:-1] + b"x"))
+        with pytest.raises(UserError, match=r"SHA-256 \w{64} instead of \w{64}; try again, or put WNLI.zip"):
+            glue.read_examples(wrong, "dev", "cache")
+        assert [path.suffix for path in Path("cache/glue").iterdir()] == [".lock"]  # nothing half-written
+        assert len(glue.read_examples(good, "dev", "cache")[0]) == 1
+    glue.fetch_official.cache_clear()  # a new process, and the server is gone
+    assert len(glue.read_examples(good, "dev", "cache")[0]) == 1
+    Path("cache/glue/WNLI.zip").write_bytes(archive[: len(archive) // 2])
+    glue.fetch_official.cache_clear()
+    with pytest.raises(UserError, match=r"WNLI.zip has SHA-256 \w{64} instead of \w{64}; delete it"):
+        glue.read_examples(good, "dev", "cache")
+
+
+def test_the_vocabulary_is_downloaded_once_and_checked(corpus, monkeypatch, quick):
+    """A wrong vocabulary is refused with the alternatives; the right one is kept."""
+    body = "\n".join(SMALL_VOCAB).encode()
+    known = data.BERT_VOCAB | dict(size=len(body), sha256=hashlib.sha256(body).hexdigest())
+    monkeypatch.setattr(data, "BERT_VOCAB", known)
+    path, config = known["address"].removeprefix("hub:"), data_config(vocab="bert")
+    with Server({path: body[:-1] + b"x"}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        with pytest.raises(UserError, match="SHA-256 .* instead of .*--vocab FILE"):
+            data.load_wordpiece(config)
+        server.files = {path: body}
+        assert data.load_wordpiece(config).tokens == SMALL_VOCAB
+    assert data.load_wordpiece(config).tokens == SMALL_VOCAB  # the server is gone
+
+
+@pytest.mark.parametrize("names", [["model.safetensors", "tokenizer_config.json"], ["pytorch_model.bin"]])
+def test_a_model_of_the_hub_is_downloaded_once(toy_glue, monkeypatch, quick, names):
+    """A name on the hub works like a folder; a wrong name is reported."""
+    folder, base = Path("out/small/discriminator"), "/google/electra-toy/resolve/main/"
+    torch.save(model.read_safetensors(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    files = {f"{base}{name}": (folder / name).read_bytes() for name in ["config.json", "vocab.txt", *names]}
+    flags = "--task wnli --model google/electra-toy "
+    with Server({}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        with pytest.raises(UserError, match="404 .*check the name: there is no folder google/electra-toy"):
+            tune(flags)
+        server.files = files
+        tune(flags)
+    kept = {path.name for path in Path("cache/models/google--electra-toy").iterdir()}
+    assert kept == {"config.json", "config.lock", "vocab.txt", *names}
+    tune(flags + "--out again")  # the server is gone
+    tune("--task wnli --out local")
+    assert read_results()["wnli", 0]["metrics"] == read_results("local")["wnli", 0]["metrics"]
+
+
+# ============================================================================================================
+# Damaged files
+
+
+def test_damaged_archives_are_refused_by_name(corpus):
+    """Cut archives, flipped bits, web pages: the error names them."""
+    texts, content = make_openwebtext()
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        second = next(member for member in tar if "00-20_data" in member.name)
+    compressed = make_tar({f"{n}.txt": text.encode() for n, text in enumerate(texts)}, "w:gz")
+    for name, damaged, message in [
+        ("flipped.tar", flip(content, second.offset_data + second.size - 6),  # seen only at its end
+         r"subset00-20_data.xz in flipped.tar is damaged or cut short"),
+        ("cut.tar", content[: second.offset_data + 99], "cut.tar is damaged or cut short"),
+        ("page.tar", b"<!DOCTYPE html><html>Please log in</html>" * 40, "page.tar is damaged or cut short"),
+        ("flipped.tar.gz", flip(compressed, len(compressed) - 6), "flipped.tar.gz is damaged"),
+        ("cut.tar.gz", compressed[: len(compressed) // 2], "cut.tar.gz is damaged or cut short"),
+    ]:
+        Path(name).write_bytes(damaged)
+        with pytest.raises(UserError, match=message):
+            read_texts(name)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("cola", b"gj04\t1\t\tA.\n", "CoLA/train.tsv has 1 rows and not 2: it was cut or edited"),
+    ("cola", b"gj04\t1\t\tA.\ngj04\t2\t\tB.\n", "train.tsv, line 2: the label is '2' and not one of 0, 1"),
+    ("cola", b"gj04\t1\t\tA.\ngj04\t1\t\tA\tB.\n", "train.tsv, line 2, has 5 fields"),
+    ("cola", b"<html>\n", "train.tsv, line 1, has 1 fields"),
+    ("stsb", f"{STSB}\tscore\n{STSB_ROW}A\tB\tC\n".encode(), "line 2: the label is 'C' and not a number"),
+])
+def test_damaged_glue_files_are_refused(name, content, message, corpus, monkeypatch):
+    """A TSV that was cut, edited or replaced is named, with the line."""
+    monkeypatch.setitem(OWNERS[name].rows, "train", 2)
+    write_split(name, "train", content)
+    with pytest.raises(UserError, match=message):
+        glue.read_examples(OWNERS[name], "train", "cache", "glue")
+
+
+def test_damaged_files_of_ours_and_a_folder_in_use_are_reported(corpus):
+    """A damaged checkpoint or shard says what to do; two processes do not train in one folder."""
+    pretrain("--num-train-steps 2")
+    with (data.lock(Path("out/small/lock")),
+          pytest.raises(UserError, match="another process is training in out/small")):
+        pretrain("--num-train-steps 2")
+    for name, flags, message in [
+        ("out/small/checkpoint.pt", "", "checkpoint.pt is damaged; --restart starts over"),
+        ("cache/*/shard-000000.npz", "--restart", "shard-000000.npz is damaged .*; delete its folder"),
+    ]:
+        [path] = Path(".").glob(name)
+        path.write_bytes(path.read_bytes()[:-50])
+        with pytest.raises(UserError, match=message):
+            pretrain(f"--num-train-steps 2 {flags}")
+
+
+# ============================================================================================================
+# Text that breaks off
+
+
+def use_small_shards(command, popen=subprocess.Popen, **kwargs):
+    """Popen, but with a child process that makes small shards."""
+    return popen([word.replace(data.__file__, "child.py") for word in command], **kwargs)
+
+
+SMALL = f"{CHILD}\n{inspect.getsource(use_small_shards)}\nsubprocess.Popen = use_small_shards\n"
+
+
+@pytest.fixture
+def streaming(corpus, monkeypatch):
+    """The address of OpenWebText on a server that fails now and then; the child process has two workers."""
+    monkeypatch.undo()
+    monkeypatch.chdir(corpus)
+    monkeypatch.setattr(data, "SHARD_CHARACTERS", 10_000)
+    settings = "data.SHARD_CHARACTERS, data.WORKERS = 10_000, 2"
+    Path("child.py").write_text(f"import sys, data\n{settings}\nsys.exit(data.run_as_child())\n")
+    monkeypatch.setattr(subprocess, "Popen", use_small_shards)
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    _, content = make_openwebtext()
+    random_ = random.Random(0)
+    with Server({"/owt.tar": content}, lambda: random_.choice(["cut", 503, None, None])) as server:
+        yield f"{server.url}/owt.tar"
+
+
+def test_the_childs_own_sentence_stops_the_training_which_saves(streaming):
+    """The user reads the child process's error, and what was trained before it is saved."""
+    with pytest.raises(UserError, match="nothing.tar answers 404 Not Found"):
+        pretrain(f"--data {streaming.replace('owt', 'nothing')}")
+    assert not Path("out/small/checkpoint.pt").exists()
+    content = make_openwebtext()[1]
+    Path("cut.tar").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="cut.tar is damaged or cut short"):
+        pretrain("--data cut.tar --num-train-steps 100000 --save-every 100000")
+    assert torch.load("out/small/checkpoint.pt", weights_only=True)["step"] > 3
+
+
+def test_ctrl_c_while_text_is_waited_for_saves_at_once(streaming):
+    """The rows run out before the text does; Ctrl-C ends the wait, and what was trained is saved."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.mkfifo("slow.txt")
+    log = Path("out/small/log.jsonl")
+
+    def write_and_interrupt():
+        with open("slow.txt", "w") as pipe:  # it stays open: the child process waits for more
+            pipe.write(Path("corpus.txt").read_text())
+            pipe.flush()
+            size = -1
+            while not log.exists() or log.stat().st_size > size:
+                size = log.stat().st_size if log.exists() else -1
+                time.sleep(0.5)
+            interrupted.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+
+    interrupted = []
+    thread = threading.Thread(target=write_and_interrupt, daemon=True)
+    thread.start()
+    with pytest.raises(UserError, match="stopped after step [0-9]+; the same command resumes") as error:
+        pretrain("--data slow.txt --num-train-steps 100000 --save-every 100000 --eval-every 100000")
+    assert time.monotonic() - interrupted[0] < 3
+    thread.join()
+    step = int(re.search(r"step (\d+)", str(error.value))[1])
+    assert torch.load("out/small/checkpoint.pt", weights_only=True)["step"] == step > 3
+
+
+def test_what_stops_one_rank_while_text_is_waited_for_stops_all(streaming):
+    """Text that breaks in the middle ends both ranks with its sentence, when rank 0 has saved."""
+    content = make_openwebtext()[1]
+    Path("cut.tar").write_bytes(content[: len(content) // 2])
+    flags = "--data cut.tar --num-train-steps 100000 --save-every 100000 SLOW_SAVE"
+    process = launch(2, flags, before=SMALL)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 1
+    assert printed.count("cut.tar is damaged or cut short") == 2, printed
+    assert torch.load("out/small/checkpoint.pt", weights_only=True)["step"] > 3
+
+
+def test_an_error_in_the_text_comes_after_the_shards_before_it(corpus, monkeypatch):
+    """With workers and without, the sentence is the same, and no shard before it is lost."""
+    with open("corpus.txt", "ab") as file:
+        file.write(b"\n\nba\xff")
+    found = []
+    for workers in 1, 2:
+        monkeypatch.setattr(data, "WORKERS", workers)
+        with pytest.raises(UserError, match="corpus.txt, line .*, is not UTF-8 at byte 2") as error:
+            data.prepare(data_config(cache=f"cache{workers}"))
+        shards = {path.name: path.read_bytes() for path in Path(f"cache{workers}").rglob("shard-*")}
+        found.append((str(error.value), shards))
+    assert found[0] == found[1] and len(shards) > 4
+
+
+def test_text_that_changes_while_it_is_read_gives_no_complete_cache(corpus, monkeypatch):
+    """What was read is compared with what is there before the cache counts as complete."""
+    watch(monkeypatch, Shards, "write_shard", lambda *args: Path("corpus.txt").write_text("other text"))
+    with pytest.raises(UserError, match="the text changed while it was being read"):
+        data.prepare(data_config())
+    assert not list(Path("cache").rglob("complete"))
+
+
+# ============================================================================================================
+# Kills and orphans
+
+
+def test_resume_after_sigkill_ends_in_the_same_bits(corpus):
+    """Killed in a shard, the log, a checkpoint and a restart, a run ends in the same bits."""
+    pretrain("--out whole")
+    flags = "--out killed --cache cache2 "
+    for victim, count in ("shard-", 2), ("log.jsonl", 5), ("checkpoint.pt", 1), ("log.jsonl", 4):
+        pretrain_until_killed(flags, victim, count)
+    pretrain(flags)
+    assert_same_run("killed", "whole")
+    flags += "--learning-rate 0.1 "
+    pretrain_until_killed(flags + "--restart", "checkpoint.pt", 0)  # it left no checkpoint of the run before
+    pretrain(flags)
+    pretrain(flags + "--out fresh")
+    assert_same_run("killed", "fresh")
+
+
+def kill_when(command, is_time):
+    """Start a command, and kill it as soon as `is_time()`; whether that was before its end."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while process.poll() is None and not is_time() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    return process.wait() == -signal.SIGKILL
+
+
+def test_trainer_and_child_killed_in_the_stream_end_in_the_same_bits(streaming):
+    """Training begins with the first shard; killed while the rest arrives, it ends in the same bits."""
+    pretrain(f"--data {streaming} --out whole")
+    flags = f"--data {streaming} --out killed --cache cache2"
+    command = [sys.executable, "-c", SMALL + "train.main(sys.argv[1:])", *ARGUMENTS.split(), *flags.split()]
+    assert kill_when(command, lambda: len(list(Path("cache2").glob("owt*/shard-*.npz"))) >= 2)
+    log = Path("killed/small/log.jsonl")
+    assert kill_when(command, lambda: log.exists() and log.read_bytes().count(b"\n") >= 6)
+    pretrain(flags)
+    assert_same_run("killed", "whole")
+    one, other = (data.prepare(data_config(data=(streaming,), cache=cache)) for cache in ("cache", "cache2"))
+    assert contents(one) == contents(other)
+
+
+def children(pid):
+    """The processes that a process has started."""
+    with suppress(FileNotFoundError):
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    return []
+
+
+def test_no_child_and_no_worker_outlives_its_parent(streaming):
+    """The child process ends when its parent is killed, and its workers with it."""
+    os.mkfifo("silent.txt")  # nobody writes to it: the child waits
+    script = f"""{SMALL}
+config = data.DataConfig(data=["silent.txt"], vocab="vocab.txt", max_length=32)
+with data.prepare_in_child(data.Shards(config, data.load_wordpiece(config))):
+    signal.pause()"""
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    pids = []
+    while len(pids) < 3:
+        time.sleep(0.01)
+        own = children(parent.pid)
+        pids = own + [pid for child in own for pid in children(child)]
+    parent.kill()
+    parent.wait()
+    executables, deadline = [Path(f"/proc/{pid}/exe") for pid in pids], time.monotonic() + 10
+    while any(path.exists() for path in executables) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(path.exists() for path in executables)
+
+
+def test_workers_make_the_same_bytes_and_one_that_is_killed_is_reported(corpus, monkeypatch):
+    """Two workers make the shards of one process; after a worker's death the same command resumes."""
+    Path("owt.tar").write_bytes(make_openwebtext(300)[1])
+    config = data_config(data=("owt.tar",))
+    expected = contents(data.prepare(config))
+    workers = []
+    watch(monkeypatch, data, "send", lambda worker, message: workers.append(worker))
+    monkeypatch.setattr(data, "WORKERS", 2)
+    config = replace(config, cache="cache2")
+    with monkeypatch.context() as patch:
+        watch(patch, Shards, "write_shard", lambda shards, number, *args: number == 1 and workers[0].kill())
+        with pytest.raises(UserError, match="prepares text ended with status -9; run the same command again"):
+            data.prepare(config)
+    assert 1 < len(list(Path("cache2").rglob("shard-*.npz"))) < len(expected) - 1
+    assert contents(data.prepare(config)) == expected
+    assert len(set(workers)) == 4 and all(worker.returncode for worker in workers)  # none is left
+
+
+# ============================================================================================================
+# Full disks
+
+
+@pytest.mark.parametrize("victim", ["shard-", "checkpoint.pt", "log.jsonl"])
+def test_a_full_disk_loses_nothing_and_the_same_command_resumes(corpus, monkeypatch, victim):
+    """The system's error is the message; after it, the run ends in the same bits."""
+    pretrain("--out whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail_at(victim, 2))
+        with pytest.raises(OSError, match="No space left on device"):
+            pretrain("--cache cache2")
+    assert not list(Path(".").rglob("*.tmp"))
+    pretrain("--cache cache2")
+    assert_same_run("out", "whole")
+
+
+@pytest.mark.parametrize("victim", ["results.jsonl", ".npz"])
+def test_finished_seeds_survive_and_are_never_repeated(toy_glue, monkeypatch, capsys, victim):
+    """A full disk costs the seed that it cuts short; the same command does that again, and no other."""
+    sweep, path = "--task wnli --seeds 2 --predict ", Path("out/glue/results.jsonl")
+    tune(sweep + "--out whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail_at(victim, 1))
+        with pytest.raises(OSError, match="No space left on device"):
+            tune(sweep)
+    first, _ = path.read_bytes().split(b"\n")
+    assert not list(Path("out").rglob("*.tmp"))
+    tune(sweep)
+    lines = path.read_bytes()
+    assert read_results() == read_results("whole") and lines.startswith(first)
+    monkeypatch.setattr(finetune.Finetuner, "run", None)  # it is not called again
+    capsys.readouterr()
+    tune("--task WNLI --seeds 2 --predict")
+    assert "WNLI " in capsys.readouterr().out and path.read_bytes() == lines
+
+
+# ============================================================================================================
+# Numbers that are not finite
+
+
+def test_what_is_not_finite_stops_the_run_before_it_is_saved(corpus, monkeypatch):
+    """The last finite checkpoint stays, and the likely cause is named."""
+
+    def spoil(optimizer):
+        parameter = optimizer.param_groups[0]["params"][0]
+        if optimizer.state[parameter]["step"] >= 1e6 + 9:
+            parameter.data.fill_(math.nan)
+
+    watch(monkeypatch, torch.optim.AdamW, "step", spoil)
+    message = "the weights are not finite after step 12, .* --restart with a lower --learning-rate"
+    with pytest.raises(UserError, match=message):
+        pretrain()
+    state = torch.load("out/small/checkpoint.pt", weights_only=True)
+    assert state["step"] == 8 and all(value.isfinite().all() for value in state["model"].values())
+
+
+# ============================================================================================================
+# Bad input
+
+
+@pytest.mark.parametrize("flags, content, message", [
+    ("--data nowhere", None, "there is no nowhere; --data takes"),
+    ("--data blank.txt", b"\n \n\n", "there is no text to train on in blank.txt"),
+    ("--data odd.pdf", b"", "odd.pdf cannot be read; .txt, .jsonl, .json and .tar can"),
+    ("--data folder", None, "folder holds no .txt, .jsonl, .json or .tar file"),
+    ("--data cut.txt.gz", gzip.compress(b"ba " * 999)[:-9], "cut.txt.gz is damaged or cut short"),
+    ("--data latin.txt", "ba\nbé".encode("latin-1"), "latin.txt, line 2, is not UTF-8 at byte 1"),
+    ("--data a.jsonl", b'{"text": "ba"}\n{"no": 1}\n', "a.jsonl, line 2, is not a JSON object with a string"),
+    ("--vocab bad.txt", b"[PAD]\n[UNK]\n[CLS]\na", r"must begin with \[PAD\] and hold"),
+    ("--vocab bad.txt", "\n".join([*SMALL_VOCAB, "ba"]).encode(), "at most 65,535 tokens, each once"),
+    ("--vocab nowhere.txt", None, "there is no vocabulary nowhere.txt"),
+    ("--max-length 33", None, "max_length 33 is beyond the model's 32 positions"),
+    ("--max-length 4", None, "max_length is 4; a row needs at least 8"),
+    ("--micro-batch-size 3", None, "a batch of 8 rows does not split into 1 times micro-batches of 3"),
+    ("--batch-size 0", None, "batch_size is 0; it must be at least 1"),
+    ("--hidden-size 33", None, "hidden_size 33 is not a multiple of num_attention_heads 2"),
+    ("--hidden-dropout-prob 2", None, "hidden_dropout_prob is 2.0; it must be at least 0 and below 1"),
+    ("--objective bert", None, "there is no objective bert; there are electra and mlm"),
+    ("--size huge", None, "there is no size huge; there are tiny, small, base, large"),
+    ("--learning 1", None, "there is no --learning 1; --help lists the flags"),
+    ("--batch-size many", None, "invalid int value: 'many'"),
+    ("--dtype fp8", None, "cpu does not compute in fp8; --dtype takes fp32, bf16, fp16"),
+    ("--device tpu", None, "there is no device tpu here"),
+])
+def test_bad_input_to_pre_training(corpus, flags, content, message):
+    """Each mistake ends in one sentence, before anything is trained."""
+    Path("folder").mkdir()
+    if content is not None:
+        Path(flags.split()[1]).write_bytes(content)
+    with pytest.raises((UserError, ModelError), match=message) as error:
+        pretrain(flags)
+    assert "\n" not in str(error.value)
+    left = {path.name for path in Path(".").rglob("*")}
+    assert not left & {"checkpoint.pt", "log.jsonl", "complete"} and not list(Path(".").rglob("*.tmp"))
+
+
+QUERY = "electra.encoder.layer.0.attention.self.query.weight"
+# A header that promises 8 bytes, and 4 of them.
+CUT_SHORT = struct.pack("<Q", 61) + b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}1234'
+
+
+@pytest.mark.parametrize("flags, changes, message", [
+    ("--task squad", {}, "there is no task squad; there are cola, sst2, mrpc, .* wnli, all, and folders"),
+    ("--model nowhere", {}, "there is no model in nowhere; pre-train one with .*google/electra-small"),
+    ("--max-length 65", {}, "out/small/discriminator has 64 positions; use --max-length 64 or less"),
+    ("--seeds 0", {}, "seeds is 0"), ("--max-length 2", {}, "max_length is 2"),
+    ("--task cola rte wnli --glue-dir part", {}, "no part/RTE/train.tsv, .* part/WNLI/dev.tsv; --gl"),
+    ("--predict-file a.tsv --model out/small/discriminator", {}, "has no classifier; --model takes"),
+    ("", {"config.json": None}, "there is no model in out/small; pre-train one"),
+    ("", {"config.json": b"{"}, "config.json is not the config of a model"),
+    ("", {"config.json": b'{"model_type": "bert"}'}, "describes a model of type 'bert'"),
+    ("", {"vocab.txt": None}, "is not a model folder: it has neither vocab.txt nor tokenizer.json"),
+    ("", {"vocab.txt": b"\n".join([b"[PAD]", b"[UNK]", b"[CLS]", b"[SEP]", b"[MASK]"])},
+     "its vocabulary has 5 tokens, and config.json says 48"),
+    ("", {"vocab.txt": None, "tokenizer.json": b'{"model": {"vocab": {"a": 1}}}'}, "is not a WordPiece tok"),
+    ("", {TOKENIZER: b'{"tokenize_chinese_chars": false}'}, "that this tokenizer lacks"),
+    ("", {WEIGHTS: None}, "has neither model.safetensors nor pytorch_model.bin"),
+    ("", {WEIGHTS: CUT_SHORT}, "is damaged, or not a safetensors file"),
+    ("", {WEIGHTS: None, "pytorch_model.bin": b"x" * 99}, "is damaged, or not a file of weights"),
+    ("", {QUERY: torch.zeros(3, 4)}, f"{QUERY} has shape .3, 4., and should have .48, 48."),
+    ("", {QUERY: torch.full((48, 48), math.inf)}, f"{QUERY} is not finite"),
+])
+def test_bad_input_to_fine_tuning(toy_glue, flags, changes, message):
+    """Each mistake ends in one sentence, before anything is fine-tuned."""
+    folder = Path("out/small/discriminator")
+    for name, content in changes.items():
+        if isinstance(content, torch.Tensor):
+            tensors = model.read_safetensors(folder / WEIGHTS)
+            model.write_safetensors(folder / WEIGHTS, tensors | {name: content})
+        elif content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(content)
+    shutil.copytree("glue/CoLA", "part/CoLA")
+    with pytest.raises((UserError, ModelError), match=message) as error:
+        tune(f"--task cola {flags}")
+    assert "\n" not in str(error.value) and not Path("out/glue/results.jsonl").exists()
+
+
+@pytest.mark.parametrize("files, message", [
+    ({"dev.tsv": None}, "own has no dev.tsv, dev.csv or dev.jsonl"),
+    ({"dev.csv": "a"}, "there are own/dev.tsv and own/dev.csv; keep one"),
+    ({"train.tsv": "text\tlabel\na\tbad\nb\tgood\n"}, "line 2, has no column sentence, or sentence1 and"),
+    ({"train.tsv": "sentence\nba\n"}, "own/train.tsv, line 2, has no column label; there are"),
+    ({"train.tsv": "sentence\tlabel\nba\tx\tx\n"}, "own/train.tsv, line 2, has 3 fields, and the first"),
+    ({"train.tsv": "sentence\tlabel\nba\tx\n"}, "own/train.tsv needs at least two different labels"),
+    ({"train.tsv": "sentence\tlabel\nba\t1\nba\t2.5\n"},
+     "own/train.tsv, line 3, column label: the label is 2.5, a number; use --regression"),
+    ({"dev.tsv": "sentence\tlabel\nba\todd\n"},
+     "own/dev.tsv, line 2, column label: the label is 'odd' and not one of bad, fair, good"),
+    ({"dev.tsv": None, "dev.jsonl": '{"sentence": null, "label": "bad"}'},
+     "own/dev.jsonl, line 1, column sentence, is None, neither text nor a number"),
+    ({"dev.tsv": None, "dev.jsonl": "[1]"}, "own/dev.jsonl, line 1, is damaged: it is not a JSON object"),
+    ({"dev.tsv": "sentence\tlabel\n"}, "own/dev.tsv has no rows"),
+])
+def test_bad_input_in_own_tasks(toy_glue, files, message):
+    """Each mistake ends in one sentence that names file, line and column."""
+    write_task("own")
+    for name, content in files.items():
+        Path("own", name).write_text(content) if content is not None else Path("own", name).unlink()
+    with pytest.raises(UserError, match=re.escape(message)):
+        tune("--task own")
+
+
+def test_words_are_not_numbers(toy_glue):
+    """--regression wants numbers."""
+    write_task("own")
+    with pytest.raises(UserError, match="line 2, column label: the label is 'good' and not a number"):
+        tune("--task own --regression")
+
+
+def test_another_run_in_the_folder_is_left_alone_unless_restarted(corpus):
+    """Settings that decide the result cannot change on resume; --restart with bad text deletes nothing."""
+    write_files(".", {"b.txt": b"ba do ku", "empty.txt": b""})
+
+    def kept():
+        return {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+
+    pretrain("--num-train-steps 4")
+    before, another = kept(), "out/small holds another run .*"
+    for change, message in [
+        ("--learning-rate 0.1", another + "learning_rate was 0.002 and is now 0.1"),
+        ("--data b.txt", another + "the text differs"), ("--hidden-size 16", another + "hidden_size"),
+        ("--restart --data empty.txt", "there is no text to train on in empty.txt"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            pretrain(f"--num-train-steps 4 {change}")
+        assert kept() == before
+    pretrain("--num-train-steps 4 --seed 1 --restart")
+    assert read_log()[0]["settings"]["seed"] == 1 and kept() != before
+
+
+def test_what_is_kept_replaces_nothing_else(toy_glue, monkeypatch):
+    """--save refuses a folder that it did not write; files that change during a sweep end it."""
+    write_task("mine/own")
+    with pytest.raises(UserError, match="--save would overwrite mine/own, which is not a network"):
+        tune("--task mine/own --out mine --save")
+    assert Path("mine/own/train.tsv").exists()
+    watch(monkeypatch, finetune, "tokenize_splits", lambda _: Path("mine/own/dev.tsv").write_text("changed"))
+    with pytest.raises(UserError, match="mine/own/dev.tsv has no rows"):
+        tune("--task mine/own")
+    write_task("mine/own")
+    monkeypatch.undo()
+    monkeypatch.chdir(toy_glue)
+    watch(monkeypatch, finetune, "tokenize_splits", lambda _: write_task("mine/own", count=20))
+    with pytest.raises(UserError, match="the files of own have changed; run the same command again"):
+        finetune.main("--task mine/own --max-length 32".split())
+
+
+def test_ranks_that_cannot_work_together_say_why(corpus, monkeypatch):
+    """A rank that fails ends the job with its own error; other vocabularies and odd numbers are refused."""
+    for number in range(2):
+        Path(f"vocab{number}.txt").write_text("\n".join([*SMALL_VOCAB, f"more{number}"]))
+    for flags, message in [("BROKEN", "ValueError: rank one is broken"),
+                           ("--vocab VOCAB", "the ranks differ in vocab: .* --vocab FILE")]:
+        process = launch(2, flags)
+        printed = process.communicate(timeout=120)[0]
+        assert process.returncode == 1 and re.search(message, printed), printed
+    monkeypatch.setattr(train, "WORLD_SIZE", 3)
+    with pytest.raises(UserError, match="a batch of 8 rows does not split into 3 times micro-batches"):
+        pretrain()
+
+
+def test_commands_end_in_one_line_and_a_status(corpus):
+    """A user's mistake is one line and status 1, in any locale; an error of ours keeps its traceback."""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    for script, *flags in ("train.py", "--data", "nowhere"), ("finetune.py", "--model", "né/né/né"):
+        command = [sys.executable, str(HERE / script), *flags]
+        process = subprocess.run(command, env=environment, capture_output=True)
+        assert process.returncode == 1 and process.stdout == b"", process.stderr
+        assert process.stderr.count(b"\n") == 1 and process.stderr.startswith(b"there is no ")
+    with pytest.raises(ZeroDivisionError):
+        train.run_command(lambda: 1 / 0)
