@@ -74,7 +74,8 @@ def test_the_flags_that_the_readme_names_exist(module, configs, capsys):
 def test_the_readmes_commands_and_session_run(toy_glue, monkeypatch, quick):
     """The README's commands and Python session run as they are written, on small files and networks."""
     shape = dict(embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                 intermediate_size=64, max_length=32, batch_size=8, num_train_steps=4, num_warmup_steps=1)
+                 intermediate_size=64, max_length=32, batch_size=8, num_train_steps=4, num_warmup_steps=1,
+                 finetuning=(3e-4, 0.8))
     tiny = shape | dict(data=["corpus.txt"], vocab="vocab.txt")
     monkeypatch.setattr(train, "SIZES", dict(tiny=tiny, small=shape, base=shape))
     vocab, files = Path("vocab.txt").read_bytes(), {"/owt.tar": make_openwebtext()[1]}
