@@ -1094,7 +1094,7 @@ def range_headers(position, etag):
     headers = {"Accept-Encoding": "identity"}
     if position:
         headers["Range"] = f"bytes={position}-"
-    if etag.startswith('"'):  # strong: if the file has changed, the server answers 200 with all of it
+    if etag.startswith('"'):  # a strong ETag: if the file has changed, the server answers 200 with all of it
         headers["If-Range"] = etag
     return headers
 

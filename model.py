@@ -228,7 +228,7 @@ def mask(input_ids, uniforms, config):
 def num_predictions(input_ids, config):
     """How many positions of each row are predicted, (B,) int64. [D08]
 
-    They are mask_prob of its tokens, at least 1 and at most K, and never more than are selectable.
+    `mask_prob` of the row's tokens, at least 1 and at most K, and never more than are selectable.
     """
     lengths = (input_ids != 0).sum(1)
     wanted = torch.round(lengths.float() * config.mask_prob).long()  # [D08] rounds half to even
@@ -408,7 +408,10 @@ def in_fp32(logits):
 
 
 def truncated_normal_(module, config):
-    """Normal with standard deviation `initializer_range`, cut off at two, which leaves 0.88 of it. [D21]"""
+    """Normal with standard deviation `initializer_range`, cut off at two deviations. [D21]
+
+    The cut leaves 0.88 of the deviation.
+    """
     std = config.initializer_range
     nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
     if isinstance(module, nn.Linear):
@@ -513,7 +516,8 @@ def load_config(folder):
         content = json.loads(path.read_text(encoding="utf-8"))
         kind = content.get("model_type")
         activation = content.get("hidden_act", "gelu")
-        config = {field.name: field.type(content[field.name])  # its annotation is its class: int, float or str
+        # A field's annotation is its class: int, float or str.
+        config = {field.name: field.type(content[field.name])
                   for field in fields(ElectraConfig) if field.name in content}
     except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is not the config of a model ({error})") from None
