@@ -8,7 +8,7 @@
     shards           rows <-> disk; a child process may still be adding to them
     order            (seed, step) -> the rows of a training step
 
-Below them stand what they call: vocabularies and model folders, the source of the bytes, files that survive a
+The helpers they call follow: vocabularies and model folders, the source of the bytes, files that survive a
 kill.
 
 The disk holds one array, uint16 (rows, max_length), zero-padded, in shards: attention mask and token types
@@ -65,7 +65,7 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which text, and how it becomes rows."""
+    """Which text, and how it becomes rows. A field with a comment is a flag, and the comment is its help."""
 
     data: list = ("openwebtext",)  # files, folders, addresses of text, openwebtext, or python-docs
     one_document_per_file: bool = False  # each .txt is one document; else blank lines separate documents
@@ -91,10 +91,7 @@ def prepare(config, progress=True):
         shards.refresh()
         if shards.is_complete:
             return shards
-        start = (0, 0)  # a position in the text, see read_documents
-        if shards.infos:
-            start = shards.infos[-1]["end"]
-        units = enumerate(read_units(config, start), len(shards.infos))
+        units = enumerate(read_units(config, shards.end), len(shards.infos))
         with tqdm(desc="preparing", unit=" rows", disable=None if progress else True) as bar:
             for number, train, heldout, info in build_shards(units, shards.wordpiece, config):
                 shards.write_shard(number, train, heldout, info)
@@ -114,7 +111,7 @@ def prepare(config, progress=True):
 
 SHARD_CHARACTERS = 2_000_000  # characters of text per shard, about 3,000 rows of 128
 MAX_DOCUMENT = 10_000_000  # characters; a longer document of a .txt is split
-# What can be read. An OpenWebText tar holds tars that are named _data.xz.
+# The files that can be read. An OpenWebText tar holds tars that are named _data.xz.
 KINDS = re.compile(r"(\.txt|\.jsonl?|\.tar|_data(?=\.xz))(\.gz|\.xz)?$", re.IGNORECASE)
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, tarfile.TarError)
 
@@ -123,7 +120,7 @@ def read_units(config, start):
     """Yield (texts, position after them) for each unit of documents, which becomes a shard."""
     texts = []
     size = 0
-    for position, text in read_documents(config, start):
+    for text, position in read_documents(config, start):
         texts.append(text)
         size += len(text)
         if size >= SHARD_CHARACTERS:
@@ -135,32 +132,32 @@ def read_units(config, start):
 
 
 def read_documents(config, start=(0, 0)):
-    """Yield (position after it, text) for each document from position `start` on.
+    """Yield (text, position after it) for each document from position `start` on.
 
     A position is (number of the file, number of its documents so far). Resuming reads a file from its
     beginning again.
     """
-    for number, file in enumerate(find_files(config)):
+    for number, name in enumerate(find_files(config)):
         if number < start[0]:
             continue
-        for count, text in enumerate(read_source(file, config), 1):
+        for count, text in enumerate(read_source(name, config), 1):
             text = text.replace("\r\n", "\n").strip()
             if text and (number, count) > tuple(start):
-                yield (number, count), text
+                yield text, (number, count)
 
 
-def read_source(file, config):
+def read_source(name, config):
     """Yield the documents of a file or an address."""
-    if file == "python-docs":
+    if name == "python-docs":
         yield from python_docs()
         return
-    path = urlsplit(file).path if is_address(file) else file
-    with open_source(file) as stream:
-        yield from read_file(stream, path, file, config.one_document_per_file or file in OPENWEBTEXT)
+    path = urlsplit(name).path if is_address(name) else name
+    with open_source(name) as stream:
+        yield from read_file(stream, path, name, config.one_document_per_file or name in OPENWEBTEXT)
 
 
-def read_file(stream, path, source, whole):
-    """Yield the documents of a file of any kind, archives in archives included. Errors name `source`."""
+def read_file(stream, path, source, one_document):
+    """Yield the documents of a file of any kind, including nested archives. Errors name `source`."""
     match = KINDS.search(path)
     if not match:
         raise UserError(f"{source} cannot be read; .txt, .jsonl, .json and .tar can, plain, .gz or .xz")
@@ -169,12 +166,12 @@ def read_file(stream, path, source, whole):
     try:
         with decompress(stream, compression) as file:
             if kind == ".txt":
-                yield from read_txt(file, source, whole)
+                yield from read_txt(file, source, one_document)
             elif kind in (".json", ".jsonl"):
                 yield from read_jsonl(file, source)
             else:
                 for name, content in read_tar(file):
-                    yield from read_file(content, name, f"{name} in {source}", whole)
+                    yield from read_file(content, name, f"{name} in {source}", one_document)
                 if compression:
                     read_to_the_end(file)
     except DAMAGE as error:
@@ -206,9 +203,9 @@ def read_tar(file):
                 yield member.name, tar.extractfile(member)
 
 
-def read_txt(file, source, whole):
-    """Yield the documents of a text file: the parts between blank lines or, with `whole`, all of it."""
-    if whole:
+def read_txt(file, source, one_document):
+    """Yield the parts of a text file between blank lines or, with `one_document`, all of it."""
+    if one_document:
         yield decode(file.read(), source)
         return
     lines = []
@@ -225,7 +222,7 @@ def read_txt(file, source, whole):
 
 
 def read_jsonl(file, source):
-    """Yield the documents of a file with a JSON object on each line: what stands under "text"."""
+    """Yield the documents of a file with a JSON object on each line: the value of "text"."""
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -242,10 +239,10 @@ SENTENCE = re.compile(r"[A-Z][a-z']*(?:[,;:]? [A-Za-z][a-z]*(?:[-'][a-z]+)*){4,}
 
 
 def python_docs():
-    """Yield some 2 MB of English that every machine has: a document for each file, a sentence on each line.
+    """Yield about 2 MB of English found on every machine: a document for each file, a sentence on each line.
 
-    The sentences are those in docstrings and comments of the standard library, torch and numpy that have no
-    sign of code in them, each once. The files are searched, never imported.
+    Yields each sentence once: those without a sign of code in the docstrings and comments of the standard
+    library, torch and numpy. The files are searched, never imported.
     """
     roots = [sysconfig.get_path("stdlib")]
     for package in ("torch", "numpy"):
@@ -280,7 +277,7 @@ def find_sentences(source):
 CORES = os.cpu_count()
 if hasattr(os, "sched_getaffinity"):  # not on macOS
     CORES = len(os.sched_getaffinity(0))
-WORKERS = min(8, CORES)  # processes that turn text into rows; one that reads it feeds no more than about 8
+WORKERS = min(8, CORES)  # processes that turn text into rows; a single reader can keep about 8 busy
 
 
 def build_shards(units, wordpiece, config):
@@ -319,7 +316,7 @@ def build_shards(units, wordpiece, config):
 
 
 def until_error(units):
-    """Yield the units. An error in the text comes last, so that the shards before it can be written first."""
+    """Yield the units. An error is yielded last, so that the shards before it are still written."""
     try:
         yield from units
     except (UserError, OSError) as error:
@@ -336,19 +333,19 @@ def start_worker():
             yield worker
         finally:
             worker.kill()
-            with suppress(BrokenPipeError):  # what could not be sent stays unsent
+            with suppress(BrokenPipeError):  # ignore data that could not be sent
                 worker.stdin.close()
 
 
 def send(worker, message):
-    """Give a worker a message that `work` awaits."""
+    """Send a message to a worker."""
     with suppress(BrokenPipeError):  # the worker has ended, which `receive` reports
         pickle.dump(message, worker.stdin)
         worker.stdin.flush()
 
 
 def receive(worker):
-    """The shard of the unit that a worker was given."""
+    """Wait for a worker's shard."""
     try:
         return pickle.load(worker.stdout)
     except (EOFError, pickle.UnpicklingError):
@@ -357,7 +354,7 @@ def receive(worker):
 
 
 def work():
-    """What a worker does: it answers each unit with its shard."""
+    """The worker's loop: receive a unit of documents, send back its shard."""
     with suppress(EOFError, pickle.UnpicklingError, BrokenPipeError):  # the parent has ended
         tokens, settings = pickle.load(sys.stdin.buffer)
         config = DataConfig(**settings)
@@ -366,7 +363,7 @@ def work():
             unit = pickle.load(sys.stdin.buffer)
             pickle.dump(build_shard(unit, wordpiece, config), sys.stdout.buffer)
             sys.stdout.buffer.flush()
-    os._exit(0)  # a normal exit would try to write what is left
+    os._exit(0)  # a normal exit would flush stdout, whose reader is gone
 
 
 def build_shard(unit, wordpiece, config):
@@ -392,7 +389,7 @@ def tokenize(texts, wordpiece):
 
 
 def is_heldout(text):
-    """Decided by a hash, so that copies of a document are on the same side."""
+    """Whether a document is held out. A hash decides, so duplicates are never split."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % HELDOUT_SHARE == 0
 
 
@@ -421,7 +418,7 @@ def build_rows(documents, number, wordpiece, config):
 
 
 def to_array(rows, length):
-    return np.array(rows, dtype=np.uint16).reshape(-1, length)  # of no rows, too
+    return np.array(rows, dtype=np.uint16).reshape(-1, length)  # works for an empty list, too
 
 
 def split_line(line, max_length):
@@ -502,9 +499,9 @@ def split(lines, target, max_length, uniform):
 
 
 class Stopped(UserError):
-    """Text that is waited for will not come: its preparation has failed, or a signal asks to stop.
+    """Waiting for text ended: preparing it failed, or a signal arrived.
 
-    The message is the child process's. After a signal there is none.
+    The message is the child's error, or empty after a signal.
     """
 
 
@@ -537,6 +534,11 @@ class Shards:
         self.folder = Path(config.cache) / f"{source_name(config)}-{digest(self.fingerprint)}"
         self.refresh()
 
+    @property
+    def end(self):
+        """The position in the text (see read_documents) at which the last shard ends."""
+        return self.infos[-1]["end"] if self.infos else (0, 0)
+
     def path(self, number):
         return self.folder / f"shard-{number:06d}.npz"
 
@@ -564,12 +566,12 @@ class Shards:
     def wait_until(self, is_there, signals=()):
         """Block until `is_there()` or until the text is complete.
 
-        Raises Stopped if the child process has failed, or once there is something in the list `signals`.
+        Raises Stopped if the child process has failed, or as soon as the list `signals` is not empty.
         """
         with tqdm(desc="waiting for text", bar_format="{desc}, {elapsed}", delay=1, leave=False,
                   disable=None) as bar:
             while True:
-                error = self.child_error()  # asked first: what the child wrote before it ended is seen below
+                error = self.child_error()  # before refresh(), which then sees everything the child wrote
                 self.refresh()
                 if is_there() or self.is_complete:
                     return
@@ -579,7 +581,7 @@ class Shards:
                 time.sleep(0.05)
 
     def child_error(self):
-        """The last words of a child process that has ended, else ""."""
+        """The error message of a child that has ended, or "" while it runs or if there is none."""
         if self.child is None or self.child.poll() is None:
             return ""
         self.child_output.seek(0)
@@ -588,7 +590,7 @@ class Shards:
         return message or f"preparing the text ended with status {status}; run the same command again"
 
     def wait_for(self, number, signals=()):
-        """Block until there are so many shards."""
+        """Block until there are `number` shards, or until the text is complete."""
         self.wait_until(lambda: len(self.infos) >= number, signals)
 
     def heldout(self, limit, signals=()):
@@ -629,8 +631,8 @@ class Shards:
 def prepare_in_child(shards):
     """Prepare the text of these shards in a child process for as long as the context lasts.
 
-    The child exits when its standard input closes, so it cannot outlive its parent. It prints its error to
-    its standard output, and what it waits for goes to the terminal.
+    The child exits when its standard input closes, so it cannot outlive its parent. Its error goes to stdout,
+    which is captured; downloads and what it waits for show on the terminal.
     """
     if shards.is_complete:
         yield
@@ -649,7 +651,7 @@ def prepare_in_child(shards):
 
 
 def run_as_child():
-    """What the child process does. Returns its exit status."""
+    """The child process. Returns its exit status."""
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
 
     def end_with_parent():
@@ -700,7 +702,7 @@ class Order:
             self.epoch, number, members = next(self.groups)
             size = sum(self.shards.infos[member]["rows"] for member in members)
             self.end += size
-            if self.end > start:  # otherwise the run resumes after this group
+            if self.end > start:  # otherwise skip the group: it lies before the resumed step
                 order = rng(self.seed, "rows", self.epoch, number).permutation(size)
                 rows = np.concatenate([self.shards.load("train", member) for member in members])
                 self.rows = np.concatenate([self.rows, rows[order]])
@@ -848,7 +850,7 @@ def train_vocab(config, size, path):
     # Letters, which take two tokens each (x and ##x), may fill half of the vocabulary.
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL_TOKENS, show_progress=False,
                                         limit_alphabet=max(1, size // 4))
-    tokenizer.train_from_iterator((line for _, text in documents for line in text.split("\n")), trainer)
+    tokenizer.train_from_iterator((line for text, _ in documents for line in text.split("\n")), trainer)
     ids = tokenizer.get_vocab()
     if len(ids) == len(SPECIAL_TOKENS):
         raise UserError(f"there is no text to train on in {' '.join(config.data)}")
@@ -894,7 +896,7 @@ class WordPiece:
         self.sha256 = hashlib.sha256("\n".join(tokens).encode()).hexdigest()
         self.tokenizer = blank_tokenizer(self.do_lower_case, self.strip_accents)
         self.normalizer = self.tokenizer.normalizer
-        self.tokenizer.normalizer = None  # `normalize` calls it, for fewer characters
+        self.tokenizer.normalizer = None  # our `normalize` calls it, only on the characters that need it
         # As in the official code, only words over 200 characters become [UNK] for their length.
         self.tokenizer.model = models.WordPiece(ids, unk_token=UNK, max_input_chars_per_word=200)
 
@@ -951,12 +953,12 @@ OPENWEBTEXT = [f"hub:/datasets/Skylion007/openwebtext/resolve/39d1a6d3f3a4c838b2
                f"/subsets/urlsf_subset{number:02d}.tar" for number in range(21)]
 TIMEOUT = 30  # seconds without an answer
 BACKOFF = 0.5  # seconds before a new attempt, doubled each time, at most a minute
-PATIENCE = 600  # seconds of waiting before giving up; a tenth of it for a server that never answered
+PATIENCE = 600  # seconds of waiting before giving up; a tenth of it if the server has never answered
 
 
 def identify_text(config):
     """What must stay the same for the shards of a text to remain valid."""
-    return [identify(file) for file in find_files(config)]
+    return [identify(name) for name in find_files(config)]
 
 
 def find_files(config):
@@ -989,25 +991,25 @@ def walk(folder):
         yield from (os.path.join(path, name) for name in names)
 
 
-def identify(file):
-    """A file is identified by its name, size and time of change, an address by itself alone."""
-    if file == "python-docs":
-        return [file, platform.python_version(), *map(importlib.metadata.version, ("torch", "numpy"))]
-    if is_address(file):
-        return [file]
-    status = os.stat(file)
-    return [file, status.st_size, status.st_mtime_ns]
+def identify(name):
+    """A file's identity is its name, size and modification time; an address's is the address."""
+    if name == "python-docs":
+        return [name, platform.python_version(), *map(importlib.metadata.version, ("torch", "numpy"))]
+    if is_address(name):
+        return [name]
+    status = os.stat(name)
+    return [name, status.st_size, status.st_mtime_ns]
 
 
 def source_name(config):
     return re.sub(r"[^\w.-]", "_", Path(config.data[0]).name) or "text"
 
 
-def open_source(file):
+def open_source(name):
     """A file or address as a binary stream."""
-    if is_address(file):
-        return io.BufferedReader(ChunkStream(fetch(file)), 1 << 20)
-    return open(file, "rb")
+    if is_address(name):
+        return io.BufferedReader(ChunkStream(fetch(name)), 1 << 20)
+    return open(name, "rb")
 
 
 class ChunkStream(io.RawIOBase):
@@ -1092,13 +1094,13 @@ def range_headers(position, etag):
     headers = {"Accept-Encoding": "identity"}
     if position:
         headers["Range"] = f"bytes={position}-"
-    if etag.startswith('"'):  # a strong one: if the file has changed, the server sends all of it, as a 200
+    if etag.startswith('"'):  # a strong ETag: if the file has changed, the server answers 200 with all of it
         headers["If-Range"] = etag
     return headers
 
 
 def check_status(response, url, position, advice):
-    """Raise an error that `fetch` answers with a new attempt, or one for the user."""
+    """Raise an error that makes `fetch` retry, or a UserError."""
     status = response.status_code
     if status == 429 or status >= 500:
         response.raise_for_status()
@@ -1123,7 +1125,7 @@ def url_of(address):
 
 @contextmanager
 def atomic_write(path):
-    """Open a binary file that takes the place of `path` once it is whole and on the disk.
+    """Open a binary file that takes the place of `path` once it is complete and synced to disk.
 
     The caller holds a lock: two processes must not write to the same temporary file.
     """
@@ -1141,7 +1143,7 @@ def atomic_write(path):
 
 @contextmanager
 def atomic_folder(folder):
-    """Yield a new folder that takes the place of `folder` once it is filled."""
+    """Yield the path for a new folder that takes the place of `folder` once it is filled."""
     new = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(new, ignore_errors=True)
     yield new
@@ -1212,4 +1214,6 @@ def lock(path, waiting=None):
 if __name__ == "__main__":
     if sys.argv[1:] == ["worker"]:
         work()
+    if not sys.argv[1:]:
+        sys.exit("data.py is started by train.py; to see rows: python train.py --prepare-only --show 5")
     sys.exit(run_as_child())

@@ -8,8 +8,9 @@ that DETAILS.md explains and links to the official code and to its test.
 This is not a GAN. The generator is trained to predict the original tokens, not to fool the discriminator:
 no gradient passes a sampled token, and the paper found reinforcement learning to work worse. The generator
 is the smaller network, since the fakes of a large one are too hard for the discriminator to learn from. Both
-networks share their embeddings, which the generator's softmax over the whole vocabulary trains best. After
-training only the discriminator is kept. Fine-tuning adds a layer on its [CLS] vector, and trains all of it.
+networks share their embeddings, because the generator's softmax over the whole vocabulary trains them best.
+After training only the discriminator is kept. Fine-tuning adds a layer on its [CLS] vector and trains the
+whole network.
 
     electra = Electra(ElectraConfig())
     output = electra(torch.tensor([[101, 1996, 4937, 2938, 102]]))  # [CLS] the cat sat [SEP]
@@ -42,7 +43,8 @@ class ModelError(ValueError):
 class ElectraConfig:
     """The shape of a network, under HuggingFace's names, and the objective. The defaults are those of small.
 
-    The shape is the discriminator's; `generator_config` derives the generator's.
+    The shape is the discriminator's; `generator_config` derives the generator's. A field with a comment is a
+    flag, and the comment is its help.
     """
 
     vocab_size: int = 30522
@@ -85,7 +87,7 @@ class ElectraConfig:
         return replace(self, hidden_size=hidden, intermediate_size=4 * hidden, num_attention_heads=heads)
 
     def num_slots(self, length):
-        """K, the most positions that are predicted in a row of `length`: 19 for small's 128. [D08]"""
+        """K, the maximum number of predictions in a row of `length`: 19 for small's 128. [D08]"""
         slots = int((self.mask_prob + 0.005) * length)  # with the official code's slack of 0.005
         return min(length, max(1, slots))
 
@@ -95,13 +97,13 @@ class ElectraConfig:
 
 
 class Output(NamedTuple):
-    """The result of a forward pass. Losses of micro-batches add up to that of the batch."""
+    """The result of a forward pass. The losses of micro-batches add up to the loss of the batch."""
 
     loss: torch.Tensor  # () to call backward() on
     mlm_loss: torch.Tensor  # () the generator's part of it
     mlm_correct: torch.Tensor  # () the number of predictions whose most likely token is the original
     sampled_correct: torch.Tensor  # () the number of predictions whose sampled token is the original
-    positions: torch.Tensor  # (B, K) the masked positions; 0 in unused slots
+    positions: torch.Tensor  # (B, K) the predicted positions; 0 in unused slots
     slot_weights: torch.Tensor  # (B, K) 1 for a prediction, 0 for an unused slot
     corrupted_ids: torch.Tensor  # (B, L) the text with the samples in it
     is_replaced: torch.Tensor  # (B, L) bool, where it differs
@@ -124,8 +126,8 @@ class Electra(nn.Module):
         """One pass of the objective over rows of token ids (B, L) that begin with [CLS], zero-padded.
 
         `uniforms` (B, L + 2K) float32 in [0, 1) is all the randomness apart from dropout. It is passed in, so
-        that a step is a function of (seed, step) on any device; by default it is drawn here. `counts` (2,) is
-        what `loss_counts` returns for the whole batch, if these rows are a part of it.
+        that a step is a function of (seed, step) on any device; by default it is drawn here. For a
+        micro-batch, pass `counts` (2,), the `loss_counts` of the whole batch.
         """
         B, L = input_ids.shape
         K = self.config.num_slots(L)
@@ -134,7 +136,7 @@ class Electra(nn.Module):
         if counts is None:
             counts = loss_counts(input_ids, self.config)
         mask_uniforms, sample_uniforms = uniforms.split([L + K, K], dim=1)
-        num_predicted, num_tokens = counts + 1e-6  # as in the official code
+        num_predicted, num_tokens = (counts + 1e-6).unbind()  # never 0: the official code's epsilon
         # Computed once, from the original ids: a sampled [PAD] or [SEP] must not change them.
         attention_mask, token_type_ids = mask_and_types(input_ids, self.config.sep_token_id)
 
@@ -177,7 +179,7 @@ class Electra(nn.Module):
 
 
 def detach(tensor):
-    """A tensor without the graph that autograd made for it, or None."""
+    """`tensor.detach()`, or None for None."""
     return None if tensor is None else tensor.detach()
 
 
@@ -224,7 +226,10 @@ def mask(input_ids, uniforms, config):
 
 
 def num_predictions(input_ids, config):
-    """How many positions of each row are predicted, (B,) int64: 15 %, at least 1 and at most K. [D08]"""
+    """How many positions of each row are predicted, (B,) int64. [D08]
+
+    `mask_prob` of the row's tokens, at least 1 and at most K, and never more than are selectable.
+    """
     lengths = (input_ids != 0).sum(1)
     wanted = torch.round(lengths.float() * config.mask_prob).long()  # [D08] rounds half to even
     wanted = wanted.clamp(1, config.num_slots(input_ids.shape[1]))
@@ -352,13 +357,13 @@ class Embeddings(nn.Module):
         self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
         self.dropout_prob = config.hidden_dropout_prob
         for table in (self.word_embeddings, self.position_embeddings, self.token_type_embeddings):
-            truncated_normal_(table, config)  # [PAD]'s row too
+            truncated_normal_(table, config)  # [PAD]'s row too, unlike with torch's padding_idx
 
     def forward(self, input_ids, token_type_ids):
         length = input_ids.shape[1]
-        most = len(self.position_embeddings.weight)
-        if length > most:
-            raise ModelError(f"a row of {length} tokens does not fit into the model's {most} positions")
+        max_length = len(self.position_embeddings.weight)
+        if length > max_length:
+            raise ModelError(f"a row of {length} tokens does not fit into the model's {max_length} positions")
         hidden = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)  # (B, L, E)
         hidden = hidden + self.position_embeddings.weight[:length]
         return dropout(self.norm(hidden), self.dropout_prob, self.training)
@@ -398,12 +403,15 @@ class Layer(nn.Module):
 
 
 def in_fp32(logits):
-    """bf16 is too coarse for a softmax over a vocabulary and for a loss. fp64, in tests, stays."""
+    """Logits in fp32, since bf16 is too coarse for a softmax and a loss. (The tests' fp64 is kept.)"""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def truncated_normal_(module, config):
-    """Standard deviation `initializer_range`, truncated at two of them, which leaves 0.88 of it. [D21]"""
+    """Normal with standard deviation `initializer_range`, cut off at two deviations. [D21]
+
+    The cut leaves 0.88 of the deviation.
+    """
     std = config.initializer_range
     nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
     if isinstance(module, nn.Linear):
@@ -411,14 +419,14 @@ def truncated_normal_(module, config):
 
 
 def glorot_uniform_(linear):
-    """TensorFlow's default, which applies where the official code names no initializer. [D21]"""
+    """TensorFlow's default initializer, used where the official code names none. [D21]"""
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Dropout and attention. Elsewhere these are torch's; on a CPU, random numbers by 16 bits make a step 1.1 to
-# 1.3 times as fast (LOG.md), and torch's fused attention has no dropout.
+# Dropout and attention. On a GPU, or compiled, these are torch's own. On a CPU, drawing 16 random bits per
+# element makes a step 1.1 to 1.3 times as fast (LOG.md), and torch's fused attention has no dropout there.
 
 
 def dropout(hidden, prob, training):
@@ -450,7 +458,7 @@ def uses_torch(tensor):
 # ------------------------------------------------------------------------------------------------------------
 # Weights in and out, as HuggingFace folders
 
-RENAMES = {  # ours -> HuggingFace's, in this order, for later ones apply to what earlier ones gave
+RENAMES = {  # ours -> HuggingFace's, applied in this order, each to the result of the last
     "encoder.embeddings": "electra.embeddings",
     "encoder.layers": "electra.encoder.layer",
     "embeddings.norm": "embeddings.LayerNorm",
@@ -470,7 +478,10 @@ RENAMES = {  # ours -> HuggingFace's, in this order, for later ones apply to wha
 
 
 def huggingface_tensors(network):
-    """The tensors of a network under HuggingFace's names. As views: copying into one changes the network."""
+    """The tensors of a network under HuggingFace's names.
+
+    They are views, so copying into one changes the network.
+    """
     tensors = {}
     for name, tensor in network.state_dict().items():
         for ours, theirs in RENAMES.items():
@@ -484,7 +495,7 @@ def huggingface_tensors(network):
 
 
 def save_pretrained(network, folder, **more):
-    """Write config, with `more` in it, and weights of a network, for `transformers` and for us to load."""
+    """Write a network's config (plus `more`) and weights as a folder that transformers can load."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = asdict(network.config) | {
@@ -505,6 +516,7 @@ def load_config(folder):
         content = json.loads(path.read_text(encoding="utf-8"))
         kind = content.get("model_type")
         activation = content.get("hidden_act", "gelu")
+        # A field's annotation is its class: int, float or str.
         config = {field.name: field.type(content[field.name])
                   for field in fields(ElectraConfig) if field.name in content}
     except (ValueError, TypeError, AttributeError) as error:
@@ -536,15 +548,16 @@ def load_networks(electra, discriminator_folder, generator_folder):
         if theirs[name] != ours[name]:
             raise ModelError(f"{generator_folder} has {name} {theirs[name]}, and should have {ours[name]}")
     embeddings = electra.generator.encoder.embeddings.state_dict()
-    generators = {name: tensor.clone() for name, tensor in embeddings.items()}
+    # The networks share these tensors, so loading the discriminator overwrites the generator's.
+    generator_embeddings = {name: tensor.clone() for name, tensor in embeddings.items()}
     load_weights(electra.discriminator, discriminator_folder)
-    return all(torch.equal(tensor, generators[name]) for name, tensor in embeddings.items())
+    return all(torch.equal(tensor, generator_embeddings[name]) for name, tensor in embeddings.items())
 
 
 def load_weights(network, folder, encoder_only=False):
     """Fill a network or, with encoder_only, the `.encoder` of any module, from a folder.
 
-    Every tensor must be there, have its shape and be finite. Others in the folder are ignored.
+    Every tensor must be there, have its shape and be finite. Extra tensors are ignored.
     """
     tensors, path = read_weights(folder)
     if encoder_only and not any(name.startswith("electra.") for name in tensors):  # AutoModel's

@@ -196,7 +196,7 @@ def data_config(**changes):
 
 
 def read_texts(path, **changes):
-    return [text for _, text in data.read_documents(data_config(data=(str(path),), **changes))]
+    return [text for text, _ in data.read_documents(data_config(data=(str(path),), **changes))]
 
 
 def contents(cache):
