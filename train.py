@@ -771,7 +771,7 @@ def entropy(probabilities):
 
 
 # A network that is this bad late in training has learned next to nothing.
-STUCK_SHARE = 0.97  # of disc_loss in all_original; guessing gives 1
+STUCK_SHARE = 0.97  # disc_loss / all_original; guessing gives 1
 STUCK_MLM_LOSS = 6  # guessing by word frequency alone gives about 7 with BERT's vocabulary
 LATE_STEP = 20_000  # earlier, a network may look stuck and still learn
 
