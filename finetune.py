@@ -2,7 +2,7 @@
 
 `sweep` runs all tasks with all seeds, and `Finetuner.run` one task with one seed: read these two first. Each
 finished seed is a line of out/glue/results.jsonl and is not run again. The result of a seed does not depend
-on what else runs.
+on other seeds or tasks.
 
 The table has the mean, deviation, median and best that papers print. --submit writes files for
 gluebenchmark.com. --save keeps the best network of a task, and `Predictor` uses it.
@@ -35,11 +35,12 @@ import train
 
 EVAL_BATCH_SIZE = 128  # examples in a forward pass that predicts
 CHUNK = 10_000  # examples of --predict-file that are sorted by length together
+HEAD_DROPOUT = 0.1  # before the classifier; --dropout is the encoder's
 
 
 @dataclass(frozen=True)
 class FinetuneConfig(train.StepConfig):
-    """The recipe, and where and how it runs."""
+    """The recipe, and where and how it runs. A field with a comment is a flag; the comment is its help."""
 
     task: list = ("all",)  # cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, all, or folders of your own
     regression: bool = False  # the labels in these folders are numbers to be predicted, not classes
@@ -47,8 +48,8 @@ class FinetuneConfig(train.StepConfig):
     model: str = "out/small"  # a run of train.py, a folder in HuggingFace's format, or a name on the hub
     random_weights: bool = False  # start from random weights of the model's shape, as a baseline
     glue_dir: str = ""  # folder laid out as the official zips are; without it the tasks are downloaded
-    learning_rate: float = 0.0  # peak learning rate; 0 is that for the model's size
-    layerwise_lr_decay: float = 0.0  # factor from each layer to the one below; 0 is that for the size
+    learning_rate: float = 0.0  # peak learning rate; 0 is the size's value (see train.SIZES)
+    layerwise_lr_decay: float = 0.0  # factor from each layer to the one below; 0 is the size's value
     num_train_epochs: int = 0  # passes over the task; 0 is 10 for RTE and STS-B, 3 for the others
     batch_size: int = 32  # examples in a step
     max_length: int = 128  # tokens to which an example is cut
@@ -74,13 +75,13 @@ class FinetuneConfig(train.StepConfig):
         return self.predict or self.submit
 
 
-# Flags that are not compared: they do not change a result, or the files that they name are compared instead.
+# Flags that may differ from those of a finished seed. (Of model, task and glue_dir the content is compared.)
 NOT_SETTINGS = {"task", "seeds", "model", "random_weights", "glue_dir", "predict", "submit", "save",
                 "predict_file", "cache", "out", "device", "graph", "deterministic"}
 
 
 def fill_in_recipe(config, task, hidden_size):
-    """The config of one task. What is 0 becomes the value for the task, or for the size that is as wide.
+    """Fill in the flags that are 0: epochs by task, learning rate and decay by width.
 
     A width between two sizes takes the values of the larger one.
     """
@@ -113,7 +114,7 @@ def sweep(experiments):
                     continue
                 if finetuner is None:
                     finetuner = Finetuner(experiment.task, experiment.pretrained, experiment.config)
-                    splits = tokenize_splits(experiment)
+                    splits = load_splits(experiment)
                 run_seed(experiment, seed, finetuner, splits)
 
 
@@ -159,7 +160,7 @@ class Finetuner:
             lambda name: lr_scale(name, num_layers, config.layerwise_lr_decay))
         device = torch.device(config.device).type
         self.scaler = torch.amp.GradScaler(device, enabled=config.dtype == "fp16")
-        self.first_scale = self.scaler.state_dict()
+        self.scaler_state = self.scaler.state_dict()  # with which each seed begins
         step = make_step(self.network, self.optimizer, self.scaler, task, config)
         self.take_step = train.CudaGraphs(step) if config.graph else step
 
@@ -170,7 +171,7 @@ class Finetuner:
         """
         task = self.task
         config = self.config
-        self.start(seed)
+        self.reset(seed)
         rows, labels = splits["train"]
         # Everything is on the device, and the host knows the lengths: no step waits for the device.
         ids, lengths = ids_and_lengths(rows, config)
@@ -192,17 +193,17 @@ class Finetuner:
                     step += 1
                     bar.update()
         # The last step is scored: no best epoch is picked.
-        return {split: predict(self.network, rows, task, config)
-                for split, (rows, _) in splits.items() if split != "train"}
+        return {split: predict(self.network, split_rows, task, config)
+                for split, (split_rows, _) in splits.items() if split != "train"}
 
-    def start(self, seed):
+    def reset(self, seed):
         """Go back to the pre-trained weights, a new classifier and empty moments, all in place."""
         # The seed of the classifier's weights, and of dropout.
         torch.manual_seed(int(data.rng(seed, f"{self.task.name} classifier").integers(2**63)))
         self.network.load_state_dict(self.new_classifier().state_dict())
         self.network.train()
         train.reset_moments(self.optimizer)
-        self.scaler.load_state_dict(self.first_scale)
+        self.scaler.load_state_dict(self.scaler_state)
 
     def new_classifier(self):
         network = Classifier(self.pretrained.config, len(self.task.labels) or 1)
@@ -238,7 +239,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = model.Encoder(config)
-        self.dropout = nn.Dropout(0.1)
+        self.dropout = nn.Dropout(HEAD_DROPOUT)
         self.classifier = nn.Linear(config.hidden_size, num_outputs)
         model.glorot_uniform_(self.classifier)
 
@@ -286,7 +287,7 @@ def batches(order, size, device):
 
 
 def cut_length(lengths, config):
-    """The length to which a batch is cut: its longest row's. On a GPU few lengths save captures and plans."""
+    """The length of a batch's longest row; on a GPU a multiple of 16, so that few shapes are captured."""
     longest = int(lengths.max())
     return 16 * math.ceil(longest / 16) if config.device.startswith("cuda") else longest
 
@@ -328,11 +329,11 @@ def compute_logits(network, rows, config):
 # From examples to rows
 
 
-def tokenize_splits(experiment):
+def load_splits(experiment):
     """The (rows, labels) of each split of a task."""
     task = experiment.task
     config = experiment.config
-    examples, sha256 = read_splits(task, config)
+    examples, sha256 = read_splits(task, config)  # again, so that no sweep holds all tasks in memory
     if sha256 != experiment.sha256:
         raise data.UserError(f"the files of {task.title} have changed; run the same command again")
     return {split: tokenize_examples(examples[split], experiment.pretrained.wordpiece, config.max_length,
@@ -350,7 +351,7 @@ def read_splits(task, config):
 
 
 def needed_splits(task, config):
-    """(Owner, split) of each set that is needed of a task."""
+    """(Owner, split) of each set that a task needs."""
     needed = [(task, split) for split in ("train", *task.dev_splits)]
     if config.keeps_predictions:
         needed += glue.submission_splits(task)
@@ -484,7 +485,7 @@ class Experiment:
         return Path(self.config.out)
 
     def settings(self):
-        """What decides the results, for comparison with the lines of results.jsonl."""
+        """The settings that decide a result, as stored in results.jsonl."""
         flags = {name: value for name, value in asdict(self.config).items() if name not in NOT_SETTINGS}
         pretrained = self.pretrained
         wordpiece = pretrained.wordpiece
@@ -502,7 +503,7 @@ class Experiment:
         return self.folder / "predictions" / f"{self.key(seed)}-{tests}.npz"
 
     def results(self):
-        """The line of each finished seed. A seed is not finished if it lacks predictions that are wanted."""
+        """The line of each finished seed. If predictions are wanted, a seed without them does not count."""
         path = self.folder / "results.jsonl"
         if not path.exists():
             return {}
@@ -530,7 +531,7 @@ def append_result(experiment, entry):
 
 
 def write_predictions(experiment, seed, predictions):
-    """Keep what a seed predicts of the test sets, under the names of the files to submit."""
+    """Save a seed's test predictions, under the names of the files to submit."""
     arrays = {owner.submissions[split]: predictions[split]
               for owner, split in glue.submission_splits(experiment.task)}
     with data.atomic_write(experiment.predictions_path(seed)) as file:
@@ -542,7 +543,7 @@ def write_predictions(experiment, seed, predictions):
 
 
 def format_table(results, tasks):
-    """What papers print: the mean, deviation, median and best of the seeds of each metric; averages.
+    """The table that papers print: mean, deviation, median and best per metric, then the averages.
 
     `results` has the lines of results.jsonl by task and seed.
     """
@@ -590,7 +591,7 @@ def format_average(title, average, needed, means, medians):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# --submit and --save: what is made of the best seed
+# --submit and --save: outputs of the best seed
 
 
 def submit(experiments, config):
@@ -617,14 +618,14 @@ def submit(experiments, config):
 
 
 def save_best(experiments):
-    """Keep the network of each task's best seed. If it is not at hand any more, the seed is run again."""
+    """Keep the network of each task's best seed. If it was not kept, the seed is run again."""
     for experiment in experiments:
         task = experiment.task
         seed = best_seed(experiment)
         path = experiment.folder / task.name / "config.json"
         if not path.exists() or data.read_json(path).get("result") != experiment.key(seed):
             finetuner = Finetuner(task, experiment.pretrained, experiment.config)
-            finetuner.run(seed, tokenize_splits(experiment))
+            finetuner.run(seed, load_splits(experiment))
             save(experiment, seed, finetuner.network)
         print(f"{path.parent} holds the network of seed {seed}, {task.title}'s best on dev")
 
@@ -714,7 +715,7 @@ def predict_file(config):
             chunk = [glue.read_sentences(row, where) for where, row in itertools.islice(rows, CHUNK)]
             if not chunk:
                 break
-            if not has_header:  # not before there is something below it
+            if not has_header:  # printed only once there is a row
                 print("prediction", *predictor.labels, sep="\t")
                 has_header = True
             for label, probabilities in predictor.predict(chunk):

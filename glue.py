@@ -209,7 +209,7 @@ def check_folder(splits, folder):
 def read_examples(task, split, cache, glue_dir=None):
     """The examples of a split, in file order, and the SHA-256 of its file.
 
-    The file is one of your own, or an official one in `glue_dir` or else downloaded to `cache`.
+    The file is one of your own, or an official one, from `glue_dir` if given, else downloaded to `cache`.
     """
     if task.files:
         source = task.files[split]
@@ -222,7 +222,7 @@ def read_examples(task, split, cache, glue_dir=None):
 
 
 def read_official(task, split, cache, glue_dir):
-    """The bytes of an official file, and what messages call it. Most downloads are zips."""
+    """The bytes of an official file, and its name for messages. Most downloads are zips."""
     if glue_dir:
         path = official_path(task, split, glue_dir)
         return path.read_bytes(), path
@@ -302,7 +302,10 @@ def parse_official(task, split, raw, source):
         if not is_test:
             label = read_label(task, fields[task.label], f"{source}, line {number}")
         examples.append(Example(first, second, label))
-    if len(examples) not in (task.rows[split], task.raw_rows):
+    sizes = [task.rows[split]]
+    if task.raw_rows:  # of QQP there are two versions
+        sizes.append(task.raw_rows)
+    if len(examples) not in sizes:
         raise data.UserError(f"{source} has {len(examples):,} rows and not {task.rows[split]:,}: it was "
                              "cut or edited")
     if skipped:
@@ -372,7 +375,7 @@ def find_own_files(folder):
 
 
 def find_labels(path):
-    """The different labels in a file, as text, and where each is seen first."""
+    """The different labels in a file, as text, and where each first occurs."""
     first_seen = {}
     with open(path, "rb") as file:
         for where, row in read_table(file, path):
@@ -446,7 +449,7 @@ def read_table(file, source):
     first = next(lines, "")
     lines = itertools.chain([first], lines)
     kind = Path(source).suffix.lower()
-    if kind not in (".jsonl", ".csv", ".tsv"):  # of standard input
+    if kind not in (".jsonl", ".csv", ".tsv"):  # for example, of standard input
         kind = guess_kind(first)
     if kind == ".jsonl":
         return read_objects(lines, source)
@@ -475,10 +478,10 @@ def read_separated(lines, source, kind):
         rows = (line.rstrip("\r\n").split("\t") for line in lines)
     try:
         header = next(rows, [])
-        for number, fields in enumerate(rows, 2):
-            if kind == ".csv":
-                number = rows.line_num  # a quoted cell may have several lines
-            where = f"{source}, line {number}"
+        for row_number, fields in enumerate(rows, 2):
+            # In a .csv, a quoted cell may have several lines.
+            line_number = rows.line_num if kind == ".csv" else row_number
+            where = f"{source}, line {line_number}"
             if fields in ([], [""]):
                 continue
             if len(fields) != len(header):
@@ -500,7 +503,7 @@ def average_of_8(metrics):
 
 
 def average_of_9(metrics):
-    """The GLUE leaderboard's average: of every task the mean of its metrics."""
+    """The GLUE leaderboard's average: the mean over tasks of each task's mean metric."""
     return float(np.mean([np.mean(list(metrics[name].values())) for name in TASKS]))
 
 
@@ -525,14 +528,14 @@ def macro_f1(predictions, labels):
 
 
 def f1(predictions, labels):
-    """F1 of class 1. (The official F1Scorer counts predictions where it means labels.)"""
+    """F1 of class 1. (The official F1Scorer counts predictions where it should count labels.)"""
     hits = np.sum((predictions == 1) & (labels == 1))
     total = np.sum(predictions == 1) + np.sum(labels == 1)
     return float(2 * hits / total) if total else 0.0
 
 
 def matthews(predictions, labels):
-    """Pearson's correlation of the indicators of the classes: of zeros and ones, a column for each class."""
+    """Matthews' correlation for any number of classes: Pearson's of one-hot predictions and labels."""
     classes = np.union1d(predictions, labels)
     predicted = (predictions[:, None] == classes).astype(np.float64)  # (N, classes)
     actual = (labels[:, None] == classes).astype(np.float64)

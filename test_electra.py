@@ -523,7 +523,7 @@ class Recorded(train.CudaGraphs):
     def __init__(self, function):
         self.function = function
         self.num_calls = collections.Counter()
-        self.captured = {}
+        self.graphs = {}
 
     def call(self, inputs):
         return self.function(*inputs)
@@ -1993,7 +1993,7 @@ def test_a_graph_for_each_shape(recorded):
     for width in 2, 3, 2, 3, 2, 3, 2, 3:
         [doubled] = graphs(torch.full((width,), 7))
         assert doubled.tolist() == [14] * width
-    assert Recorded.captures == len(graphs.captured) == 2
+    assert Recorded.captures == len(graphs.graphs) == 2
     [first], [second] = graphs(torch.full((2,), 1)), graphs(torch.full((2,), 5))
     assert first is second and second.tolist() == [10, 10]
 
@@ -2398,7 +2398,7 @@ def test_no_step_of_fine_tuning_waits_for_the_device(toy_glue, monkeypatch):
     [experiment] = finetune.plan(config, {"mrpc": task}, finetune.load_pretrained(config))
     with steps:
         finetuner = finetune.Finetuner(task, experiment.pretrained, config)
-        finetuner.run(0, finetune.tokenize_splits(experiment))
+        finetuner.run(0, finetune.load_splits(experiment))
 
 
 def test_replayed_fine_tuning_is_plain_fine_tuning(toy_glue, monkeypatch, request):
@@ -2423,7 +2423,7 @@ def test_what_a_graph_reads_stays_where_it_is(toy_glue):
     config = finetune.FinetuneConfig(glue_dir="glue", max_length=32, num_train_epochs=1, device="cpu",
                                      dtype="fp32", graph=False, learning_rate=1e-3, layerwise_lr_decay=0.8)
     [experiment] = finetune.plan(config, {"mrpc": glue.TASKS["mrpc"]}, finetune.load_pretrained(config))
-    splits = finetune.tokenize_splits(experiment)
+    splits = finetune.load_splits(experiment)
     finetuner = finetune.Finetuner(experiment.task, experiment.pretrained, experiment.config)
     runs = []
     for seed in 0, 1:

@@ -47,7 +47,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 @dataclass(frozen=True)
 class StepConfig:
-    """Flags shared by pre-training and fine-tuning."""
+    """Flags shared by pre-training and fine-tuning. The comment of each is its help."""
 
     weight_decay: float = 0.01  # decoupled weight decay; LayerNorms and biases are exempt
     adam_beta1: float = 0.9  # decay of Adam's first moment
@@ -62,7 +62,7 @@ class StepConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(StepConfig):
-    """The recipe, and where and how it runs."""
+    """The recipe, and where and how it runs. A field with a comment is a flag; the comment is its help."""
 
     size: str = "small"  # tiny, small, base or large: the model and its recipe
     batch_size: int = 128  # rows in a step
@@ -139,7 +139,7 @@ SNAPSHOTS = (0.01, 0.0625, 0.125, 0.25, 0.5, 0.75)  # the networks are kept afte
 def train(config, electra, optimizer, scaler, shards, folder, first_step):
     """Take the steps from `first_step` to the last, and save.
 
-    A signal, or an error in the text, ends training early. Then it saves, too, and raises data.UserError.
+    A signal, or an error in the text, ends training early. In that case it saves and raises data.UserError.
     """
     seed = shards.config.seed
     take_step = make_step(config, electra, optimizer, scaler)
@@ -163,7 +163,7 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
                 for group in optimizer.param_groups:
                     group["lr"].fill_(lr * group["lr_scale"])
 
-                # Rows.
+                # Rows. This waits until the text is prepared that far, on all ranks.
                 epoch, rows = read_together(order.batch, step)
                 if evaluates and heldout is None:
                     heldout = read_together(shards.heldout, HELDOUT_ROWS, signals)
@@ -195,7 +195,7 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
                     metrics = compute_metrics(*evaluate(config, electra, heldout, seed))
                     folder.log("heldout", step, epoch, **metrics,
                                unigram_entropy=unigram_entropy(heldout, electra.config))
-                    is_late = step >= max(20_000, 2 * config.num_warmup_steps)
+                    is_late = step >= max(LATE_STEP, 2 * config.num_warmup_steps)
                     tqdm.write(f"step {step}, held-out text: {describe(metrics, is_late)}")
 
                 # Save.
@@ -208,9 +208,10 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
                 if is_logged or step == first_step + 1:  # rates leave out compiling, evaluating and saving
                     logged_at = time.perf_counter()
                     logged_step = step
-    except data.Stopped as error:  # while it waited for text
+    except data.Stopped as error:  # raised while waiting for text
         message = str(error)
     if step < config.num_train_steps:
+        # Stopped early: by a signal (then there is no message) or by an error in the text.
         if step > first_step:
             folder.save(step, electra, optimizer, scaler)
         any_rank(False)  # wait for the rank that saves: torchrun ends all ranks when one has ended
@@ -242,7 +243,7 @@ def warn_if_slow(seconds):
 
 @contextmanager
 def stop_signals():
-    """Yields a list. The first Ctrl-C or SIGTERM is appended to it, and a second one kills."""
+    """Yield a list. The first Ctrl-C or SIGTERM is appended to it. A second one kills the process."""
     received = []
 
     def receive(number, frame):
@@ -270,7 +271,7 @@ def draw_uniforms(seed, purpose, step, rows, electra_config):
 
 
 def to_device(array, device):
-    """A NumPy array as a tensor. A GPU still computes the step before while it is copied there."""
+    """A NumPy array as a tensor. On a GPU the copy overlaps with the previous step."""
     tensor = torch.from_numpy(array)
     if device.startswith("cuda"):
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -278,13 +279,14 @@ def to_device(array, device):
 
 
 def seed_dropout(seed, step):
-    """Seed torch's random numbers, which are for dropout alone. They differ between ranks."""
+    """Seed torch's generator, which only dropout uses in a step. Each rank gets its own seed."""
     torch.manual_seed(int(data.rng(seed, "dropout", step, RANK).integers(2**63)))
 
 
 def make_step(config, electra, optimizer, scaler):
-    """The function that takes a step: from ids (B, L) and uniforms (B, L + 2K) of the whole batch to the
-    Outputs of the micro-batches and the norm of the gradient before clipping.
+    """Return step(input_ids, uniforms), which takes a step on the whole batch: (B, L) and (B, L + 2K).
+
+    It returns (the Outputs of this rank's micro-batches, the norm of the gradient before clipping).
     """
     forward = torch.compile(electra, fullgraph=True) if config.compile else electra
     share = config.batch_size // WORLD_SIZE
@@ -292,14 +294,14 @@ def make_step(config, electra, optimizer, scaler):
 
     def step(input_ids, uniforms):
         optimizer.zero_grad(set_to_none=True)
-        # Of the whole batch, so that the gradients add up to its own.
+        # Counts of the whole batch, so that gradients of micro-batches add up to its gradient.
         counts = model.loss_counts(input_ids, electra.config)
         outputs = []
         for ids, draws in micro_batches(input_ids[mine], uniforms[mine], config.micro_batch_size):
             with autocast(config):
                 output = forward(ids, draws, counts)
             scaler.scale(output.loss).backward()
-            outputs.append(output._replace(loss=output.loss.detach()))
+            outputs.append(output._replace(loss=output.loss.detach()))  # keep the number, drop the graph
         add_up_gradients(electra)
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(electra.parameters(), config.max_grad_norm)  # [D27]
@@ -342,16 +344,17 @@ WARM_UP_CALLS = 3  # before a CUDA graph is captured: they compile, choose and l
 class CudaGraphs:
     """A function of tensors on a GPU whose kernels are launched all at once, as a CUDA graph, for each shape.
 
-    To launch a kernel of a small network takes the host longer than the kernel takes the GPU. So the first
-    calls run as they are. The next one captures the function, which computes nothing, and from then on it is
-    replayed. Each replay writes its results into the same tensors. What the function reads besides its
-    inputs, such as weights and learning rates, must be changed in place.
+    For a small network, launching a kernel takes longer than running it. So the first calls run as they are.
+    The next one captures the function, which computes nothing, and from then on it is replayed. Each replay
+    writes its results into the same tensors. What the function reads besides its inputs, such as weights and
+    learning rates, must be changed in place. A replay takes torch's generator, which gives dropout its random
+    numbers, as it is seeded by then.
     """
 
     def __init__(self, function):
         self.function = function
         self.num_calls = collections.Counter()
-        self.captured = {}  # (inputs, replay) by shapes
+        self.graphs = {}  # (static inputs, replay) by shapes
         self.stream = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()  # of memory, which all graphs share
 
@@ -360,16 +363,17 @@ class CudaGraphs:
         self.num_calls[shapes] += 1
         if self.num_calls[shapes] <= WARM_UP_CALLS:
             return self.call(inputs)
-        if shapes not in self.captured:
+        if shapes not in self.graphs:
             try:
-                self.captured[shapes] = self.capture([tensor.clone() for tensor in inputs])
-            except RuntimeError as error:  # after which torch gives no more random numbers on the GPU
+                self.graphs[shapes] = self.capture([tensor.clone() for tensor in inputs])
+            except RuntimeError as error:
+                # torch's generator on the GPU is unusable after a failed capture, so the run ends.
                 reason = str(error).partition("\n")[0]
                 raise data.UserError(
                     f"no CUDA graph can be made of a step ({reason}); add --no-graph") from error
-        captured, replay = self.captured[shapes]
-        for old, new in zip(captured, inputs, strict=True):
-            old.copy_(new)
+        static_inputs, replay = self.graphs[shapes]
+        for static, new in zip(static_inputs, inputs, strict=True):
+            static.copy_(new)
         return replay()
 
     def call(self, inputs):
@@ -422,8 +426,8 @@ def compare_ranks(folder, shards):
 def read_together(read, *args):
     """read(*args) on every rank, where `read` blocks until text is prepared.
 
-    The first rank of each machine prepares the text. It reads first, and the others wait for it here. What
-    stops one of them stops all: data.Stopped is raised on every rank.
+    The first rank of each machine prepares the text. It reads first, and the others wait for it here. If
+    reading stops on one rank, it stops on all: data.Stopped is raised on every rank.
     """
     stopped = None
     if LOCAL_RANK == 0:
@@ -479,7 +483,7 @@ def gather_outputs(outputs):
     for output in outputs:
         tensors = [None if tensor is None else tensor.cpu() for tensor in output]
         on_cpu.append(model.Output(*tensors))
-    return [output for outputs in gather(on_cpu) for output in outputs]
+    return [output for rank_outputs in gather(on_cpu) for output in rank_outputs]
 
 
 def gather(value):
@@ -519,7 +523,7 @@ class RunFolder:
         step = 0
         if RANK == 0:
             if self.config.restart:
-                self.checkpoint.unlink(missing_ok=True)  # first: it must not stand beside another run's log
+                self.checkpoint.unlink(missing_ok=True)  # first, so that it never pairs with a new run's log
             if self.checkpoint.exists():
                 step = self.load(electra, optimizer, scaler)
             else:
@@ -541,7 +545,8 @@ class RunFolder:
             raise data.UserError(f"{self.checkpoint} is damaged; --restart starts over") from None
         self.check_settings(settings)
         electra.load_state_dict(state["model"])
-        # Its groups hold settings, which are this run's, and rates, which must stay on this run's device.
+        # Keep this run's groups: their settings may be new, and their learning rates are tensors on this
+        # device.
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict(state["optimizer"] | dict(param_groups=groups))
         if state["scaler"] and scaler.is_enabled():
@@ -572,7 +577,7 @@ class RunFolder:
         raise data.UserError(message)
 
     def resume_log(self, state):
-        """Cut off what was logged after the checkpoint, and log what has changed."""
+        """Cut off what was logged after the checkpoint, and log the numerics if they changed."""
         step = state["step"]
         with open(self.log_path, "r+b") as log:
             log.truncate(state["log_bytes"])
@@ -593,7 +598,7 @@ class RunFolder:
             data.append_json(log, dict(split=split, step=step, tokens=positions, epoch=epoch, **values))
 
     def save(self, step, electra, optimizer, scaler):
-        """Write the networks, then the checkpoint. The one before it stays until this one is whole."""
+        """Write the networks, then the checkpoint. The previous one stays until this one is complete."""
         if RANK > 0:
             return
         if not all(parameter.isfinite().all() for parameter in electra.parameters()):
@@ -644,12 +649,13 @@ def build_optimizer(parameters, config, lr_scale=None):
     groups = {}
     for name, parameter in parameters:
         decay = config.weight_decay if parameter.ndim > 1 else 0.0  # [D25] not of LayerNorms and biases
-        options = dict(weight_decay=decay, lr_scale=lr_scale(name) if lr_scale else 1.0)
-        groups.setdefault(tuple(options.items()), []).append(parameter)
+        scale = lr_scale(name) if lr_scale else 1.0
+        groups.setdefault((decay, scale), []).append(parameter)
     # Rates are tensors on the device, for a CUDA graph to read.
     optimizer = torch.optim.AdamW(
-        [dict(options, params=members, lr=torch.zeros((), device=members[0].device))
-         for options, members in groups.items()],
+        [dict(weight_decay=decay, lr_scale=scale, params=members,
+              lr=torch.zeros((), device=members[0].device))
+         for (decay, scale), members in groups.items()],
         betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon, fused=True,
         capturable=config.device.startswith("cuda"))
     reset_moments(optimizer)
@@ -657,7 +663,7 @@ def build_optimizer(parameters, config, lr_scale=None):
 
 
 def reset_moments(optimizer):
-    """Set the moments to 0, in place if there are any: a CUDA graph may know them by their addresses."""
+    """Set the moments to 0, in place if they exist, since a CUDA graph may hold their addresses."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
@@ -681,11 +687,11 @@ def learning_rate(step, peak, num_train_steps, num_warmup_steps):
 
 
 def loss_scaling(scaler, optimizer, step):
-    """What fp16 adds to the log. A step with an infinite gradient is skipped."""
+    """The extra log values of fp16. A step with an infinite gradient is skipped."""
     if not scaler.is_enabled():
         return {}
     adam_step = next(iter(optimizer.state.values()))["step"].item()
-    skipped = round(step - (adam_step - FIRST_ADAM_STEP))
+    skipped = round(step - (adam_step - FIRST_ADAM_STEP))  # a skipped step does not advance Adam's counter
     return dict(loss_scale=scaler.get_scale(), skipped_steps=skipped)
 
 
@@ -764,6 +770,12 @@ def entropy(probabilities):
     return float(-(probabilities * np.log(probabilities)).sum())
 
 
+# A network that is this bad late in training has learned next to nothing.
+STUCK_SHARE = 0.97  # disc_loss / all_original; guessing gives 1
+STUCK_MLM_LOSS = 6  # guessing by word frequency alone gives about 7 with BERT's vocabulary
+LATE_STEP = 20_000  # earlier, a network may look stuck and still learn
+
+
 def describe(metrics, is_late):
     """A sentence about held-out text. Late in training it warns of networks that have not learned."""
     text = f"MLM loss {metrics['mlm_loss']:.3f}"
@@ -772,9 +784,9 @@ def describe(metrics, is_late):
         guessing = metrics["all_original"]
         text += (f", discriminator loss {loss:.3f} (guessing: {guessing:.3f}), AUC {metrics['auc']:.3f} "
                  "(guessing: 0.5)")
-        if is_late and loss >= 0.97 * guessing:
+        if is_late and loss >= STUCK_SHARE * guessing:
             text += "; warning: the discriminator is stuck; try a smaller generator or a lower learning rate"
-    if is_late and metrics["mlm_loss"] > 6:
+    if is_late and metrics["mlm_loss"] > STUCK_MLM_LOSS:
         text += "; warning: the generator is stuck; try a lower learning rate"
     return text
 
@@ -834,7 +846,9 @@ def show(outputs, input_ids, wordpiece):
         marks = (" ✗", " ✓")
         logits = join(outputs, "disc_logits")
         descending = logits[input_ids != 0].sort(descending=True).values
-        is_flagged = logits > descending[is_replaced.sum()]
+        num_flagged = is_replaced.sum()  # as many as were replaced
+        threshold = descending[num_flagged]
+        is_flagged = logits > threshold
     for row in zip(input_ids.tolist(), corrupted_ids.tolist(), is_masked.tolist(), is_flagged.tolist(),
                    strict=True):
         words = []
@@ -888,7 +902,7 @@ def main(argv=None):
 
         if LOCAL_RANK == 0:
             stack.enter_context(data.prepare_in_child(shards))
-        read_together(shards.wait_for, 1)  # so that bad text leaves the run in the folder alone
+        read_together(shards.wait_for, 1)  # before the folder is touched, so bad text cannot harm a run
         step = folder.resume(electra, optimizer, scaler)
         print(shards.describe())
         if not config.eval_only:
@@ -903,8 +917,13 @@ def main(argv=None):
           f"python finetune.py --model {folder.path} --task mrpc --max-length {data_config.max_length}")
 
 
+# torch 2.6 was seen to compile wrong gradients of embeddings on a CPU, and 2.11 to be right. Comparisons with
+# torch.__version__ are by number, not by letters.
+COMPILES_SINCE = "2.11"
+
+
 def configure(argv):
-    """The three configs of a command line. Nothing in them is automatic any more."""
+    """The three configs of a command line, with every automatic value filled in."""
     description = "Pre-train ELECTRA. After a stop or a kill the same command resumes."
     (config, data_config, electra_config), typed = parse(
         argv, description, (TrainConfig, data.DataConfig, model.ElectraConfig), SIZES)
@@ -915,20 +934,22 @@ def configure(argv):
         config = replace(config, micro_batch_size=config.batch_size // WORLD_SIZE)
     if config.compile is None:
         config = replace(config, compile=compiles_by_default(config))
-    if config.compile and config.device == "cpu" and torch.__version__ < "2.11":
+    if config.compile and config.device == "cpu" and torch.__version__ < COMPILES_SINCE:
         raise data.UserError(f"torch {torch.__version__} may compile wrong gradients of embeddings on a CPU; "
-                             "leave out --compile, or use torch 2.11 or later")
+                             f"leave out --compile, or use torch {COMPILES_SINCE} or later")
     if config.init:
         return resolve_init(config, data_config, electra_config, typed)
     return config, data_config, electra_config
 
 
 def compiles_by_default(config):
-    """Only on a GPU. --deterministic does not: another process may compile kernels that round otherwise.
+    """True on a GPU with a new enough torch.
 
-    torch 2.6 was seen to compile wrong gradients of embeddings on a CPU, and 2.11 to be right.
+    Not with --deterministic, since another process may compile kernels that round differently.
     """
-    return config.device.startswith("cuda") and not config.deterministic and torch.__version__ >= "2.11"
+    if config.deterministic:
+        return False
+    return config.device.startswith("cuda") and torch.__version__ >= COMPILES_SINCE
 
 
 def prepare_only(config, data_config):
@@ -940,7 +961,7 @@ def prepare_only(config, data_config):
 
 
 def check(config, data_config, electra_config):
-    """Refuse what cannot be trained, or evaluated."""
+    """Refuse configs that cannot be trained or evaluated."""
     positions = electra_config.max_position_embeddings
     if data_config.max_length > positions:
         raise data.UserError(f"max_length {data_config.max_length} is beyond the model's {positions} "
@@ -981,8 +1002,8 @@ def run_command(main):
 def parse(argv, description, config_classes, sizes):
     """A config of each class from the command line, and the names of what was typed.
 
-    A field that has a comment is a flag, with the comment as its help. What is not typed is as in `sizes`, a
-    table of what differs from the defaults, and else the default.
+    A field that has a comment is a flag, with the comment as its help. Flags that were not typed take the
+    value in the size's row of `sizes`, or else the default.
     """
     parser = argparse.ArgumentParser(description=description, usage="%(prog)s [--FLAG VALUE ...]",
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS,
@@ -1040,9 +1061,11 @@ def format_default(default):
 
 
 def resolve_device(config):
-    """The config with what "auto" stands for on this machine."""
+    """Replace "auto" by what this machine has, and refuse what it lacks."""
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    found = [*gpus, "cpu", *["mps"] * torch.backends.mps.is_available()]
+    found = [*gpus, "cpu"]
+    if torch.backends.mps.is_available():
+        found.append("mps")
     device = ("cuda" if gpus else "cpu") if config.device == "auto" else config.device
     if device == "cuda":
         device = f"cuda:{LOCAL_RANK}"
@@ -1069,7 +1092,7 @@ def compute_deterministically():
     """Have torch choose kernels that give the same bits each time."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's condition
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # torch warns of every cumsum. `model.sample` adds up along rows, which is always done in the same order.
+    # torch warns about every cumsum. `model.sample` adds up along rows, always in the same order.
     warnings.filterwarnings("ignore", message="cumsum")
     # The backward passes of these two add up in any order.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -1099,6 +1122,7 @@ def resolve_init(config, data_config, electra_config, typed):
         networks = [["generator"]]
     elif len(names) == 1 and Path(names[0], "generator").is_dir():
         names = [names[0], names[0]]  # both networks of a run
+    # strict=False: one name, where there could be two, is the discriminator alone.
     folders = [data.find_model(name, data_config.cache, network).resolve()
                for name, network in zip(names, networks, strict=False)]
     prescribed = {*SHAPE, "vocab", "do_lower_case", "strip_accents"}

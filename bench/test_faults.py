@@ -644,13 +644,13 @@ def test_what_is_kept_replaces_nothing_else(toy_glue, monkeypatch):
     with pytest.raises(UserError, match="--save would overwrite mine/own, which is not a network"):
         tune("--task mine/own --out mine --save")
     assert Path("mine/own/train.tsv").exists()
-    watch(monkeypatch, finetune, "tokenize_splits", lambda _: Path("mine/own/dev.tsv").write_text("changed"))
+    watch(monkeypatch, finetune, "load_splits", lambda _: Path("mine/own/dev.tsv").write_text("changed"))
     with pytest.raises(UserError, match="mine/own/dev.tsv has no rows"):
         tune("--task mine/own")
     write_task("mine/own")
     monkeypatch.undo()
     monkeypatch.chdir(toy_glue)
-    watch(monkeypatch, finetune, "tokenize_splits", lambda _: write_task("mine/own", count=20))
+    watch(monkeypatch, finetune, "load_splits", lambda _: write_task("mine/own", count=20))
     with pytest.raises(UserError, match="the files of own have changed; run the same command again"):
         finetune.main("--task mine/own --max-length 32".split())
 
