@@ -746,6 +746,13 @@ def test_D08_the_number_of_predictions():
     assert model.loss_counts(full, CONFIG)[0] == run_mask(full)[1].sum() == 4
 
 
+def test_large_masks_a_quarter():
+    """Large predicts 25 % of the tokens, small and base 15 %."""
+    sizes = "small", "base", "large"
+    shares = [train.make_config(ElectraConfig, train.SIZES[size]).mask_prob for size in sizes]
+    assert shares == [0.15, 0.15, 0.25]
+
+
 def test_D09_positions_are_drawn_uniformly_without_replacement():
     """Positions are drawn without replacement, unlike in the official code, and uniformly."""
     ids = torch.full((4000, 32), 150)
@@ -758,6 +765,14 @@ def test_D09_positions_are_drawn_uniformly_without_replacement():
     assert stats.chisquare(np.delete(counts, [0, 20, 31])).pvalue > 1e-3
 
 
+def test_positions_are_uniform_where_slots_are_spare():
+    """A short row that uses few of its slots does not prefer the left."""
+    ids = torch.full((4000, 64), 150) * (torch.arange(64) < 30)  # 4 predictions, and K = 9 slots
+    positions, slot_weights, _ = run_mask(ids)
+    counts = np.bincount(positions[slot_weights > 0].numpy(), minlength=30)
+    assert len(counts) == 30 and stats.chisquare(counts).pvalue > 1e-3
+
+
 def test_D10_masks_are_drawn_anew_at_every_step(corpus, monkeypatch):
     """Masks are drawn anew at every step, and a step draws the same ones in every run."""
     drawn = []
@@ -766,6 +781,13 @@ def test_D10_masks_are_drawn_anew_at_every_step(corpus, monkeypatch):
         pretrain(f"--num-train-steps 3 --eval-every 9 --out {out}")
     one, other = torch.stack([uniforms for uniforms in drawn if len(uniforms) == 8]).chunk(2)
     assert torch.equal(one, other) and len(one) == 3 == len(one.unique(dim=0))
+
+
+def test_a_row_is_masked_anew_in_the_next_epoch():
+    """Masks are a function of the step, and not of the row."""
+    rows = make_rows().numpy()
+    one, same, other = (train.draw_uniforms(0, "train", step, rows, CONFIG) for step in (0, 0, 1))
+    assert np.array_equal(one, same) and not (one == other).all(1).any()
 
 
 def test_D11_samples_follow_the_softmax():
@@ -854,6 +876,14 @@ def test_D17_each_network_projects_embeddings_of_another_width():
     assert same_width.discriminator.encoder.embeddings_project is None
 
 
+def test_dropout_comes_before_the_projection(monkeypatch):
+    """Dropout follows the embeddings' LayerNorm, at their width, and not the projection."""
+    encoder, ids, widths = make_electra(CONFIG).discriminator.encoder, make_rows(), []
+    watch(monkeypatch, model, "dropout", lambda hidden, *args: widths.append(hidden.shape[-1]))
+    encoder(ids, ids != 0, ids * 0)
+    assert widths == [40] + 2 * [32, 48, 48]
+
+
 @pytest.mark.parametrize("size, shape, count", [
     ("small", (64, 256, 1, 12), 14_196_219), ("base", (256, 1024, 4, 12), 119_386_427),
     ("large", (256, 1024, 4, 24), 354_655_291)])
@@ -867,6 +897,12 @@ def test_D18_generator_is_narrower_not_shallower(size, shape, count):
         assert sum(parameter.numel() for parameter in Electra(config).parameters()) == count
     odd = ElectraConfig(hidden_size=200, generator_size=1.0)
     assert odd.generator_config().num_attention_heads == 1  # 200 // 64 = 3 heads cannot share 200
+
+
+def test_the_generators_feed_forward_follows_its_own_width():
+    """It is four times the generator's width, whatever the discriminator's is."""
+    config = ElectraConfig(hidden_size=256, intermediate_size=512, generator_size=0.25)
+    assert config.generator_config().intermediate_size == 4 * 64
 
 
 def test_D19_mlm_head_at_the_selected_positions_only():
@@ -883,6 +919,15 @@ def test_D19_mlm_head_at_the_selected_positions_only():
     assert torch.allclose(logits, expected, atol=1e-6)
     [gradient] = torch.autograd.grad(logits.sum(), table)
     assert (gradient[~torch.isin(torch.arange(200), ids)].norm(dim=1) > 0).all()  # as an output layer, too
+
+
+def test_the_mlm_head_has_no_dropout():
+    """With the encoder in evaluation mode, two passes agree, though the head is in training mode."""
+    generator, ids = make_electra(CONFIG).generator, make_rows()
+    generator.encoder.eval()
+    positions = torch.tensor([[3, 1]] * 6)
+    one, other = (generator(ids, ids != 0, ids * 0, positions) for _ in range(2))
+    assert torch.equal(one, other)
 
 
 def test_D20_discriminator_head():
@@ -937,6 +982,14 @@ def test_D22_dropout_follows_embeddings_attention_and_feed_forward(monkeypatch):
     seen.clear()
     encoder.eval()(ids, ids != 0, ids * 0)
     assert {prob for _, prob in seen} == {0}
+
+
+def test_dropout_spares_the_residual(monkeypatch):
+    """Dropout comes before the sum: if it drops everything, what is left is the residual."""
+    layer, hidden = make_electra().discriminator.encoder.layers[0], torch.randn(2, 5, 48)
+    monkeypatch.setattr(model, "dropout", lambda hidden, prob, training: 0 * hidden)
+    expected = layer.output_norm(layer.attention_norm(hidden))
+    assert torch.allclose(layer(hidden, torch.ones(2, 1, 1, 5).bool()), expected, atol=1e-6)
 
 
 def test_D23_the_pooled_vector_is_the_last_layers_unchanged():
@@ -1072,6 +1125,24 @@ def test_D34_the_loss_is_summed_over_the_batch(toy_glue, steps, monkeypatch):
         [gradient] = [gradient for gradient in step.gradients if gradient.shape == (3,)]  # the bias's
         expected = (logits.detach().softmax(1) - F.one_hot(labels, 3)).sum(0)
         assert torch.allclose(gradient, expected, atol=1e-5)
+
+
+def test_only_training_rows_are_doubled(toy_glue, monkeypatch):
+    """MRPC trains on both orders of a pair, and is scored on one."""
+    seen = []
+    watch(monkeypatch, finetune, "tokenize_examples",
+          lambda examples, *_, both_orders: seen.append(both_orders))
+    tune("--task mrpc")
+    assert seen == [True, False]
+
+
+def test_the_last_step_is_scored(toy_glue, monkeypatch):
+    """Predictions are made once, after all steps, so that no best epoch is picked."""
+    calls = []
+    for name in "losses", "predict":
+        watch(monkeypatch, finetune, name, lambda *_, name=name: calls.append(name))
+    tune("--task cola --num-train-epochs 3")
+    assert calls[-1] == "predict" and set(calls[:-1]) == {"losses"} and len(calls) == 19
 
 
 def test_D35_attention_mask_and_token_types_follow_from_the_ids():
