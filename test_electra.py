@@ -180,6 +180,14 @@ def prepare_in_child(shards):
     yield
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    """The toy, trained in this process, computes on one thread; the next test has them all again."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
     """A folder to work in, with corpus.txt and vocab.txt. Shards are small, so that there are many."""
