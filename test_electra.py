@@ -486,6 +486,18 @@ def watch(monkeypatch, owner, name, look):
     monkeypatch.setattr(owner, name, watched)
 
 
+@contextmanager
+def ctrl_c_at(monkeypatch, *steps):
+    """Ctrl-C comes while these steps of pre-training are taken."""
+    def interrupt(step, *args):
+        if step in steps:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        watch(patch, train, "learning_rate", interrupt)
+        yield
+
+
 @pytest.fixture
 def steps(monkeypatch):
     """What each step of an optimizer is given: the settings of its groups, the gradients and their norm."""
@@ -1800,12 +1812,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(corpus, monkeypatch):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     pretrain("--out whole")
 
-    def interrupt(step, *args):
-        if step == 6:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        watch(patch, train, "learning_rate", interrupt)
+    with ctrl_c_at(monkeypatch, 6):
         with pytest.raises(UserError, match="stopped after step 7; the same command resumes"):
             pretrain()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -2050,12 +2057,7 @@ def test_a_replayed_run_is_the_plain_run(corpus, monkeypatch, request):
     pretrain("--micro-batch-size 4 --out replayed")
     assert (Recorded.captures, Recorded.replays) == (1, 24 - train.WARM_UP_CALLS)
 
-    def interrupt(step, *args):
-        if step == 9:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        watch(patch, train, "learning_rate", interrupt)
+    with ctrl_c_at(monkeypatch, 9):
         with pytest.raises(UserError, match="stopped after step 10; the same command resumes"):
             pretrain("--micro-batch-size 4 --out resumed")
     pretrain("--micro-batch-size 4 --out resumed")
@@ -2113,12 +2115,7 @@ def test_graphs_and_resuming_change_no_bit_on_a_gpu(corpus, monkeypatch):
     pretrain(flags + "plain --no-graph")
     pretrain(flags + "graph")
 
-    def interrupt(step, *args):
-        if step == 9:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        watch(patch, train, "learning_rate", interrupt)
+    with ctrl_c_at(monkeypatch, 9):
         with pytest.raises(UserError, match="stopped after step 10"):
             pretrain(flags + "resumed")
     pretrain(flags + "resumed")
@@ -2144,12 +2141,7 @@ def test_a_compiled_graph_follows_plain_steps(corpus):
 @on_cuda
 def test_a_run_moves_between_gpu_and_cpu(corpus, monkeypatch):
     """A run that began on a GPU resumes on a CPU, and the other way round."""
-    def interrupt(step, *args):
-        if step in (5, 11):
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        watch(patch, train, "learning_rate", interrupt)
+    with ctrl_c_at(monkeypatch, 5, 11):
         for device in "cuda", "cpu":
             with pytest.raises(UserError, match="stopped after step"):
                 pretrain(f"--no-compile --device {device}")
