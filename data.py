@@ -48,6 +48,7 @@ from collections import deque
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -65,17 +66,19 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which text, and how it becomes rows. A field with a comment is a flag, and the comment is its help."""
+    """Which text, and how it becomes rows. An annotated field is a flag, and the text is its help."""
 
-    data: list = ("openwebtext",)  # files, folders, addresses of text, openwebtext, or python-docs
-    one_document_per_file: bool = False  # each .txt is one document; else blank lines separate documents
-    split_long_lines: bool = False  # cut lines that are longer than a row; else their ends are lost
-    vocab: str = "bert"  # a vocab.txt; train:SIZE, trained on the text; or bert, downloaded once
-    do_lower_case: bool = True  # lower-case the text
-    strip_accents: bool = True  # strip accents from lower-cased text
-    max_length: int = 128  # tokens in a row, [CLS] and [SEP] included
-    seed: int = 0  # seed of all randomness
-    cache: str = "cache"  # folder for prepared text and downloads
+    data: Annotated[list, "files, folders, addresses of text, openwebtext, or python-docs"] = ("openwebtext",)
+    one_document_per_file: Annotated[bool, "each .txt is one document; else blank lines separate "
+                                           "documents"] = False
+    split_long_lines: Annotated[bool, "cut lines that are longer than a row; else their ends are "
+                                      "lost"] = False
+    vocab: Annotated[str, "a vocab.txt; train:SIZE, trained on the text; or bert, downloaded once"] = "bert"
+    do_lower_case: Annotated[bool, "lower-case the text"] = True
+    strip_accents: Annotated[bool, "strip accents from lower-cased text"] = True
+    max_length: Annotated[int, "tokens in a row, [CLS] and [SEP] included"] = 128
+    seed: Annotated[int, "seed of all randomness"] = 0
+    cache: Annotated[str, "folder for prepared text and downloads"] = "cache"
 
     def __post_init__(self):
         if self.max_length < 8:

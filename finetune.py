@@ -20,7 +20,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -40,28 +40,36 @@ HEAD_DROPOUT = 0.1  # before the classifier; --dropout is the encoder's
 
 @dataclass(frozen=True)
 class FinetuneConfig(train.StepConfig):
-    """The recipe, and where and how it runs. A field with a comment is a flag; the comment is its help."""
+    """The recipe, and where and how it runs. An annotated field is a flag, and the text is its help."""
 
-    task: list = ("all",)  # cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, all, or folders of your own
-    regression: bool = False  # the labels in these folders are numbers to be predicted, not classes
-    seeds: int = 1  # number of seeds: 0, 1, ...
-    model: str = "out/small"  # a run of train.py, a folder in HuggingFace's format, or a name on the hub
-    random_weights: bool = False  # start from random weights of the model's shape, as a baseline
-    glue_dir: str = ""  # folder laid out as the official zips are; without it the tasks are downloaded
-    learning_rate: float = 0.0  # peak learning rate; 0 is the size's value (see train.SIZES)
-    layerwise_lr_decay: float = 0.0  # factor from each layer to the one below; 0 is the size's value
-    num_train_epochs: int = 0  # passes over the task; 0 is 10 for RTE and STS-B, 3 for the others
-    batch_size: int = 32  # examples in a step
-    max_length: int = 128  # tokens to which an example is cut
-    dropout: float = 0.1  # in the encoder, whatever pre-training used
-    warmup_proportion: float = 0.1  # share of the steps over which the learning rate rises from 0
-    weight_decay: float = 0.0  # decoupled weight decay, as in the paper; the official default is 0.01 [D33]
-    predict: bool = False  # keep predictions of the test sets
-    submit: bool = False  # write those of the seeds with the best dev scores as files; GLUE as a zip
-    save: bool = False  # keep the network of the seed with the best dev score in OUT/TASK
-    predict_file: str = ""  # a .tsv, .csv or .jsonl file, or - for standard input: print predictions for it
-    cache: str = data.DataConfig.cache  # folder for downloads
-    out: str = "out/glue"  # folder for results
+    task: Annotated[list, "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, all, or folders of "
+                          "your own"] = ("all",)
+    regression: Annotated[bool, "the labels in these folders are numbers to be predicted, not "
+                                "classes"] = False
+    seeds: Annotated[int, "number of seeds: 0, 1, ..."] = 1
+    model: Annotated[str, "a run of train.py, a folder in HuggingFace's format, or a name on "
+                          "the hub"] = "out/small"
+    random_weights: Annotated[bool, "start from random weights of the model's shape, as a baseline"] = False
+    glue_dir: Annotated[str, "folder laid out as the official zips are; without it the tasks are "
+                             "downloaded"] = ""
+    learning_rate: Annotated[float, "peak learning rate; 0 is the size's value (see train.SIZES)"] = 0.0
+    layerwise_lr_decay: Annotated[float, "factor from each layer to the one below; 0 is the size's "
+                                         "value"] = 0.0
+    num_train_epochs: Annotated[int, "passes over the task; 0 is 10 for RTE and STS-B, 3 for the others"] = 0
+    batch_size: Annotated[int, "examples in a step"] = 32
+    max_length: Annotated[int, "tokens to which an example is cut"] = 128
+    dropout: Annotated[float, "in the encoder, whatever pre-training used"] = 0.1
+    warmup_proportion: Annotated[float, "share of the steps over which the learning rate rises from 0"] = 0.1
+    weight_decay: Annotated[float, "decoupled weight decay, as in the paper; the official default is "
+                                   "0.01 [D33]"] = 0.0
+    predict: Annotated[bool, "keep predictions of the test sets"] = False
+    submit: Annotated[bool, "write those of the seeds with the best dev scores as files; GLUE as a "
+                            "zip"] = False
+    save: Annotated[bool, "keep the network of the seed with the best dev score in OUT/TASK"] = False
+    predict_file: Annotated[str, "a .tsv, .csv or .jsonl file, or - for standard input: print "
+                                 "predictions for it"] = ""
+    cache: Annotated[str, "folder for downloads"] = data.DataConfig.cache
+    out: Annotated[str, "folder for results"] = "out/glue"
 
     def __post_init__(self):
         for name in ("seeds", "batch_size"):

@@ -27,7 +27,7 @@ import pickle
 import struct
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -43,26 +43,28 @@ class ModelError(ValueError):
 class ElectraConfig:
     """The shape of a network, under HuggingFace's names, and the objective. The defaults are those of small.
 
-    The shape is the discriminator's; `generator_config` derives the generator's. A field with a comment is a
-    flag, and the comment is its help.
+    The shape is the discriminator's; `generator_config` derives the generator's. An annotated field is a flag
+    of train.py, and the text is its help.
     """
 
     vocab_size: int = 30522
-    embedding_size: int = 128  # width of the embeddings, which both networks share
-    hidden_size: int = 256  # width of the discriminator
-    num_hidden_layers: int = 12  # layers of either network
-    num_attention_heads: int = 4  # attention heads of the discriminator
-    intermediate_size: int = 1024  # width of the discriminator's feed-forward layers
-    max_position_embeddings: int = 512  # longest possible input
+    embedding_size: Annotated[int, "width of the embeddings, which both networks share"] = 128
+    hidden_size: Annotated[int, "width of the discriminator"] = 256
+    num_hidden_layers: Annotated[int, "layers of either network"] = 12
+    num_attention_heads: Annotated[int, "attention heads of the discriminator"] = 4
+    intermediate_size: Annotated[int, "width of the discriminator's feed-forward layers"] = 1024
+    max_position_embeddings: Annotated[int, "longest possible input"] = 512
     type_vocab_size: int = 2
-    hidden_dropout_prob: float = 0.1  # dropout after the embeddings and in every layer
-    attention_probs_dropout_prob: float = 0.1  # dropout on the attention probabilities
-    layer_norm_eps: float = 1e-12  # epsilon of every LayerNorm
-    initializer_range: float = 0.02  # standard deviation of the initial weights, before truncation
-    generator_size: float = 0.25  # width of the generator as a share of the discriminator's
-    mask_prob: float = 0.15  # share of the tokens that the generator predicts
-    discriminator_weight: float = 50.0  # weight of the discriminator's loss; the MLM loss, much larger, has 1
-    objective: str = "electra"  # electra, or mlm: only a generator, as wide as the discriminator would be
+    hidden_dropout_prob: Annotated[float, "dropout after the embeddings and in every layer"] = 0.1
+    attention_probs_dropout_prob: Annotated[float, "dropout on the attention probabilities"] = 0.1
+    layer_norm_eps: Annotated[float, "epsilon of every LayerNorm"] = 1e-12
+    initializer_range: Annotated[float, "standard deviation of the initial weights, before truncation"] = 0.02
+    generator_size: Annotated[float, "width of the generator as a share of the discriminator's"] = 0.25
+    mask_prob: Annotated[float, "share of the tokens that the generator predicts"] = 0.15
+    discriminator_weight: Annotated[float, "weight of the discriminator's loss; the MLM loss, much "
+                                           "larger, has 1"] = 50.0
+    objective: Annotated[str, "electra, or mlm: only a generator, as wide as the discriminator "
+                              "would be"] = "electra"
     cls_token_id: int = 101
     sep_token_id: int = 102
     mask_token_id: int = 103

@@ -17,7 +17,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import collections
-import inspect
 import io
 import pickle
 import re
@@ -30,6 +29,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -47,39 +47,42 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 @dataclass(frozen=True)
 class StepConfig:
-    """Flags shared by pre-training and fine-tuning. The comment of each is its help."""
+    """Flags shared by pre-training and fine-tuning, each with its help."""
 
-    weight_decay: float = 0.01  # decoupled weight decay; LayerNorms and biases are exempt
-    adam_beta1: float = 0.9  # decay of Adam's first moment
-    adam_beta2: float = 0.999  # decay of Adam's second moment
-    adam_epsilon: float = 1e-6  # added to the root of Adam's second moment
-    max_grad_norm: float = 1.0  # global norm to which gradients are clipped
-    dtype: str = "auto"  # fp32, bf16 or fp16; auto is bf16 on a GPU that has it, fp16 on another, else fp32
-    device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto is cuda if there is one, else cpu
-    graph: bool = True  # on a GPU, replay steps as CUDA graphs; not in fp16, nor with several processes
-    deterministic: bool = False  # on a GPU, repeat a run to the bit, with slower kernels
+    weight_decay: Annotated[float, "decoupled weight decay; LayerNorms and biases are exempt"] = 0.01
+    adam_beta1: Annotated[float, "decay of Adam's first moment"] = 0.9
+    adam_beta2: Annotated[float, "decay of Adam's second moment"] = 0.999
+    adam_epsilon: Annotated[float, "added to the root of Adam's second moment"] = 1e-6
+    max_grad_norm: Annotated[float, "global norm to which gradients are clipped"] = 1.0
+    dtype: Annotated[str, "fp32, bf16 or fp16; auto is bf16 on a GPU that has it, fp16 on another, "
+                          "else fp32"] = "auto"
+    device: Annotated[str, "cpu, cuda, cuda:1 or mps; auto is cuda if there is one, else cpu"] = "auto"
+    graph: Annotated[bool, "on a GPU, replay steps as CUDA graphs; not in fp16, nor with several "
+                           "processes"] = True
+    deterministic: Annotated[bool, "on a GPU, repeat a run to the bit, with slower kernels"] = False
 
 
 @dataclass(frozen=True)
 class TrainConfig(StepConfig):
-    """The recipe, and where and how it runs. A field with a comment is a flag; the comment is its help."""
+    """The recipe, and where and how it runs. An annotated field is a flag, and the text is its help."""
 
-    size: str = "small"  # tiny, small, base or large: the model and its recipe
-    batch_size: int = 128  # rows in a step
-    num_train_steps: int = 1_000_000  # steps in all; the learning rate decays to 0
-    learning_rate: float = 5e-4  # peak learning rate
-    num_warmup_steps: int = 10_000  # steps over which the learning rate rises from 0
-    micro_batch_size: int = 0  # rows in a forward pass, to save memory; 0 is all
-    init: list = ()  # start from weights: DISCRIMINATOR [GENERATOR], runs, folders or names on the hub
-    compile: bool = None  # use torch.compile; by default on a GPU, with torch 2.11 or later
-    out: str = "out"  # parent folder; the run goes to OUT/SIZE
-    log_every: int = 100  # steps between lines of log.jsonl
-    eval_every: int = 1000  # steps between evaluations on held-out text
-    save_every: int = 1000  # steps between checkpoints; there is one every ten minutes, too
-    restart: bool = False  # delete the run in the folder and start over
-    eval_only: bool = False  # evaluate a saved run, and do not train
-    prepare_only: bool = False  # prepare the text, and do not train
-    show: int = 0  # with --prepare-only: print this many rows
+    size: Annotated[str, "tiny, small, base or large: the model and its recipe"] = "small"
+    batch_size: Annotated[int, "rows in a step"] = 128
+    num_train_steps: Annotated[int, "steps in all; the learning rate decays to 0"] = 1_000_000
+    learning_rate: Annotated[float, "peak learning rate"] = 5e-4
+    num_warmup_steps: Annotated[int, "steps over which the learning rate rises from 0"] = 10_000
+    micro_batch_size: Annotated[int, "rows in a forward pass, to save memory; 0 is all"] = 0
+    init: Annotated[list, "start from weights: DISCRIMINATOR [GENERATOR], runs, folders or names on the "
+                          "hub"] = ()
+    compile: Annotated[bool, "use torch.compile; by default on a GPU, with torch 2.11 or later"] = None
+    out: Annotated[str, "parent folder; the run goes to OUT/SIZE"] = "out"
+    log_every: Annotated[int, "steps between lines of log.jsonl"] = 100
+    eval_every: Annotated[int, "steps between evaluations on held-out text"] = 1000
+    save_every: Annotated[int, "steps between checkpoints; there is one every ten minutes, too"] = 1000
+    restart: Annotated[bool, "delete the run in the folder and start over"] = False
+    eval_only: Annotated[bool, "evaluate a saved run, and do not train"] = False
+    prepare_only: Annotated[bool, "prepare the text, and do not train"] = False
+    show: Annotated[int, "with --prepare-only: print this many rows"] = 0
 
     def __post_init__(self):
         if self.size not in SIZES:
@@ -1002,19 +1005,20 @@ def run_command(main):
 def parse(argv, description, config_classes, sizes):
     """A config of each class from the command line, and the names of what was typed.
 
-    A field that has a comment is a flag, with the comment as its help. Flags that were not typed take the
-    value in the size's row of `sizes`, or else the default.
+    A field whose type is annotated with a text is a flag, and the text is its help. Flags that were not typed
+    take the value in the size's row of `sizes`, or else the default.
     """
     parser = argparse.ArgumentParser(description=description, usage="%(prog)s [--FLAG VALUE ...]",
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS,
                                      exit_on_error=False)
     for config_class in config_classes:
-        comments = comments_of(config_class)
-        group = parser.add_argument_group(inspect.getdoc(config_class).partition(".")[0])
+        types = get_type_hints(config_class, include_extras=True)
+        group = parser.add_argument_group(config_class.__doc__.partition(".")[0])
         # A class's own fields come first, then those it inherits.
         for field in sorted(fields(config_class), key=lambda field: field.name not in vars(config_class)):
-            if field.name in comments:
-                add_flag(group, field, comments[field.name], sizes)
+            if get_origin(types[field.name]) is Annotated:
+                kind, help = get_args(types[field.name])
+                add_flag(group, field, kind, help, sizes)
     try:
         typed, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -1032,23 +1036,18 @@ def make_config(config_class, values):
     return config_class(**{name: value for name, value in values.items() if name in names})
 
 
-def comments_of(config_class):
-    """The comment beside each field of a config, inherited ones included."""
-    source = "".join(inspect.getsource(parent) for parent in reversed(config_class.__mro__[:-1]))
-    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
-
-
-def add_flag(group, field, comment, sizes):
-    """Make a field a flag. The help shows its default, and those of sizes that differ."""
+def add_flag(group, field, kind, help, sizes):
+    """Make a field a flag. The help ends with its default, and those of sizes that differ."""
     defaults = [format_default(field.default)]
     for size, row in sizes.items():
         if field.name in row:
             defaults.append(f"{size}: {format_default(row[field.name])}")
     shown = "; ".join(default for default in defaults if default)
-    help = f"{comment} ({shown})" if shown else comment
+    if shown:
+        help = f"{help} ({shown})"
     kinds = {bool: dict(action=argparse.BooleanOptionalAction), list: dict(nargs="+")}
     group.add_argument(f"--{field.name.replace('_', '-')}", help=help.replace("%", "%%"),
-                       **kinds.get(field.type, dict(type=field.type)))
+                       **kinds.get(kind, dict(type=kind)))
 
 
 def format_default(default):

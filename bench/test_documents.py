@@ -57,7 +57,7 @@ README, DETAILS = ((HERE / name).read_text(encoding="utf-8") for name in ("READM
 @pytest.mark.parametrize("module, configs", [
     (train, (train.TrainConfig, DataConfig, ElectraConfig)), (finetune, (finetune.FinetuneConfig,))])
 def test_the_flags_that_the_readme_names_exist(module, configs, capsys):
-    """The README's commands have only flags that --help lists, and it lists every field with a comment."""
+    """README's commands have only flags that --help lists, which are all fields but those set by the text."""
     with pytest.raises(SystemExit):
         module.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
