@@ -387,7 +387,6 @@ def save_discriminator(folder, config=FINETUNED):
     return discriminator.eval()
 
 
-OWNERS = glue.TASKS | {"diagnostic": glue.DIAGNOSTIC}
 OFFICIAL_ROWS = {name: dict(task.rows) for name, task in glue.TASKS.items()}
 MRPC = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
 NLI = "index\tpromptID\tpairID\tgenre\t1b\t2b\t1p\t2p\tsentence1\tsentence2"
@@ -396,7 +395,8 @@ STSB, STSB_ROW = "index\tgenre\tfile\tyear\told\ts1\ts2\tsentence1\tsentence2", 
 
 
 def write_split(name, split, content):
-    write_files("glue", {f"{OWNERS[name].title}/{split}.tsv": content})
+    folder = "diagnostic" if split == "diagnostic" else glue.TASKS[name].title
+    write_files("glue", {f"{folder}/{split}.tsv": content})
 
 
 @pytest.fixture
@@ -404,20 +404,21 @@ def toy_glue(corpus, monkeypatch):
     """`corpus` with a model in out/small and toy tasks in glue/, whose label is one word. The folder."""
     save_discriminator("out/small/discriminator")
     random_ = random.Random(0)
-    for name, task in OWNERS.items():
+    for name, task in glue.TASKS.items():
+        columns = ["x0", task.label, "x2", *task.sentences]
         for split in task.rows:
             # Test sets of different sizes, so that none can be taken for another.
             count = {"train": 48, "test_mismatched": 13, "diagnostic": 14}.get(split, 12)
             monkeypatch.setitem(task.rows, split, count)
             is_test = split in task.submissions
-            rows = [["h"] * 12] if task.header or is_test else []
+            rows = [] if name == "cola" and not is_test else [columns]
             for _ in range(count):
-                row, label = ["x"] * 12, random_.randrange(max(2, len(task.labels)))
-                for column in task.test_sentences if is_test else task.sentences:
+                row, label = ["x"] * 3, random_.randrange(max(2, len(task.labels)))
+                for _ in task.sentences:
                     words = random_.choices(WORDS[8:], k=random_.randint(2, 9))
-                    row[column] = " ".join([*words, WORDS[label]])
+                    row.append(" ".join([*words, WORDS[label]]))
                 if not is_test:
-                    row[task.label] = task.labels[label] if task.labels else str(5 * label)
+                    row[1] = task.labels[label] if task.labels else str(5 * label)
                 rows.append(row)
             write_split(name, split, "".join("\t".join(row) + "\n" for row in rows).encode())
     return corpus
@@ -464,7 +465,7 @@ def keep_mrpc(monkeypatch):
     write_files("cache/glue", contents)
     sources = {name: (f"http://nowhere/{name}", len(content), hashlib.sha256(content).hexdigest())
                for name, content in contents.items()}
-    task = replace(glue.TASKS["mrpc"], source=sources["train"], rows=dict(train=4, dev=2, test=1))
+    task = replace(glue.TASKS["mrpc"], download=sources["train"], rows=dict(train=4, dev=2, test=1))
     monkeypatch.setitem(glue.TASKS, "mrpc", task)
     monkeypatch.setattr(glue, "MRPC_TEST", sources["test"])
     monkeypatch.setattr(glue, "MRPC_DEV_IDS", sources["ids"])
@@ -2207,9 +2208,9 @@ def test_a_separable_task_is_learned_to_100_percent(toy_glue, capsys):
 
 def test_a_seed_gives_the_same_result_alone_or_among_others(toy_glue):
     """The result of a (task, seed) does not depend on what else a sweep does."""
-    tune("--predict --seeds 2 --task all")
+    tune("--keep-predictions --seeds 2 --task all")
     tune("--seeds 2 --task stsb --out alone")
-    tune("--predict --seeds 2 --task stsb --out alone")  # a result that lacks predictions is made again
+    tune("--seeds 2 --task stsb --out alone --keep-predictions")  # again, since predictions are missing
     together, alone = read_results(), read_results("alone")
     assert len(together) == 18 and set(alone) == {("stsb", 0), ("stsb", 1)}
     assert alone["stsb", 0]["metrics"] != alone["stsb", 1]["metrics"]
@@ -2228,7 +2229,7 @@ def test_padding_to_the_longest_row_changes_no_logit():
         row[: len(ids)] = ids
     network = finetune.Classifier(CONFIG, 1).eval()
     alone = torch.cat([network(torch.tensor([ids])) for ids in texts])[:, 0].detach().numpy()
-    predictions = finetune.predict(network.train(), rows, glue.TASKS["stsb"], config)  # sorts by length
+    predictions = finetune.predict_rows(network.train(), rows, glue.TASKS["stsb"], config)  # sorts by length
     assert np.abs(predictions - alone).max() < 1e-5
 
 
@@ -2253,18 +2254,19 @@ def test_other_settings_are_other_results(toy_glue):
                 dict(dropout=0.0), dict(weight_decay=0.1), dict(warmup_proportion=0.5), dict(adam_beta1=0.8),
                 dict(max_length=16), dict(dtype="bf16"), dict(batch_size=4), dict(num_train_epochs=4)]
     shutil.copytree("glue", "g")
-    others = [dict(seeds=3), dict(predict=True), dict(glue_dir="g"), dict(out="o"), dict(task=["all"])]
-    keys = []
+    others = [dict(seeds=3), dict(keep_predictions=True), dict(glue_dir="g"), dict(out="o"),
+              dict(task=["all"])]
+    names = []
     for changes in deciding + others:
         config = replace(finetune.FinetuneConfig(glue_dir="glue", max_length=32), **changes)
         tasks, pretrained = {"wnli": glue.TASKS["wnli"]}, finetune.load_pretrained(config)
-        [experiment] = finetune.plan(config, tasks, pretrained)
-        keys.append(experiment.key(0))
-    assert len(set(keys[: len(deciding)])) == len(deciding) and set(keys[len(deciding) :]) == {keys[0]}
+        [experiment] = finetune.plan_experiments(config, tasks, pretrained)
+        names.append(experiment.run_name(0))
+    assert len(set(names[: len(deciding)])) == len(deciding) and set(names[len(deciding) :]) == {names[0]}
     path = Path("glue/WNLI/dev.tsv")
     path.write_bytes(path.read_bytes().replace(b"ba", b"do"))
-    [experiment] = finetune.plan(config, tasks, pretrained)
-    assert experiment.key(0) not in keys
+    [experiment] = finetune.plan_experiments(config, tasks, pretrained)
+    assert experiment.run_name(0) not in names
 
 
 def test_processes_share_a_sweep_by_skipping_what_another_has_in_hand(toy_glue, capsys):
@@ -2358,8 +2360,8 @@ def test_the_averages_are_the_papers():
 def test_submission_is_eleven_files_of_the_best_seeds(toy_glue, monkeypatch, capsys):
     """The zip has eleven files, each from its task's best seed; it is reproducible."""
     scores = itertools.cycle([0.1, 0.2, 0.2, 0.1])  # of two seeds, task after task
-    watched = glue.score
-    monkeypatch.setattr(glue, "score",
+    watched = glue.Task.score
+    monkeypatch.setattr(glue.Task, "score",
                         lambda task, *args: watched(task, *args) | {task.metrics[0]: next(scores)})
     tune("--seeds 2 --submit --learning-rate 2e-3")
     said, results, path = capsys.readouterr().out, read_results(), Path("out/glue/submission.zip")
@@ -2462,19 +2464,19 @@ def test_no_step_of_fine_tuning_waits_for_the_device(toy_glue, monkeypatch):
     """Rows and labels are on the device; nothing in a step has a size or a branch that depends on them."""
     steps = ExitStack()
     watch(monkeypatch, train, "learning_rate", lambda step, *_: step or steps.enter_context(NoSync()))
-    watch(monkeypatch, finetune, "predict", lambda *_: steps.close())
+    watch(monkeypatch, finetune, "predict_rows", lambda *_: steps.close())
     config = finetune.FinetuneConfig(glue_dir="glue", max_length=32, num_train_epochs=1, device="cpu",
                                      dtype="fp32", graph=False, learning_rate=1e-3, layerwise_lr_decay=0.8)
     task = glue.TASKS["mrpc"]
-    [experiment] = finetune.plan(config, {"mrpc": task}, finetune.load_pretrained(config))
+    [experiment] = finetune.plan_experiments(config, {"mrpc": task}, finetune.load_pretrained(config))
     with steps:
         finetuner = finetune.Finetuner(task, experiment.pretrained, config)
-        finetuner.run(0, finetune.load_splits(experiment))
+        finetuner.run(0, finetune.tokenize_splits(experiment))
 
 
 def test_replayed_fine_tuning_is_plain_fine_tuning(toy_glue, monkeypatch, request):
     """A shape of a batch is captured once for all seeds; scores and networks are those of plain steps."""
-    flags = "--task mrpc --seeds 3 --save --predict "
+    flags = "--task mrpc --seeds 3 --save --keep-predictions "
     tune(flags + "--out plain")
     request.getfixturevalue("recorded")
     shapes = []
@@ -2493,8 +2495,9 @@ def test_what_a_graph_reads_stays_where_it_is(toy_glue):
     """Weights, moments, step counts and rates are the same tensors, at the same addresses, for all seeds."""
     config = finetune.FinetuneConfig(glue_dir="glue", max_length=32, num_train_epochs=1, device="cpu",
                                      dtype="fp32", graph=False, learning_rate=1e-3, layerwise_lr_decay=0.8)
-    [experiment] = finetune.plan(config, {"mrpc": glue.TASKS["mrpc"]}, finetune.load_pretrained(config))
-    splits = finetune.load_splits(experiment)
+    tasks = {"mrpc": glue.TASKS["mrpc"]}
+    [experiment] = finetune.plan_experiments(config, tasks, finetune.load_pretrained(config))
+    splits = finetune.tokenize_splits(experiment)
     finetuner = finetune.Finetuner(experiment.task, experiment.pretrained, experiment.config)
     runs = []
     for seed in 0, 1:
@@ -2511,7 +2514,7 @@ def test_what_a_graph_reads_stays_where_it_is(toy_glue):
 @on_cuda
 def test_fine_tuning_replays_the_plain_steps(toy_glue):
     """With --deterministic, scores and the kept network are, with graphs, to the bit those without."""
-    flags = "--task mrpc --device cuda --deterministic --seeds 3 --save --predict --out "
+    flags = "--task mrpc --device cuda --deterministic --seeds 3 --save --keep-predictions --out "
     tune(flags + "plain --no-graph")
     tune(flags + "graph")
     plain, graph = (read_results(out) for out in ("plain", "graph"))
@@ -2557,17 +2560,17 @@ GLUE_FILES = {
     ("rte", "test"): ("index\tsentence1\tsentence2\n0\tA\tB\n", [("A", "B", None)]),
     ("wnli", "dev"): ("index\tsentence1\tsentence2\tlabel\n0\tA\tB\t1\n", [("A", "B", 1)]),
     ("wnli", "test"): ("index\tsentence1\tsentence2\n0\tA\tB\n", [("A", "B", None)]),
-    ("diagnostic", "diagnostic"): ("index\tsentence1\tsentence2\n0\tA.\tB.\n", [("A.", "B.", None)]),
+    ("mnli", "diagnostic"): ("index\tsentence1\tsentence2\n0\tA.\tB.\n", [("A.", "B.", None)]),
 }
 
 
 @pytest.mark.parametrize("name, split", GLUE_FILES)
 def test_glue_files_are_read_as_they_are_written(name, split, corpus, monkeypatch, capsys):
     """Every file's own columns, header, label and oddities."""
-    task, (content, expected) = OWNERS[name], GLUE_FILES[name, split]
+    task, (content, expected) = glue.TASKS[name], GLUE_FILES[name, split]
     write_split(name, split, content.encode())
     monkeypatch.setitem(task.rows, split, len(expected))
-    examples, sha256 = glue.read_examples(task, split, "cache", "glue")
+    examples, sha256 = task.read(split, "cache", "glue")
     assert sha256 == hashlib.sha256(content.encode()).hexdigest()
     for example, (first, second, label) in zip(examples, expected, strict=True):
         assert example == (first, second, label if label is None else pytest.approx(label))
@@ -2578,9 +2581,9 @@ def test_mrpcs_dev_set_is_cut_out_by_its_ids(corpus, monkeypatch):
     """Pairs of ids that are listed are MRPC's dev set, the other rows its training set."""
     task = keep_mrpc(monkeypatch)
     for split, numbers in dict(train=[0, 2, 3, 5], dev=[1, 4]).items():
-        examples, _ = glue.read_examples(task, split, "cache")
+        examples, _ = task.read(split, "cache")
         assert examples == [(f"A{n}", f"B{n}", n % 2) for n in numbers]
-    assert glue.read_examples(task, "test", "cache")[0] == [("X", "Y", None)]
+    assert task.read("test", "cache")[0] == [("X", "Y", None)]
 
 
 def test_own_tasks_are_read_from_every_kind_of_file(tmp_path, monkeypatch):
@@ -2597,12 +2600,12 @@ def test_own_tasks_are_read_from_every_kind_of_file(tmp_path, monkeypatch):
         write_files(kind, {f"{split}.{kind}": content.encode() for split in ("train", "dev")})
         [(name, task)] = glue.find_tasks([f"./{kind}"]).items()
         assert name == kind and task.labels == ("9", "10") and task.submissions == {}
-        assert glue.read_examples(task, "dev", "cache")[0] == [('He said "no.', "", 1), ("é,", "b", 0)]
+        assert task.read("dev")[0] == [('He said "no.', "", 1), ("é,", "b", 0)]
         [task] = glue.find_tasks([kind], is_regression=True).values()
-        assert glue.read_examples(task, "train", "cache")[0] == [('He said "no.', "", 1.0), ("é,", "b", 0.0)]
+        assert task.read("train")[0] == [('He said "no.', "", 1.0), ("é,", "b", 0.0)]
     (tmp_path / "csv" / "train.csv").write_text('sentence,label\n"two\nlines",x\nb,y\n')
     [task] = glue.find_tasks(["csv"]).values()
-    assert glue.read_examples(task, "train", "cache")[0][0] == ("two\nlines", "", 0)
+    assert task.read("train")[0][0] == ("two\nlines", "", 0)
     write_task("mrpc")
     assert glue.find_tasks(["mrpc"]) == {"mrpc": glue.TASKS["mrpc"]}
     assert glue.find_tasks(["./mrpc", "cola"])["mrpc"].files
@@ -2646,13 +2649,13 @@ def test_mnli_is_scored_on_its_matched_and_on_its_mismatched_set():
     labels = dict(dev_matched=np.array([0, 2, 1, 1]), dev_mismatched=np.array([0, 0, 1, 0]))
     predictions = dict.fromkeys(labels, labels["dev_matched"])
     expected = {"accuracy": 1.0, "mismatched accuracy": 0.5}
-    assert glue.score(glue.TASKS["mnli"], predictions, labels) == expected
+    assert glue.TASKS["mnli"].score(predictions, labels) == expected
 
 
 def test_labels_are_submitted_as_words_or_as_numbers():
-    """MNLI, the diagnostic set, QNLI and RTE are submitted in words, the other tasks in numbers."""
+    """MNLI, QNLI and RTE are submitted in words, the other tasks in numbers."""
     written = {name: glue.submission_file(task, np.array([1, 0])).split()[3::2]
-               for name, task in OWNERS.items() if task.labels}
+               for name, task in glue.TASKS.items() if task.labels}
     numbers, entailed = ["1", "0"], ["not_entailment", "entailment"]
     assert written == dict.fromkeys(("cola", "sst2", "mrpc", "qqp", "wnli"), numbers) | dict(
-        mnli=["neutral", "entailment"], diagnostic=["neutral", "entailment"], qnli=entailed, rte=entailed)
+        mnli=["neutral", "entailment"], qnli=entailed, rte=entailed)

@@ -168,15 +168,15 @@ def measure_variant(options, name):
 
 def mrpc_epochs(options):
     """Seconds of an epoch of MRPC, pairs in one order: with captures, and after them."""
-    finetuner, rows, labels = mrpc.make_finetuner(
+    finetuner, tokenized = mrpc.make_finetuner(
         options.glue_dir, options.size, device=options.device, dtype=options.dtype)
     seconds = []
     for seed in range(2):
         began = time.perf_counter()
-        finetuner.run(seed, {"train": (rows, labels)})
+        finetuner.run(seed, {"train": tokenized})
         pretrain.synchronize(finetuner.config.device)
         seconds.append(time.perf_counter() - began)
-    steps = finetune.num_steps(len(rows), finetuner.config.batch_size, 1)
+    steps = finetune.num_steps(len(tokenized.rows), finetuner.config.batch_size, 1)
     return dict(steps=steps, first=seconds[0], second=seconds[1])
 
 

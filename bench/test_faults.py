@@ -47,7 +47,6 @@ from test_electra import (
     CHILD,
     GLUE_FILES,
     HERE,
-    OWNERS,
     SMALL_VOCAB,
     STSB,
     STSB_ROW,
@@ -151,18 +150,18 @@ def test_glue_is_downloaded_once_and_checked(corpus, quick):
         file.writestr("WNLI/dev.tsv", GLUE_FILES["wnli", "dev"][0])
     archive = Path("WNLI.zip").read_bytes()
     with Server({"/WNLI.zip": archive}) as server:
-        good = replace(glue.TASKS["wnli"], source=source(server, "/WNLI.zip", archive), rows=dict(dev=1))
-        wrong = replace(good, source=source(server, "/WNLI.zip", archive[:-1] + b"x"))
+        good = replace(glue.TASKS["wnli"], download=source(server, "/WNLI.zip", archive), rows=dict(dev=1))
+        wrong = replace(good, download=source(server, "/WNLI.zip", archive[:-1] + b"x"))
         with pytest.raises(UserError, match=r"SHA-256 \w{64} instead of \w{64}; try again, or put WNLI.zip"):
-            glue.read_examples(wrong, "dev", "cache")
+            wrong.read("dev", "cache")
         assert [path.suffix for path in Path("cache/glue").iterdir()] == [".lock"]  # nothing half-written
-        assert len(glue.read_examples(good, "dev", "cache")[0]) == 1
+        assert len(good.read("dev", "cache")[0]) == 1
     glue.fetch_official.cache_clear()  # a new process, and the server is gone
-    assert len(glue.read_examples(good, "dev", "cache")[0]) == 1
+    assert len(good.read("dev", "cache")[0]) == 1
     Path("cache/glue/WNLI.zip").write_bytes(archive[: len(archive) // 2])
     glue.fetch_official.cache_clear()
     with pytest.raises(UserError, match=r"WNLI.zip has SHA-256 \w{64} instead of \w{64}; delete it"):
-        glue.read_examples(good, "dev", "cache")
+        good.read("dev", "cache")
 
 
 def test_the_vocabulary_is_downloaded_once_and_checked(corpus, monkeypatch, quick):
@@ -228,14 +227,15 @@ def test_damaged_archives_are_refused_by_name(corpus):
     ("cola", b"gj04\t1\t\tA.\ngj04\t2\t\tB.\n", "train.tsv, line 2: the label is '2' and not one of 0, 1"),
     ("cola", b"gj04\t1\t\tA.\ngj04\t1\t\tA\tB.\n", "train.tsv, line 2, has 5 fields"),
     ("cola", b"<html>\n", "train.tsv, line 1, has 1 fields"),
+    ("sst2", b"<html>\n", "SST-2/train.tsv, line 1, has no column sentence; it was damaged or edited"),
     ("stsb", f"{STSB}\tscore\n{STSB_ROW}A\tB\tC\n".encode(), "line 2: the label is 'C' and not a number"),
 ])
 def test_damaged_glue_files_are_refused(name, content, message, corpus, monkeypatch):
     """A TSV that was cut, edited or replaced is named, with the line."""
-    monkeypatch.setitem(OWNERS[name].rows, "train", 2)
+    monkeypatch.setitem(glue.TASKS[name].rows, "train", 2)
     write_split(name, "train", content)
     with pytest.raises(UserError, match=message):
-        glue.read_examples(OWNERS[name], "train", "cache", "glue")
+        glue.TASKS[name].read("train", "cache", "glue")
 
 
 def test_damaged_files_of_ours_and_a_folder_in_use_are_reported(corpus):
@@ -465,7 +465,7 @@ def test_a_full_disk_loses_nothing_and_the_same_command_resumes(corpus, monkeypa
 @pytest.mark.parametrize("victim", ["results.jsonl", ".npz"])
 def test_finished_seeds_survive_and_are_never_repeated(toy_glue, monkeypatch, capsys, victim):
     """A full disk costs the seed that it cuts short; the same command does that again, and no other."""
-    sweep, path = "--task wnli --seeds 2 --predict ", Path("out/glue/results.jsonl")
+    sweep, path = "--task wnli --seeds 2 --keep-predictions ", Path("out/glue/results.jsonl")
     tune(sweep + "--out whole")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail_at(victim, 1))
@@ -478,7 +478,7 @@ def test_finished_seeds_survive_and_are_never_repeated(toy_glue, monkeypatch, ca
     assert read_results() == read_results("whole") and lines.startswith(first)
     monkeypatch.setattr(finetune.Finetuner, "run", None)  # it is not called again
     capsys.readouterr()
-    tune("--task WNLI --seeds 2 --predict")
+    tune("--task WNLI --seeds 2 --keep-predictions")
     assert "WNLI " in capsys.readouterr().out and path.read_bytes() == lines
 
 
@@ -644,13 +644,13 @@ def test_what_is_kept_replaces_nothing_else(toy_glue, monkeypatch):
     with pytest.raises(UserError, match="--save would overwrite mine/own, which is not a network"):
         tune("--task mine/own --out mine --save")
     assert Path("mine/own/train.tsv").exists()
-    watch(monkeypatch, finetune, "load_splits", lambda _: Path("mine/own/dev.tsv").write_text("changed"))
+    watch(monkeypatch, finetune, "tokenize_splits", lambda _: Path("mine/own/dev.tsv").write_text("changed"))
     with pytest.raises(UserError, match="mine/own/dev.tsv has no rows"):
         tune("--task mine/own")
     write_task("mine/own")
     monkeypatch.undo()
     monkeypatch.chdir(toy_glue)
-    watch(monkeypatch, finetune, "load_splits", lambda _: write_task("mine/own", count=20))
+    watch(monkeypatch, finetune, "tokenize_splits", lambda _: write_task("mine/own", count=20))
     with pytest.raises(UserError, match="the files of own have changed; run the same command again"):
         finetune.main("--task mine/own --max-length 32".split())
 
