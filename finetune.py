@@ -139,12 +139,19 @@ def run_and_record(experiment, seed, finetuner, splits):
     if config.predicts_test_sets:
         write_predictions(experiment, seed, predictions)
     append_result(experiment, dict(
-        task=task.name, seed=seed, metrics=metrics,
-        is_constant=bool(np.ptp(predictions[task.dev_splits[0]]) < 1e-5),
-        examples={split: len(tokenized.rows) for split, tokenized in splits.items()}, seconds=seconds,
-        finished=time.strftime("%Y-%m-%d %H:%M:%S"), model=str(experiment.pretrained.folder),
-        device=config.device, threads=torch.get_num_threads(), torch=str(torch.__version__),
-        settings=experiment.settings()))
+        task=task.name,
+        seed=seed,
+        metrics=metrics,
+        is_constant=bool(np.ptp(predictions[task.dev_splits[0]]) < 1e-5),  # every example has the same answer
+        examples={split: len(tokenized.rows) for split, tokenized in splits.items()},
+        seconds=seconds,
+        finished=time.strftime("%Y-%m-%d %H:%M:%S"),
+        model=str(experiment.pretrained.folder),
+        device=config.device,
+        threads=torch.get_num_threads(),
+        torch=str(torch.__version__),
+        settings=experiment.settings(),
+    ))
     scores = ", ".join(f"{metric} {100 * value:.1f}" for metric, value in metrics.items())
     print(f"{task.title}, seed {seed}: {scores} ({seconds:.0f} s)")
     if config.save and seed == best_seed(experiment):
@@ -152,14 +159,14 @@ def run_and_record(experiment, seed, finetuner, splits):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# An experiment is a task with all that decides its results. Its finished seeds are lines of results.jsonl
+# Experiments, and their results on disk
 
 
 def plan_experiments(config, tasks, pretrained):
     """The Experiment of each task, after all files are checked."""
     if config.glue_dir:
         needed = [(task, split) for task in tasks.values() for split in splits_to_read(task, config)]
-        glue.check_folder(needed, config.glue_dir)
+        glue.check_glue_dir(needed, config.glue_dir)
     if config.save:
         for name in tasks:
             folder = Path(config.out) / name
@@ -207,7 +214,10 @@ class Experiment:
         return self.folder / "predictions" / f"{self.run_name(seed)}-{tests}.npz"
 
     def finished(self):
-        """The results of finished seeds, by seed. If predictions are wanted, one without them is not."""
+        """The result of each finished seed, a line of results.jsonl, by seed.
+
+        If test sets are to be predicted, a seed without these predictions is not finished.
+        """
         path = self.folder / "results.jsonl"
         if not path.exists():
             return {}
@@ -218,9 +228,9 @@ class Experiment:
             result = data.parse_json(line, f"{path}, line {number},")
             seed = result["seed"]
             if result["task"] != self.task.name or result["settings"] != settings:
-                continue
+                continue  # of another experiment
             if seed >= self.config.seeds:
-                continue
+                continue  # of an earlier command with more seeds
             if self.config.predicts_test_sets and not self.predictions_path(seed).exists():
                 continue
             results[seed] = result
@@ -265,12 +275,12 @@ def append_result(experiment, result):
 
 
 def lock_outputs(folder, what):
-    """Wait until no other process writes to files that are shared by all seeds."""
+    """A lock on the files that all processes of a sweep share. It waits for another process."""
     return data.lock(folder / "locks" / "results", f"waiting to write the {what}")
 
 
 def write_predictions(experiment, seed, predictions):
-    """Save a seed's test predictions, under the names of the files to submit."""
+    """Write a seed's test predictions, under the names of the files to submit."""
     arrays = {name: predictions[split] for split, name in experiment.task.submissions.items()}
     with data.atomic_write(experiment.predictions_path(seed)) as file:
         np.savez(file, **arrays)
@@ -347,7 +357,7 @@ class Finetuner:
         self.scaler.load_state_dict(self.scaler_state)
 
     def new_classifier(self):
-        network = Classifier(self.pretrained.config, len(self.task.labels) or 1)
+        network = Classifier(self.pretrained.config, len(self.task.labels) or 1)  # 1 in a regression
         if self.pretrained.encoder_state is not None:
             network.encoder.load_state_dict(self.pretrained.encoder_state)
         return network
@@ -409,7 +419,9 @@ def batches(order, size, device):
 def cut_length(lengths, config):
     """The length of a batch's longest row; on a GPU a multiple of 16, so that few shapes are captured."""
     longest = int(lengths.max())
-    return 16 * math.ceil(longest / 16) if config.device.startswith("cuda") else longest
+    if config.device.startswith("cuda"):
+        return 16 * math.ceil(longest / 16)
+    return longest
 
 
 @torch.no_grad()
@@ -424,9 +436,9 @@ def compute_logits(network, rows, config):
             length = cut_length(lengths[indices], config)
             parts.append(network(ids[device_indices, :length]))
         logits = torch.cat(parts)
-    unsorted = np.empty(logits.shape, dtype=np.float32)
-    unsorted[order] = logits.cpu().numpy()
-    return unsorted
+    in_file_order = np.empty(logits.shape, dtype=np.float32)
+    in_file_order[order] = logits.cpu().numpy()
+    return in_file_order
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -717,7 +729,7 @@ class Predictor:
         self.label_range = saved["label_range"]
         folder = Path(folder)
         self.wordpiece, self.max_length = data.read_tokenizer(folder)
-        self.network = Classifier(model.load_config(folder), len(self.labels) or 1)
+        self.network = Classifier(model.load_config(folder), len(self.labels) or 1)  # 1 in a regression
         model.load_weights(self.network, folder)
         self.network.to(self.config.device)
 

@@ -193,14 +193,14 @@ ORIGINAL_QQP_ROWS = 363_849
 
 
 def find_tasks(names, is_regression=False):
-    """The tasks of a command by name: GLUE's, in any case and with or without hyphens, folders, or all."""
+    """The tasks of a command, by name: tasks of GLUE (case and hyphens do not matter), folders, or all."""
     tasks = {}
     for name in names:
-        key = name.lower().replace("-", "")
-        if key == "all":
+        simple_name = name.lower().replace("-", "")
+        if simple_name == "all":
             found = list(TASKS.values())
-        elif key in TASKS:
-            found = [TASKS[key]]
+        elif simple_name in TASKS:
+            found = [TASKS[simple_name]]
         elif Path(name).is_dir():
             found = [own_task(Path(name), is_regression)]
         else:
@@ -218,18 +218,18 @@ def find_tasks(names, is_regression=False):
 # Reading GLUE's files
 
 
-def check_folder(needed, folder):
-    """Check that `folder` has the files of all (task, split), and name all that are missing."""
-    paths = [official_path(task, split, folder) for task, split in needed if isinstance(task, GlueTask)]
+def check_glue_dir(needed, glue_dir):
+    """Check that the folder has the files of all (task, split), and name all that are missing."""
+    paths = [official_path(task, split, glue_dir) for task, split in needed if isinstance(task, GlueTask)]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise data.UserError(f"there is no {', '.join(missing)}; --glue-dir takes a folder laid out as the "
                              "official zips are")
 
 
-def official_path(task, split, folder):
-    subfolder = "diagnostic" if split == "diagnostic" else task.title
-    return Path(folder) / subfolder / f"{split}.tsv"
+def official_path(task, split, glue_dir):
+    folder = "diagnostic" if split == "diagnostic" else task.title
+    return Path(glue_dir) / folder / f"{split}.tsv"
 
 
 def read_official(task, split, cache, glue_dir):
@@ -293,7 +293,10 @@ def parse_official(task, split, raw, source):
     else:
         header = lines.pop(0).split("\t")
         first_line = 2
-    for column in task.sentences if is_test else (*task.sentences, task.label):
+    columns = list(task.sentences)
+    if not is_test:
+        columns.append(task.label)
+    for column in columns:
         if column not in header:
             raise data.UserError(f"{source}, line 1, has no column {column}; it was damaged or edited")
     examples = []
