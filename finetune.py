@@ -632,7 +632,7 @@ def format_statistics(values):
 
 
 def format_average(title, average, needed, means, medians):
-    """The line of an average, or of the tasks that it needs."""
+    """The line of an average or, if it cannot be formed, of the tasks that are missing."""
     missing = [glue.TASKS[name].title for name in needed if name not in means]
     if missing:
         return f"{title}: needs {', '.join(missing)}"
@@ -699,7 +699,7 @@ def save_network(experiment, seed, network):
 
 def read_saved_config(folder):
     """The config.json that `save_network` wrote to a folder, or None if the folder is no such network."""
-    path = Path(folder) / "config.json"
+    path = folder / "config.json"
     if not path.is_file():
         return None
     content = data.read_json(path)
@@ -720,6 +720,7 @@ class Predictor:
     """
 
     def __init__(self, folder, config=None):
+        folder = Path(folder)
         saved = read_saved_config(folder)
         if not saved:
             raise data.UserError(f"{folder} has no classifier; --model takes what --save wrote, as "
@@ -727,7 +728,6 @@ class Predictor:
         self.config = config or FinetuneConfig(device="cpu", dtype="fp32")
         self.labels = list(saved["id2label"].values())
         self.label_range = saved["label_range"]
-        folder = Path(folder)
         self.wordpiece, self.max_length = data.read_tokenizer(folder)
         self.network = Classifier(model.load_config(folder), len(self.labels) or 1)  # 1 in a regression
         model.load_weights(self.network, folder)
@@ -769,8 +769,9 @@ def predict_file(config):
         print("prediction", *predictor.labels, sep="\t")
         while chunk:
             for label, probabilities in predictor.predict(chunk):
-                text = label if predictor.labels else f"{label:{glue.Task.number_format}}"
-                print(text, *(f"{probability:.4f}" for probability in probabilities.values()), sep="\t")
+                if not predictor.labels:  # in a regression it is a number
+                    label = f"{label:{glue.Task.number_format}}"
+                print(label, *(f"{probability:.4f}" for probability in probabilities.values()), sep="\t")
             chunk = list(itertools.islice(texts, CHUNK))
 
 

@@ -1160,10 +1160,10 @@ def test_only_training_rows_are_doubled(toy_glue, monkeypatch):
 def test_the_last_step_is_scored(toy_glue, monkeypatch):
     """Predictions are made once, after all steps, so that no best epoch is picked."""
     calls = []
-    for name in "losses", "predict":
+    for name in "losses", "predict_rows":
         watch(monkeypatch, finetune, name, lambda *_, name=name: calls.append(name))
     tune("--task cola --num-train-epochs 3")
-    assert calls[-1] == "predict" and set(calls[:-1]) == {"losses"} and len(calls) == 19
+    assert calls[-1] == "predict_rows" and set(calls[:-1]) == {"losses"} and len(calls) == 19
 
 
 def test_D35_attention_mask_and_token_types_follow_from_the_ids():
