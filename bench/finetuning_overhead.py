@@ -1,6 +1,6 @@
 """An epoch of MRPC with random weights of small's shape: the share of it spent outside the network.
 
-    python bench/mrpc.py --glue-dir GLUE [--examples 640] [--threads 1]
+    python bench/finetuning_overhead.py --glue-dir GLUE [--examples 640] [--threads 1]
 
 Inside are forward, backward, clipping and the optimizer. On a GPU the host waits after each of them here.
 """

@@ -1,6 +1,7 @@
 """One pre-training step, ours against one made of transformers' modules, interleaved in one process.
 
-    python bench/pretrain.py [--size small] [--batch-size 32] [--dtype bf16] [--threads 2] [--rounds 5]
+    python bench/step_against_transformers.py [--size small] [--batch-size 32] [--dtype bf16] [--threads 2]
+        [--rounds 5]
 
 Both steps read the same random rows, apply the same masks, and end with clipping and the fused AdamW. The
 other is built as replications of ELECTRA build it: ElectraForMaskedLM and ElectraForPreTraining with one

@@ -1,6 +1,6 @@
 """How many rows a second text gives, and what limits that on many cores.
 
-    python bench/rate.py --data PATH --vocab FILE [--workers 1] [--in-place] [--rounds 5]
+    python bench/rows_per_second.py --data PATH --vocab FILE [--workers 1] [--in-place] [--rounds 5]
 
 Each round times, one after the other:
 
