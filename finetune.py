@@ -115,7 +115,7 @@ def sweep(experiments):
     for experiment in experiments:
         finetuner = None  # made for the first seed that is to be run, and used for the others
         for seed in range(experiment.config.seeds):
-            with data.lock(experiment.folder / "locks" / experiment.key(seed)) as is_ours:
+            with data.try_lock(experiment.folder / "locks" / experiment.key(seed)) as is_ours:
                 if not is_ours:  # another process is working on it
                     continue
                 if seed in experiment.results():  # perhaps another process has just finished it

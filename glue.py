@@ -283,7 +283,7 @@ def parse_official(task, split, raw, source):
     else:
         columns = task.sentences
         last_column = max(*columns, task.label)
-    lines = data.decode(raw, source).removesuffix("\n").split("\n")
+    lines = data.decode_utf8(raw, source).removesuffix("\n").split("\n")
     width = lines[0].count("\t") + 1
     first_line = 2 if task.header or is_test else 1
     examples = []
@@ -440,12 +440,12 @@ def read_cell(row, column, where):
     value = row[column]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise data.UserError(f"{where}, column {column}, is {value!r}, neither text nor a number")
-    return str(value).encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
+    return data.without_surrogates(str(value))
 
 
 def read_table(file, source):
     """Yield ("SOURCE, line N", {column: value}) for each row of a binary .tsv, .csv or .jsonl file."""
-    lines = (data.decode(line, f"{source}, line {number},") for number, line in enumerate(file, 1))
+    lines = (data.decode_utf8(line, f"{source}, line {number},") for number, line in enumerate(file, 1))
     first = next(lines, "")
     lines = itertools.chain([first], lines)
     kind = Path(source).suffix.lower()
