@@ -9,7 +9,7 @@
     growing shards   a child process adds shards while this process trains
     order            (seed, step) -> the rows of a training step
 
-Then come vocabularies, model folders, and the source of the bytes. Helpers for files stand first.
+Helpers for files stand first. Model folders, vocabularies and the source of the bytes come last.
 
 The disk holds one array, uint16 (rows, max_length), zero-padded, in shards: attention mask and token types
 follow from the ids. The same text, vocabulary and seed give the same bytes, however often the run is killed,
@@ -56,7 +56,8 @@ import requests
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it turns itself off beside child processes
+# Without this, tokenizers uses a single core beside child processes.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS
@@ -225,10 +226,6 @@ def prepare(config, progress=True):
     return shards
 
 
-def no_text(config):
-    return UserError(f"there is no text to train on in {' '.join(config.data)}")
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Documents: names -> files -> one string for each document
 
@@ -303,30 +300,6 @@ def read_file(stream, path, source, one_document):
                 yield from read_jsonl(file, source)
     except DAMAGE as error:
         raise UserError(f"{source} is damaged or cut short ({error}); make or fetch it again") from error
-
-
-def kind_of(name):
-    """The kind and the compression of a file, by its name. The kind is "" if the file cannot be read.
-
-    >>> kind_of("a.jsonl"), kind_of("B.TXT.gz"), kind_of("c.zip")
-    (('.jsonl', ''), ('.txt', '.gz'), ('', ''))
-    """
-    name = name.lower()
-    if name.endswith("_data.xz"):  # the tars in the tars of OpenWebText
-        return ".tar", ".xz"
-    compression = ""
-    if name.endswith((".gz", ".xz")):
-        compression = name[-3:]
-        name = name[:-3]
-    for kind in ".txt", ".json", ".jsonl", ".tar":
-        if name.endswith(kind):
-            return kind, compression
-    return "", compression
-
-
-def is_readable(name):
-    """Whether a file of a folder or an archive is read. Hidden ones are not: macOS adds ._NAME for NAME."""
-    return kind_of(name)[0] != "" and not os.path.basename(name).startswith(".")
 
 
 def decompress(stream, compression):
@@ -566,7 +539,7 @@ def build_rows(documents, number, wordpiece, config):
     dropped = 0
     for index, (is_held_out, lines) in enumerate(documents):
         rows = heldout if is_held_out else train
-        uniform = random.Random(f"{config.seed} {number} {index}").random
+        uniform = random.Random(f"{config.seed} {number} {index}").random  # draws from [0, 1)
         if config.split_long_lines:
             lines = [piece for line in lines for piece in split_line(line, length)]
         for first, second, overflow in segment(lines, length, uniform):
@@ -648,10 +621,12 @@ def deal_out(lines, target, max_length, uniform):
     first = []
     second = []
     for line in lines:
-        # [D02] A line that fits goes to `first` even after `second` has begun: line order can change.
-        goes_first = not first or len(first) + len(line) < half
-        if not goes_first and not second and len(first) < half:  # it crosses the middle
+        if not first or len(first) + len(line) < half:
+            goes_first = True  # [D02] even after `second` has begun: line order can change
+        elif not second and len(first) < half:  # the line crosses the middle
             goes_first = uniform() < 0.5
+        else:
+            goes_first = False
         if goes_first:
             first += line
         else:
@@ -676,7 +651,7 @@ class Shards:
     def __init__(self, config, wordpiece):
         self.config = config
         self.wordpiece = wordpiece
-        self.infos = []  # of the shards that are known so far
+        self.infos = []  # the info of each shard that is known so far
         self.is_complete = False
         self.identities = identify_text(config)
         self.fingerprint = {  # all that the rows depend on
@@ -831,7 +806,7 @@ class GrowingShards(Shards):
                     return
                 if error or signals:
                     raise Stopped(error)
-                bar.update(0)  # the time that it shows
+                bar.update(0)  # shows the time
                 time.sleep(0.05)
 
     def child_error(self):
@@ -928,8 +903,9 @@ class Order:
 
 
 def rng(seed, purpose, *numbers):
-    """A NumPy random generator that is a function of its arguments: its seed is this list of numbers."""
-    return np.random.default_rng([seed, *purpose.encode(), *numbers])
+    """A NumPy random generator that is a function of its arguments."""
+    letters = purpose.encode()  # as numbers
+    return np.random.default_rng([seed, *letters, *numbers])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -981,7 +957,7 @@ def read_tokenizer(folder):
     settings = {}
     if path.exists():
         settings = read_json(path)
-    if vocab.suffix == ".json":
+    if vocab.suffix == ".json":  # its rules outweigh those of tokenizer_config.json
         rules = read_json(vocab).get("normalizer") or {}
         settings |= dict(do_lower_case=rules.get("lowercase"), strip_accents=rules.get("strip_accents"),
                          tokenize_chinese_chars=rules.get("handle_chinese_chars"))
@@ -1046,9 +1022,9 @@ def train_vocab(config, size, path):
     """Train a vocabulary of at most `size` tokens on the beginning of the text, and write it to `path`."""
     documents = itertools.islice(read_documents(config), VOCAB_DOCUMENTS)
     lines = (line for text, _ in documents for line in text.split("\n"))
-    tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
-    tokenizer.normalizer = bert_normalizer(config.do_lower_case, config.strip_accents)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    wordpiece = WordPiece(SPECIAL_TOKENS, config.do_lower_case, config.strip_accents)
+    tokenizer = wordpiece.tokenizer
+    tokenizer.normalizer = wordpiece.normalizer
     # Letters, which take two tokens each (x and ##x), may fill half of the vocabulary.
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL_TOKENS, show_progress=False,
                                         limit_alphabet=max(1, size // 4))
@@ -1102,7 +1078,8 @@ class WordPiece:
         # As in the official code, only words over 200 characters become [UNK] for their length.
         self.tokenizer = Tokenizer(models.WordPiece(ids, unk_token=UNK, max_input_chars_per_word=200))
         self.tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        self.normalizer = bert_normalizer(do_lower_case, strip_accents)  # `normalize` calls it
+        self.normalizer = normalizers.BertNormalizer(  # for `normalize`
+            lowercase=self.do_lower_case, strip_accents=self.strip_accents)
 
     def encode(self, lines):
         """A list of lines -> a list of lists of ids, without special tokens."""
@@ -1126,7 +1103,8 @@ class WordPiece:
 
     def decode(self, ids):
         """Readable text, with special tokens and without padding."""
-        return " ".join(self.tokens[number] for number in ids if number).replace(" ##", "")
+        words = [self.tokens[number] for number in ids if number != 0]  # 0 is [PAD]
+        return " ".join(words).replace(" ##", "")
 
     def save(self, folder, max_length):
         """Write vocab.txt and tokenizer_config.json. `max_length` is the length trained on."""
@@ -1143,11 +1121,6 @@ def vocab_file(tokens):
     return "".join(f"{token}\n" for token in tokens).encode()
 
 
-def bert_normalizer(do_lower_case, strip_accents):
-    """BERT's rules for characters. Accents are stripped only from lower-cased text."""
-    return normalizers.BertNormalizer(lowercase=do_lower_case, strip_accents=do_lower_case and strip_accents)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Source: names, folders and addresses -> files -> bytes
 
@@ -1156,8 +1129,8 @@ OPENWEBTEXT = [f"hub:/datasets/Skylion007/openwebtext/resolve/39d1a6d3f3a4c838b2
                f"/subsets/urlsf_subset{number:02d}.tar" for number in range(21)]
 TIMEOUT = 30  # seconds without an answer
 BACKOFF = 0.5  # seconds, doubled before each new attempt, at most a minute
-ATTEMPTS = 16  # in a row, which take ten minutes
-ATTEMPTS_WITHOUT_ANSWER = 7  # if the server has never answered, which take a minute
+ATTEMPTS = 16  # in a row; they take ten minutes
+ATTEMPTS_WITHOUT_ANSWER = 7  # if the server has never answered; they take a minute
 
 
 def identify_text(config):
@@ -1182,17 +1155,45 @@ def find_files(config):
     return files
 
 
+def no_text(config):
+    return UserError(f"there is no text to train on in {' '.join(config.data)}")
+
+
 def walk(folder):
     """The text files in a folder, through symbolic links, without hidden files and folders."""
     seen = set()
     for path, folders, names in os.walk(folder, followlinks=True):
         real_path = os.path.realpath(path)
         if real_path in seen:  # a link leads back up
-            folders.clear()  # os.walk goes into these
+            folders.clear()  # os.walk goes no deeper
             continue
         seen.add(real_path)
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (os.path.join(path, name) for name in names if is_readable(name))
+
+
+def is_readable(name):
+    """Whether a file of a folder or an archive is read. Hidden ones are not: macOS adds ._NAME for NAME."""
+    return kind_of(name)[0] != "" and not os.path.basename(name).startswith(".")
+
+
+def kind_of(name):
+    """The kind and the compression of a file, by its name. The kind is "" if the file cannot be read.
+
+    >>> kind_of("a.jsonl"), kind_of("B.TXT.gz"), kind_of("c.zip")
+    (('.jsonl', ''), ('.txt', '.gz'), ('', ''))
+    """
+    name = name.lower()
+    if name.endswith("_data.xz"):  # the tars in the tars of OpenWebText
+        return ".tar", ".xz"
+    compression = ""
+    if name.endswith((".gz", ".xz")):
+        compression = name[-3:]
+        name = name[:-3]
+    for kind in ".txt", ".json", ".jsonl", ".tar":
+        if name.endswith(kind):
+            return kind, compression
+    return "", compression
 
 
 def identify(name):
