@@ -116,7 +116,7 @@ def sweep(experiments):
     for experiment in experiments:
         finetuner = None  # made for the first seed that is to be run, and used for the others
         for seed in range(experiment.config.seeds):
-            with data.lock(experiment.folder / "locks" / experiment.run_name(seed)) as is_ours:
+            with data.try_lock(experiment.folder / "locks" / experiment.run_name(seed)) as is_ours:
                 if not is_ours:  # another process is working on it
                     continue
                 if seed in experiment.finished():  # perhaps another process has just finished it

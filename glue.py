@@ -286,7 +286,7 @@ def parse_official(task, split, raw, source):
     """
     is_test = split in task.submissions  # a test set has no labels, and always names its columns
     is_qqp = task is TASKS["qqp"]
-    lines = data.decode(raw, source).removesuffix("\n").split("\n")
+    lines = data.decode_utf8(raw, source).removesuffix("\n").split("\n")
     if task.header and not is_test:
         header = task.header
         first_line = 1
@@ -474,12 +474,12 @@ def read_cell(row, column, where):
     value = row[column]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise data.UserError(f"{where}, column {column}, is {value!r}, neither text nor a number")
-    return str(value).encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
+    return data.without_surrogates(str(value))
 
 
 def read_table(file, source):
     """Yield ("SOURCE, line N", {column: value}) for each row of a binary .tsv, .csv or .jsonl file."""
-    lines = (data.decode(line, f"{source}, line {number},") for number, line in enumerate(file, 1))
+    lines = (data.decode_utf8(line, f"{source}, line {number},") for number, line in enumerate(file, 1))
     kind = Path(source).suffix.lower()
     if kind not in (".jsonl", ".csv", ".tsv"):  # for example, of standard input
         first = next(lines, "")

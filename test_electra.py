@@ -175,7 +175,7 @@ def write_files(folder, files):
 
 @contextmanager
 def prepare_in_child(shards):
-    """data.prepare_in_child without a child process, which would take seconds to start."""
+    """GrowingShards.prepare_in_child without a child process, which would take seconds to start."""
     data.prepare(shards.config)
     yield
 
@@ -191,7 +191,7 @@ def threads():
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
     """A folder to work in, with corpus.txt and vocab.txt. Shards are small, so that there are many."""
-    monkeypatch.setattr(data, "prepare_in_child", prepare_in_child)
+    monkeypatch.setattr(data.GrowingShards, "prepare_in_child", prepare_in_child)
     monkeypatch.setattr(data, "SHARD_CHARACTERS", 10_000)
     monkeypatch.chdir(tmp_path)
     Path("corpus.txt").write_text("\n\n".join(make_text()), encoding="utf-8")
@@ -318,7 +318,7 @@ CHILD = "\n".join([
     "from pathlib import Path", "import data, train", "data.SHARD_CHARACTERS, data.WORKERS = 10_000, 1",
     *map(inspect.getsource, (prepare_in_child, fail_at))])
 KILLED = CHILD + """
-data.prepare_in_child = prepare_in_child
+data.GrowingShards.prepare_in_child = prepare_in_child
 os.fsync = fail_at(sys.argv[1], int(sys.argv[2]), kills=True)
 train.main(sys.argv[3:])
 """
@@ -691,8 +691,8 @@ def official_examples(lines, max_length, uniform):
 def test_D01_an_example_never_crosses_the_end_of_a_document():
     """An example never crosses the end of a document, and its last lines make one, too."""
     documents = [(False, [[number] * 7] * 9) for number in range(5, 45)]  # one kind of id in each
-    rows, _, counts = data.build_rows(documents, 0, WordPiece(SMALL_VOCAB), data_config())
-    assert len(rows) >= 80 and counts["tokens_kept"] + counts["tokens_dropped"] == 40 * 63
+    rows, _, kept, dropped = data.build_rows(documents, 0, WordPiece(SMALL_VOCAB), data_config())
+    assert len(rows) >= 80 and kept + dropped == 40 * 63
     assert all(len(set(row.tolist()) - {0, 2, 3}) == 1 for row in rows)
 
 
@@ -1382,24 +1382,24 @@ def test_held_out_documents_are_chosen_by_a_hash_of_their_text(corpus):
     chosen = {text for text, number in zip(texts, hashes, strict=True) if number % 100 == 0}
     Path("corpus.txt").write_text("\n\n".join([*texts, *texts]))
     shards = data.prepare(data_config())
-    heldout = shards.heldout(1000)
+    heldout = shards.load_heldout(1000)
     trained = np.concatenate([shards.load("train", number) for number in range(len(shards.infos))])
     read, rest = ({re.sub(r"\[...\] ?", "", shards.wordpiece.decode(row)).strip() for row in rows}
                   for rows in (heldout, trained))
     assert read == chosen and 0 < len(chosen) < 20 and len(heldout) == 2 * len(chosen)
-    assert rest == set(texts) - chosen and np.array_equal(shards.heldout(2), heldout[:2])
+    assert rest == set(texts) - chosen and np.array_equal(shards.load_heldout(2), heldout[:2])
 
 
 def test_a_cache_is_the_same_bytes_after_any_stop(corpus, monkeypatch):
     """Stopped at any shard and resumed, for text and for archives, the cache is byte for byte the same."""
     stops = []
 
-    def stop(shards, number, *args):
-        if number in stops:
-            stops.remove(number)
+    def stop(shards, *args):
+        if len(shards.infos) in stops:
+            stops.remove(len(shards.infos))
             raise KeyboardInterrupt
 
-    watch(monkeypatch, Shards, "write_shard", stop)
+    watch(monkeypatch, Shards, "add", stop)
     Path("owt.tar").write_bytes(make_openwebtext()[1])
     for name in ("corpus.txt", "owt.tar"):
         config = data_config(data=(name,))
@@ -1429,11 +1429,17 @@ def test_a_cache_of_anything_else_is_not_reused(corpus):
 # The order of the rows
 
 
+def prepare_growing_shards():
+    """Complete shards, of the class that training reads."""
+    shards = data.prepare(data_config())
+    return data.GrowingShards(shards.config, shards.wordpiece)
+
+
 def test_order_is_a_permutation_of_groups_in_every_epoch(corpus, monkeypatch):
     """Groups of 1, 2, 4, ... shards are shuffled; every epoch has every row once."""
     monkeypatch.setattr(data, "MAX_GROUP", 4)
     monkeypatch.setattr(data, "SHARD_CHARACTERS", 4_000)
-    shards = data.prepare(data_config())
+    shards = prepare_growing_shards()
     groups = list(itertools.takewhile(lambda group: group[0] < 3, Order(shards, 8).list_groups()))
     epochs = [[members for epoch, _, members in groups if epoch == number] for number in range(3)]
     assert [len(members) for members in epochs[0][:5]] == [1, 2, 4, 4, 4]
@@ -1448,14 +1454,14 @@ def test_order_is_a_permutation_of_groups_in_every_epoch(corpus, monkeypatch):
     size = shards.infos[0]["rows"]
     assert sorted(flat[:size]) == sorted(rows[:size]) and flat[:size] != rows[:size]
     monkeypatch.setattr(data, "SHARD_CHARACTERS", 10**9)  # a group of one shard in every epoch
-    shards = data.prepare(data_config())
+    shards = prepare_growing_shards()
     first, second = (Order(shards, shards.infos[0]["rows"]).batch(step)[1] for step in (0, 1))
     assert sorted(first.tolist()) == sorted(second.tolist()) and not np.array_equal(first, second)
 
 
 def test_order_of_any_step_is_a_function_of_the_step(corpus):
     """A run that resumes at any step reads the rows that it would have read, in later epochs, too."""
-    shards = data.prepare(data_config())
+    shards = prepare_growing_shards()
     steps = 3 * sum(info["rows"] for info in shards.infos) // 64
     whole = Order(shards, 64)
     batches = [whole.batch(step) for step in range(steps)]
@@ -2273,7 +2279,7 @@ def test_processes_share_a_sweep_by_skipping_what_another_has_in_hand(toy_glue, 
     """A (task, seed) that another process is working on is skipped and named."""
     tune("--task wnli --out done")
     [lock] = Path("done/locks").glob("wnli-0-*")
-    with data.lock(Path("out/glue/locks") / lock.name):
+    with data.try_lock(Path("out/glue/locks") / lock.name):
         tune("--task wnli --seeds 2")
     assert set(read_results()) == {("wnli", 1)}
     assert "another process is working on it: WNLI seed 0" in capsys.readouterr().out

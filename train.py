@@ -886,13 +886,13 @@ def main(argv=None):
     electra_config = replace(
         electra_config, vocab_size=len(wordpiece.tokens), cls_token_id=wordpiece.cls_token_id,
         sep_token_id=wordpiece.sep_token_id, mask_token_id=wordpiece.mask_token_id)
-    shards = data.Shards(data_config, wordpiece)
+    shards = data.GrowingShards(data_config, wordpiece)
     folder = RunFolder(config, electra_config, shards)
     compare_ranks(folder, shards)
 
     with ExitStack() as stack:
         if RANK == 0 and not config.eval_only:
-            is_ours = stack.enter_context(data.lock(folder.path / "lock"))
+            is_ours = stack.enter_context(data.try_lock(folder.path / "lock"))
             if not is_ours:
                 raise data.UserError(f"another process is training in {folder.path}; use another --out")
 
@@ -904,8 +904,8 @@ def main(argv=None):
         scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
 
         if LOCAL_RANK == 0:
-            stack.enter_context(data.prepare_in_child(shards))
-        read_together(shards.wait_for, 1)  # before the folder is touched, so bad text cannot harm a run
+            stack.enter_context(shards.prepare_in_child())
+        read_together(shards.wait_for_shards, 1)  # before the folder is touched: bad text cannot harm a run
         step = folder.resume(electra, optimizer, scaler)
         print(shards.describe())
         if not config.eval_only:

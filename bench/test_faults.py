@@ -241,7 +241,7 @@ def test_damaged_glue_files_are_refused(name, content, message, corpus, monkeypa
 def test_damaged_files_of_ours_and_a_folder_in_use_are_reported(corpus):
     """A damaged checkpoint or shard says what to do; two processes do not train in one folder."""
     pretrain("--num-train-steps 2")
-    with (data.lock(Path("out/small/lock")),
+    with (data.try_lock(Path("out/small/lock")),
           pytest.raises(UserError, match="another process is training in out/small")):
         pretrain("--num-train-steps 2")
     for name, flags, message in [
@@ -273,7 +273,7 @@ def streaming(corpus, monkeypatch):
     monkeypatch.chdir(corpus)
     monkeypatch.setattr(data, "SHARD_CHARACTERS", 10_000)
     settings = "data.SHARD_CHARACTERS, data.WORKERS = 10_000, 2"
-    Path("child.py").write_text(f"import sys, data\n{settings}\nsys.exit(data.run_as_child())\n")
+    Path("child.py").write_text(f"import sys, data\n{settings}\nsys.exit(data.run_as_child(sys.argv[1]))\n")
     monkeypatch.setattr(subprocess, "Popen", use_small_shards)
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     _, content = make_openwebtext()
@@ -350,7 +350,7 @@ def test_an_error_in_the_text_comes_after_the_shards_before_it(corpus, monkeypat
 
 def test_text_that_changes_while_it_is_read_gives_no_complete_cache(corpus, monkeypatch):
     """What was read is compared with what is there before the cache counts as complete."""
-    watch(monkeypatch, Shards, "write_shard", lambda *args: Path("corpus.txt").write_text("other text"))
+    watch(monkeypatch, Shards, "add", lambda *args: Path("corpus.txt").write_text("other text"))
     with pytest.raises(UserError, match="the text changed while it was being read"):
         data.prepare(data_config())
     assert not list(Path("cache").rglob("complete"))
@@ -411,7 +411,7 @@ def test_no_child_and_no_worker_outlives_its_parent(streaming):
     os.mkfifo("silent.txt")  # nobody writes to it: the child waits
     script = f"""{SMALL}
 config = data.DataConfig(data=["silent.txt"], vocab="vocab.txt", max_length=32)
-with data.prepare_in_child(data.Shards(config, data.load_wordpiece(config))):
+with data.GrowingShards(config, data.load_wordpiece(config)).prepare_in_child():
     signal.pause()"""
     parent = subprocess.Popen([sys.executable, "-c", script])
     pids = []
@@ -437,7 +437,7 @@ def test_workers_make_the_same_bytes_and_one_that_is_killed_is_reported(corpus, 
     monkeypatch.setattr(data, "WORKERS", 2)
     config = replace(config, cache="cache2")
     with monkeypatch.context() as patch:
-        watch(patch, Shards, "write_shard", lambda shards, number, *args: number == 1 and workers[0].kill())
+        watch(patch, Shards, "add", lambda shards, *args: len(shards.infos) == 1 and workers[0].kill())
         with pytest.raises(UserError, match="prepares text ended with status -9; run the same command again"):
             data.prepare(config)
     assert 1 < len(list(Path("cache2").rglob("shard-*.npz"))) < len(expected) - 1
