@@ -83,10 +83,9 @@ def plot_sentence(run, text, out, seed=0):
     slots = electra.config.num_slots(input_ids.shape[1])
     width = input_ids.shape[1] + 2 * slots
     uniforms = torch.rand(1, width, generator=torch.Generator().manual_seed(seed))
-    _, _, masked_ids = model.mask(input_ids, uniforms[:, :-slots], electra.config)
+    _, _, masked_ids = model.mask_tokens(input_ids, uniforms[:, :-slots], electra.config)
     output = electra(input_ids, uniforms)
-    is_used = output.slot_weights > 0
-    chosen = torch.zeros_like(input_ids).scatter(1, output.positions, is_used.long())[0].bool()
+    chosen = torch.zeros_like(input_ids).scatter(1, output.positions, output.is_used.long())[0].bool()
     rows = [[wordpiece.tokens[number] for number in row[0][1:-1].tolist()]
             for row in (input_ids, masked_ids, output.corrupted_ids)]
     said = output.disc_logits[0, 1:-1].sigmoid().tolist()
