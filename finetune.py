@@ -8,11 +8,10 @@ The table has the mean, deviation, median and best that papers print. --submit w
 gluebenchmark.com. --save keeps the best network of a task, and `Predictor` uses it.
 """
 
+# First, since it sets GOMP_SPINCOUNT, which torch reads when it is imported.
 import train
 
 # isort: split
-# train comes first: it sets GOMP_SPINCOUNT, which torch reads when it is imported.
-
 import hashlib
 import itertools
 import math

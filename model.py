@@ -142,8 +142,8 @@ class Electra(nn.Module):
         attention_mask, token_type_ids = attention_mask_and_token_types(input_ids, self.config.sep_token_id)
 
         # [D10] The mask is drawn anew at every step.
-        mask_uniforms, sample_uniforms = uniforms.split([L + K, K], dim=1)
-        positions, is_used, masked_ids = mask_tokens(input_ids, mask_uniforms, self.config)
+        priorities, mask_uniforms, sample_uniforms = uniforms.split([L, K, K], dim=1)
+        positions, is_used, masked_ids = mask_tokens(input_ids, priorities, mask_uniforms, self.config)
         labels = input_ids.gather(1, positions)  # (B, K)
 
         # One pass of the generator, with dropout, serves its loss and the samples.
@@ -199,21 +199,19 @@ def attention_mask_and_token_types(input_ids, sep_token_id):
     return attention_mask, token_type_ids
 
 
-def mask_tokens(input_ids, uniforms, config):
+def mask_tokens(input_ids, priorities, uniforms, config):
     """Choose what to predict, and mask it: positions (B, K), is_used (B, K) and masked ids (B, L).
 
-    A row has K slots, and uses the first `num_predictions` of them. The first L of `uniforms` (B, L + K) are
-    priorities: the tokens with the highest are predicted. The last K decide between [MASK] and staying
-    visible. Here two of five tokens are predicted, and the second stays visible:
+    A row has K slots, and uses the first `num_predictions` of them. The tokens with the highest of the random
+    `priorities` (B, L) are predicted. `uniforms` (B, K) decide between [MASK] and staying visible. Here two
+    of five tokens are predicted, and the second stays visible:
 
     >>> ids = torch.tensor([[101, 5, 6, 7, 102]])
-    >>> uniforms = torch.tensor([[0.9, 0.1, 0.8, 0.5, 0.9, 0.2, 0.95]])  # K = 2
-    >>> mask_tokens(ids, uniforms, ElectraConfig(mask_prob=0.4))
+    >>> priorities = torch.tensor([[0.9, 0.1, 0.8, 0.5, 0.9]])
+    >>> mask_tokens(ids, priorities, torch.tensor([[0.2, 0.95]]), ElectraConfig(mask_prob=0.4))
     (tensor([[2, 3]]), tensor([[True, True]]), tensor([[101,   5, 103,   7, 102]]))
     """
-    L = input_ids.shape[1]
-    K = config.num_slots(L)
-    priorities, visible_uniforms = uniforms.split([L, K], dim=1)
+    K = config.num_slots(input_ids.shape[1])
     # [D09] Unlike the official code, positions are drawn without replacement.
     positions = priorities.masked_fill(~selectable(input_ids, config), -1.0).topk(K).indices  # (B, K)
     slots = torch.arange(K, device=input_ids.device)
@@ -221,7 +219,7 @@ def mask_tokens(input_ids, uniforms, config):
     positions = torch.where(is_used, positions, 0)  # spare slots point at [CLS], and write it over itself
 
     original = input_ids.gather(1, positions)
-    becomes_mask = is_used & (visible_uniforms < 0.85)  # [D06] the others stay as they are
+    becomes_mask = is_used & (uniforms < 0.85)  # [D06] the others stay as they are
     shown = torch.where(becomes_mask, config.mask_token_id, original)
     masked_ids = input_ids.scatter(1, positions, shown)
     return positions, is_used, masked_ids

@@ -111,8 +111,10 @@ def run_electra(electra, input_ids, seed=0):
 
 
 def run_mask(input_ids, config=CONFIG, seed=0):
-    uniforms = make_uniforms(input_ids, config, seed)
-    return model.mask_tokens(input_ids, uniforms[:, : -config.num_slots(input_ids.shape[1])], config)
+    L = input_ids.shape[1]
+    K = config.num_slots(L)
+    priorities, uniforms, _ = make_uniforms(input_ids, config, seed).split([L, K, K], dim=1)
+    return model.mask_tokens(input_ids, priorities, uniforms, config)
 
 
 def always_sample(electra, token):
@@ -796,10 +798,10 @@ def test_positions_are_uniform_where_slots_are_spare():
 def test_D10_masks_are_drawn_anew_at_every_step(corpus, monkeypatch):
     """Masks are drawn anew at every step, and a step draws the same ones in every run."""
     drawn = []
-    watch(monkeypatch, model, "mask_tokens", lambda ids, uniforms, config: drawn.append(uniforms.clone()))
+    watch(monkeypatch, model, "mask_tokens", lambda ids, priorities, *_: drawn.append(priorities.clone()))
     for out in "ab":
         pretrain(f"--num-train-steps 3 --eval-every 9 --out {out}")
-    one, other = torch.stack([uniforms for uniforms in drawn if len(uniforms) == 8]).chunk(2)
+    one, other = torch.stack([numbers for numbers in drawn if len(numbers) == 8]).chunk(2)
     assert torch.equal(one, other) and len(one) == 3 == len(one.unique(dim=0))
 
 

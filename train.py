@@ -225,7 +225,8 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
 
 
 def progress_bar(config, step):
-    return tqdm(total=config.num_train_steps, initial=step, unit=" steps", disable=RANK > 0 or None)
+    is_hidden = RANK > 0 or None  # None hides it where stderr is no terminal
+    return tqdm(total=config.num_train_steps, initial=step, unit=" steps", disable=is_hidden)
 
 
 def describe_heldout(heldout, electra_config):
@@ -455,7 +456,7 @@ def read_together(read, *args):
             is_stopped = True
             message = str(error)
     if any_rank(is_stopped):
-        messages = [message for message in gather(message) if message]
+        messages = [each for each in gather(message) if each]
         raise data.Stopped(messages[0] if messages else "")
     if LOCAL_RANK > 0:
         result = read(*args)
@@ -491,8 +492,9 @@ def broadcast_state(step, electra, optimizer, scaler):
     """Give all ranks the state of rank 0. Returns its step."""
     if WORLD_SIZE == 1:
         return step
-    of_rank_0, *_ = gather([step, scaler.state_dict()])
-    step, scaler_state = of_rank_0
+    objects = [step, scaler.state_dict()]
+    dist.broadcast_object_list(objects, 0)
+    step, scaler_state = objects
     if scaler_state:
         scaler.load_state_dict(scaler_state)
     for state in [electra.state_dict(), *optimizer.state.values()]:
@@ -581,8 +583,7 @@ class RunFolder:
             raise data.UserError(f"{self.checkpoint} is damaged; --restart starts over") from None
         self.check_settings(settings)
         electra.load_state_dict(state["model"])
-        # Keep this run's groups: their settings may be new, and their learning rates are tensors on this
-        # device.
+        # Keep this run's groups. Their settings may be new, and their learning rates are on this device.
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict(state["optimizer"] | dict(param_groups=groups))
         if state["scaler"] and scaler.is_enabled():
@@ -672,15 +673,15 @@ def networks_of(electra):
 # ------------------------------------------------------------------------------------------------------------
 # Optimizer and schedule
 
-FIRST_ADAM_STEP = 1_000_000  # see build_optimizer
+FIRST_ADAM_STEP = 1_000_000  # so late that Adam has no bias left to correct
 
 
 def build_optimizer(parameters, config, lr_scale=None):
     """torch's AdamW as the official Adam, which does not correct the bias of its moments. [D24]
 
     `parameters` are (name, parameter) pairs. `lr_scale(name)` is a parameter's share of the learning rate.
-    With the step count preset far ahead, 1 - beta^step is 1 to the last bit: the update is exactly the
-    official one, and the fused kernel can be used.
+    Steps are counted from FIRST_ADAM_STEP, where 1 - beta^step is 1 to the last bit. So the update is exactly
+    the official one, and the fused kernel can be used.
     """
     groups = {}
     for name, parameter in parameters:
@@ -758,7 +759,7 @@ def compute_metrics(outputs, input_ids):
     base_rate = is_replaced.mean()
     return metrics | {
         "disc_loss": total("disc_loss"),
-        # The loss of a discriminator that gives every token the same probability, the base rate.
+        # The name is that of recorded runs. It is the loss of guessing the base rate for every token.
         "all_original": entropy(np.array([base_rate, 1 - base_rate])),
         "auc": area_under_curve(logits, is_replaced),
         "precision": num_caught / max(1, int(is_flagged.sum())),
@@ -798,7 +799,7 @@ def entropy(probabilities):
 
 
 # A network that is this bad late in training has learned next to nothing.
-STUCK_SHARE = 0.97  # of the discriminator's loss in that of guessing by the base rate
+STUCK_SHARE = 0.97  # the discriminator's loss as a share of that of guessing the base rate
 STUCK_MLM_LOSS = 6  # guessing by word frequency alone gives about 7 with BERT's vocabulary
 LATE_STEP = 20_000  # earlier, a network may look stuck and still learn
 
@@ -1051,12 +1052,12 @@ def parse(argv, description, config_classes, sizes):
             if get_origin(field.type) is Annotated:
                 add_flag(group, field, sizes)
     try:
-        typed, unknown = parser.parse_known_args(argv)
+        arguments, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise data.UserError(f"{error}; --help lists the flags") from None
     if unknown:
         raise data.UserError(f"there is no {' '.join(unknown)}; --help lists the flags")
-    typed = vars(typed)
+    typed = vars(arguments)
     values = sizes.get(typed.get("size", TrainConfig.size), {}) | typed
     configs = [make_config(config_class, values) for config_class in config_classes]
     return configs, typed.keys()
@@ -1173,12 +1174,10 @@ def resolve_init(config, data_config, electra_config, typed):
     if any(Path(config.out, config.size).resolve() in folder.parents for folder in folders):
         raise data.UserError("--init names the run that would be overwritten; use another --out")
 
-    tokenizer, _ = data.read_tokenizer(folders[0])
-    for folder in folders[1:]:
-        other, _ = data.read_tokenizer(folder)
-        if (other.sha256, other.do_lower_case, other.strip_accents) != (
-                tokenizer.sha256, tokenizer.do_lower_case, tokenizer.strip_accents):
-            raise data.UserError(f"{folders[0]} and {folder} have different vocabularies, or rules for case")
+    tokenizers = [data.read_tokenizer(folder)[0] for folder in folders]
+    rules = {(each.sha256, each.do_lower_case, each.strip_accents) for each in tokenizers}
+    if len(rules) > 1:
+        raise data.UserError(f"{folders[0]} and {folders[1]} have different vocabularies, or rules for case")
 
     shapes = [model.load_config(folder) for folder in folders]
     shape = {name: getattr(shapes[0], name) for name in SHAPE}
@@ -1186,7 +1185,8 @@ def resolve_init(config, data_config, electra_config, typed):
         shape["generator_size"] = shapes[1].hidden_size / shapes[0].hidden_size
     config = replace(config, init=[str(folder) for folder in folders])
     data_config = replace(data_config, vocab=str(data.find_vocab(folders[0])),
-                          do_lower_case=tokenizer.do_lower_case, strip_accents=tokenizer.strip_accents)
+                          do_lower_case=tokenizers[0].do_lower_case,
+                          strip_accents=tokenizers[0].strip_accents)
     return config, data_config, replace(electra_config, **shape)
 
 

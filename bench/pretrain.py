@@ -81,9 +81,12 @@ class TransformersElectra(torch.nn.Module):
         self.generator.tie_weights()
 
     def forward(self, input_ids, uniforms):
-        K = self.config.num_slots(input_ids.shape[1])
+        L = input_ids.shape[1]
+        K = self.config.num_slots(L)
+        priorities, mask_uniforms, _ = uniforms.split([L, K, K], dim=1)
         attention_mask, types = model.attention_mask_and_token_types(input_ids, self.config.sep_token_id)
-        positions, is_used, masked_ids = model.mask_tokens(input_ids, uniforms[:, :-K], self.config)
+        positions, is_used, masked_ids = model.mask_tokens(
+            input_ids, priorities, mask_uniforms, self.config)
         is_masked = torch.zeros_like(attention_mask).scatter(1, positions, is_used)
         logits = self.generator(masked_ids, attention_mask, types).logits  # (B, L, V)
         labels = input_ids.masked_fill(~is_masked, -100)
