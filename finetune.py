@@ -8,10 +8,10 @@ The table has the mean, deviation, median and best that papers print. --submit w
 gluebenchmark.com. --save keeps the best network of a task, and `Predictor` uses it. `main` is at the end.
 """
 
-import os
+# First, since it sets GOMP_SPINCOUNT, which torch reads when it is imported.
+import train
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in train.py
-
+# isort: split
 import hashlib
 import itertools
 import math
@@ -31,7 +31,6 @@ from tqdm import tqdm
 import data
 import glue
 import model
-import train
 
 EVAL_BATCH_SIZE = 128  # examples in a forward pass that predicts
 CHUNK = 10_000  # examples of --predict-file that are sorted by length together
@@ -372,10 +371,7 @@ def make_step(network, optimizer, scaler, task, config):
             logits = network(ids)
         loss = losses(logits, labels, task).sum()  # [D34] not the mean
         scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)
-        scaler.step(optimizer)
-        scaler.update()
+        train.update_weights(network, optimizer, scaler, config)
 
     return step
 
@@ -461,7 +457,8 @@ class Classifier(nn.Module):
 
     def forward(self, input_ids):
         """(B, L) ids -> logits (B, num_outputs)."""
-        attention_mask, token_type_ids = model.mask_and_types(input_ids, self.config.sep_token_id)
+        attention_mask, token_type_ids = model.attention_mask_and_token_types(
+            input_ids, self.config.sep_token_id)
         hidden = self.encoder(input_ids, attention_mask, token_type_ids)  # (B, L, H)
         return model.in_fp32(self.classifier(self.dropout(hidden[:, 0])))
 

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 
 import data
-import train
 
 # ------------------------------------------------------------------------------------------------------------
 # Tasks
@@ -579,7 +578,18 @@ def matthews(predictions, labels):
 
 
 def spearman(predictions, labels):
-    return pearson(train.tied_ranks(predictions), train.tied_ranks(labels))
+    return pearson(tied_ranks(predictions), tied_ranks(labels))
+
+
+def tied_ranks(values):
+    """Ranks from 1. Ties share the mean of their ranks.
+
+    >>> tied_ranks(np.array([0.3, 0.1, 0.3])).tolist()
+    [2.5, 1.0, 2.5]
+    """
+    _, place, ties = np.unique(values, return_inverse=True, return_counts=True)
+    last_rank = np.cumsum(ties)  # of each distinct value
+    return (last_rank - (ties - 1) / 2)[place]
 
 
 def pearson(predictions, labels):

@@ -111,8 +111,10 @@ def run_electra(electra, input_ids, seed=0):
 
 
 def run_mask(input_ids, config=CONFIG, seed=0):
-    uniforms = make_uniforms(input_ids, config, seed)
-    return model.mask(input_ids, uniforms[:, : -config.num_slots(input_ids.shape[1])], config)
+    L = input_ids.shape[1]
+    K = config.num_slots(L)
+    priorities, uniforms, _ = make_uniforms(input_ids, config, seed).split([L, K, K], dim=1)
+    return model.mask_tokens(input_ids, priorities, uniforms, config)
 
 
 def always_sample(electra, token):
@@ -628,9 +630,9 @@ def test_official_step_is_reproduced(monkeypatch):
         step_record = {key.removeprefix(f"{step}|"): torch.from_numpy(record[key])
                        for key in record if key.startswith(f"{step}|")}
         positions, corrupted = step_record["positions"].long(), step_record["corrupted_ids"].long()
-        draws = positions, step_record["weights"], step_record["masked_ids"].long()
+        draws = positions, step_record["weights"] > 0, step_record["masked_ids"].long()
         sampled = corrupted.gather(1, positions)
-        monkeypatch.setattr(model, "mask", lambda *args, draws=draws: draws)
+        monkeypatch.setattr(model, "mask_tokens", lambda *args, draws=draws: draws)
         monkeypatch.setattr(model, "sample", lambda *args, sampled=sampled: sampled)
         output = electra(input_ids)
         assert torch.equal(output.corrupted_ids, corrupted)
@@ -728,12 +730,12 @@ def test_D05_D30_pairs_are_swapped_and_then_the_longer_sentence_is_cut_first():
 def test_D06_a_selected_token_becomes_mask_with_probability_85_percent():
     """Each selected position becomes [MASK] with probability 0.85, else it stays; none becomes random."""
     ids = make_rows(4000, 64, seed=1)
-    positions, slot_weights, masked_ids = run_mask(ids)
-    used, shown = slot_weights > 0, masked_ids.gather(1, positions)
-    is_masked, counts = (shown == MASK) & used, used.sum(0)
+    positions, is_used, masked_ids = run_mask(ids)
+    shown = masked_ids.gather(1, positions)
+    is_masked, counts = (shown == MASK) & is_used, is_used.sum(0)
     assert (is_masked | (shown == ids.gather(1, positions))).all()
-    assert abs(is_masked.sum() / used.sum() - 0.85) < 4 * math.sqrt(0.85 * 0.15 / used.sum())
-    # Slots are in the order of rank, and the toss does not depend on that.
+    assert abs(is_masked.sum() / is_used.sum() - 0.85) < 4 * math.sqrt(0.85 * 0.15 / is_used.sum())
+    # Slots are in the order of priority, and the toss does not depend on that.
     assert ((is_masked.sum(0) / counts - 0.85).abs() < 5 * (0.85 * 0.15 / counts).sqrt()).all()
     untouched = torch.ones_like(ids).scatter(1, positions, 0).bool()
     assert torch.equal(masked_ids[untouched], ids[untouched])
@@ -746,8 +748,8 @@ def test_D07_special_tokens_are_never_selected_and_unknown_ones_may_be():
     assert model.selectable(ids, CONFIG).tolist() == [[False, True, False, False, True, False, False, False]]
     config = replace(CONFIG, mask_prob=0.9)
     for seed in range(50):
-        positions, slot_weights, _ = run_mask(ids, config, seed)
-        assert sorted(positions[slot_weights > 0].tolist()) == [1, 4]
+        positions, is_used, _ = run_mask(ids, config, seed)
+        assert sorted(positions[is_used].tolist()) == [1, 4]
 
 
 def test_D08_the_number_of_predictions():
@@ -759,10 +761,10 @@ def test_D08_the_number_of_predictions():
         ids = torch.zeros(1, 128, dtype=torch.long)
         ids[0, :length] = 150
         ids[0, 0], ids[0, length - 1] = CLS, SEP
-        positions, slot_weights, masked_ids = run_mask(ids)
-        assert slot_weights.shape == (1, 19) and slot_weights.sum() == predictions
+        positions, is_used, masked_ids = run_mask(ids)
+        assert is_used.shape == (1, 19) and is_used.sum() == predictions
         assert model.loss_counts(ids, CONFIG).tolist() == [predictions, length]
-        assert (positions[slot_weights == 0] == 0).all() and masked_ids[0, 0] == CLS
+        assert (positions[~is_used] == 0).all() and masked_ids[0, 0] == CLS
     full = torch.full((1, 32), 150)  # 0.15 x 32 = 4.8 -> 5, but K = 4
     assert model.loss_counts(full, CONFIG)[0] == run_mask(full)[1].sum() == 4
 
@@ -778,8 +780,8 @@ def test_D09_positions_are_drawn_uniformly_without_replacement():
     """Positions are drawn without replacement, unlike in the official code, and uniformly."""
     ids = torch.full((4000, 32), 150)
     ids[:, 0], ids[:, 20], ids[:, -1] = CLS, SEP, SEP
-    positions, slot_weights, _ = run_mask(ids)
-    assert slot_weights.sum() == 4000 * 4
+    positions, is_used, _ = run_mask(ids)
+    assert is_used.sum() == 4000 * 4
     assert all(len(set(row)) == 4 for row in positions.tolist())
     counts = np.bincount(positions.flatten().numpy(), minlength=32)
     assert counts[[0, 20, 31]].sum() == 0
@@ -789,18 +791,18 @@ def test_D09_positions_are_drawn_uniformly_without_replacement():
 def test_positions_are_uniform_where_slots_are_spare():
     """A short row that uses few of its slots does not prefer the left."""
     ids = torch.full((4000, 64), 150) * (torch.arange(64) < 30)  # 4 predictions, and K = 9 slots
-    positions, slot_weights, _ = run_mask(ids)
-    counts = np.bincount(positions[slot_weights > 0].numpy(), minlength=30)
+    positions, is_used, _ = run_mask(ids)
+    counts = np.bincount(positions[is_used].numpy(), minlength=30)
     assert len(counts) == 30 and stats.chisquare(counts).pvalue > 1e-3
 
 
 def test_D10_masks_are_drawn_anew_at_every_step(corpus, monkeypatch):
     """Masks are drawn anew at every step, and a step draws the same ones in every run."""
     drawn = []
-    watch(monkeypatch, model, "mask", lambda ids, uniforms, config: drawn.append(uniforms.clone()))
+    watch(monkeypatch, model, "mask_tokens", lambda ids, priorities, *_: drawn.append(priorities.clone()))
     for out in "ab":
         pretrain(f"--num-train-steps 3 --eval-every 9 --out {out}")
-    one, other = torch.stack([uniforms for uniforms in drawn if len(uniforms) == 8]).chunk(2)
+    one, other = torch.stack([numbers for numbers in drawn if len(numbers) == 8]).chunk(2)
     assert torch.equal(one, other) and len(one) == 3 == len(one.unique(dim=0))
 
 
@@ -831,7 +833,7 @@ def test_D11_one_generator_pass_serves_the_loss_and_the_samples():
     electra.generator.register_forward_hook(lambda module, inputs, logits: passes.append(logits))
     output, [logits] = run_electra(electra, ids), passes
     sampled = model.sample(logits, make_uniforms(ids)[:, -CONFIG.num_slots(32) :])
-    corrupted = model.corrupt(ids, output.positions, output.slot_weights, sampled)
+    corrupted = model.corrupt(ids, output.positions, output.is_used, sampled)
     assert torch.equal(output.corrupted_ids, corrupted)
 
 
@@ -840,15 +842,15 @@ def test_D12_D13_every_selected_token_is_resampled_and_may_stay_the_original():
     electra, ids = make_electra(), make_rows()
     ids[:, 1:16][ids[:, 1:16] > MASK] = 150
     always_sample(electra, 150)
-    output, (positions, slot_weights, masked_ids) = run_electra(electra, ids), run_mask(ids)
-    selected = torch.zeros_like(ids).scatter(1, positions, slot_weights.long()).bool()
+    output, (positions, is_used, masked_ids) = run_electra(electra, ids), run_mask(ids)
+    selected = torch.zeros_like(ids).scatter(1, positions, is_used.long()).bool()
     assert torch.equal(output.corrupted_ids, torch.where(selected, 150, ids))
     assert torch.equal(output.is_replaced, selected & (ids != 150))
     assert (output.is_replaced & (masked_ids == ids)).any()  # some stayed visible, and are resampled too
     assert output.sampled_correct == output.mlm_correct == (selected & (ids == 150)).sum() > 0
     always_sample(electra, CLS)
     output = run_electra(electra, ids)
-    assert not slot_weights.all()
+    assert not is_used.all()
     assert output.sampled_correct == output.mlm_correct == 0  # unused slots hold [CLS]
 
 
@@ -858,7 +860,7 @@ def test_D14_D35_the_loss_covers_every_original_token_whatever_the_generator_sam
     electra, ids = make_electra().eval(), make_rows()
     always_sample(electra, sampled)
     output = run_electra(electra, ids)
-    mask, types = model.mask_and_types(ids, SEP)
+    mask, types = model.attention_mask_and_token_types(ids, SEP)
     assert (output.corrupted_ids[output.is_replaced] == sampled).all() and output.is_replaced.any()
     assert torch.allclose(output.disc_logits, electra.discriminator(output.corrupted_ids, mask, types))
     losses = F.softplus(torch.where(output.is_replaced, -output.disc_logits, output.disc_logits))
@@ -989,15 +991,14 @@ def test_D22_a_layer_is_post_norm_and_masks_keys_only():
         attended[..., head] = scores.softmax(-1) @ v[..., head]
     middle = layer.attention_norm(hidden + layer.attention_output(attended))
     expected = layer.output_norm(middle + layer.output(F.gelu(layer.intermediate(middle))))
-    assert torch.allclose(layer(hidden, mask[:, None, None, :]), expected, atol=1e-5)
+    assert torch.allclose(layer(hidden, mask), expected, atol=1e-5)
 
 
 def test_D22_dropout_follows_embeddings_attention_and_feed_forward(monkeypatch):
     """Dropout 0.1 after the embedding LayerNorm, attention and feed-forward, and on the probabilities."""
     config = replace(CONFIG, attention_probs_dropout_prob=0.2)
     encoder, ids, seen = make_electra(config).discriminator.encoder, make_rows(), []
-    watch(monkeypatch, model, "dropout", lambda hidden, prob, training:
-          seen.append((hidden.ndim, prob * training)))
+    watch(monkeypatch, model, "dropout", lambda hidden, prob: seen.append((hidden.ndim, prob)))
     encoder(ids, ids != 0, ids * 0)
     assert seen == [(3, 0.1)] + 2 * [(4, 0.2), (3, 0.1), (3, 0.1)]
     seen.clear()
@@ -1008,9 +1009,9 @@ def test_D22_dropout_follows_embeddings_attention_and_feed_forward(monkeypatch):
 def test_dropout_spares_the_residual(monkeypatch):
     """Dropout comes before the sum: if it drops everything, what is left is the residual."""
     layer, hidden = make_electra().discriminator.encoder.layers[0], torch.randn(2, 5, 48)
-    monkeypatch.setattr(model, "dropout", lambda hidden, prob, training: 0 * hidden)
+    monkeypatch.setattr(model, "dropout", lambda hidden, prob: 0 * hidden)
     expected = layer.output_norm(layer.attention_norm(hidden))
-    assert torch.allclose(layer(hidden, torch.ones(2, 1, 1, 5).bool()), expected, atol=1e-6)
+    assert torch.allclose(layer(hidden, torch.ones(2, 5).bool()), expected, atol=1e-6)
 
 
 def test_D23_the_pooled_vector_is_the_last_layers_unchanged():
@@ -1084,7 +1085,7 @@ def test_D29_the_classifier_is_dropout_and_one_layer_on_cls(tmp_path):
     assert 0.8 * bound < network.classifier.weight.abs().max() <= bound and not network.classifier.bias.any()
     model.load_weights(network, tmp_path, encoder_only=True)
     ids = torch.tensor([[2, 7, 8, 3, 9, 3, 0, 0]])
-    hidden = discriminator.encoder(ids, *model.mask_and_types(ids, 3))
+    hidden = discriminator.encoder(ids, *model.attention_mask_and_token_types(ids, 3))
     expected = F.linear(hidden[:, 0], network.classifier.weight, network.classifier.bias)
     assert torch.equal(network.eval()(ids), expected) and network.dropout.p == 0.1
     network.train()
@@ -1169,7 +1170,7 @@ def test_the_last_step_is_scored(toy_glue, monkeypatch):
 def test_D35_attention_mask_and_token_types_follow_from_the_ids():
     """Mask = "id != 0"; types are 0 up to and including the first [SEP], then 1, and 0 on padding."""
     ids = torch.tensor([[CLS, 5, SEP, 6, SEP, 7, SEP, 0], [CLS, 5, 6, SEP, 0, 0, 0, 0]])
-    mask, types = model.mask_and_types(ids, SEP)
+    mask, types = model.attention_mask_and_token_types(ids, SEP)
     assert mask.tolist() == [[True] * 7 + [False], [True] * 4 + [False] * 4]
     assert types.tolist() == [[0, 0, 0, 1, 1, 1, 1, 0], [0] * 8]
 
@@ -1509,19 +1510,18 @@ def test_micro_batches_give_the_gradient_of_the_one_batch():
 def test_dropout_and_attention_of_a_cpu_are_torchs():
     """A share of the elements is dropped, the others are scaled up; attention agrees with torch's kernel."""
     ones = torch.ones(401, 499, dtype=torch.float64, requires_grad=True)
-    dropped = model.dropout(ones, 0.1, True)
+    dropped = model.dropout(ones, 0.1)
     assert set(dropped.unique().tolist()) == {0.0, 1 / 0.9} and abs(dropped.mean() - 1) < 0.003
     (dropped * 2).sum().backward()
     assert torch.equal(ones.grad, 2 * dropped)
     flat = (dropped == 0).double().flatten()
-    for lag in (1, 2, 3, 4, 499):  # elements share words of random bits
+    for lag in (1, 2, 3, 4, 499):  # four elements share a random number
         assert abs((flat[lag:] * flat[:-lag]).mean() - 0.01) < 0.001
-    assert torch.equal(model.dropout(ones, 0, True), ones)
-    assert torch.equal(model.dropout(ones, 0.1, False), ones)
+    assert torch.equal(model.dropout(ones, 0.0), ones)
     query, key, value = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64)
-    mask = torch.rand(2, 1, 1, 7) < 0.7
-    mask[..., 0] = True
-    ours, theirs = (model.attention(query, key, value, mask, 1e-9, training) for training in (True, False))
+    mask = torch.rand(2, 7) < 0.7
+    mask[:, 0] = True
+    ours, theirs = (model.attention(query, key, value, mask, prob) for prob in (1e-9, 0.0))
     assert torch.allclose(ours, theirs, atol=1e-8)
 
 
@@ -1595,7 +1595,7 @@ def test_transformers_and_we_load_what_the_other_saves(name, architecture, embed
         networks.append(type(ours)(model.load_config(folder)).eval())
         model.load_weights(networks[-1], folder)
     ids = make_rows(8, 40, seed=3)
-    mask, types = model.mask_and_types(ids, SEP)
+    mask, types = model.attention_mask_and_token_types(ids, SEP)
     positions = [torch.arange(40).expand(8, 40)] if name == "generator" else []
     with torch.no_grad():
         expected = theirs.eval()(input_ids=ids, attention_mask=mask.long(), token_type_ids=types).logits
@@ -1650,7 +1650,7 @@ def test_metrics_of_a_batch_by_hand():
     fakes, logits = whole.is_replaced[ids != 0].numpy(), whole.disc_logits[ids != 0].numpy()
     predictions = counts[0].item()
     assert whole.mlm_correct > whole.sampled_correct > 0
-    assert train.compute_metrics(parts, ids, counts) == pytest.approx(dict(
+    assert train.compute_metrics(parts, ids) == pytest.approx(dict(
         loss=whole.loss.item(), mlm_loss=whole.mlm_loss.item(), disc_loss=whole.disc_loss.item(),
         mlm_accuracy=whole.mlm_correct.item() / predictions,
         sampled_accuracy=whole.sampled_correct.item() / predictions,
@@ -1800,7 +1800,7 @@ def test_an_unhealthy_run_and_a_slow_machine_are_reported(corpus, monkeypatch, c
 
     def sentence(mlm_loss, disc_loss, is_late=True):
         metrics = dict(mlm_loss=mlm_loss, disc_loss=disc_loss, all_original=0.4, auc=0.5)
-        return train.describe(metrics, is_late)
+        return train.describe_metrics(metrics, is_late)
 
     assert "warning" not in sentence(3.0, 0.3) + sentence(6.5, 0.39, is_late=False)
     assert "generator is stuck" in sentence(6.5, 0.3)
@@ -2446,7 +2446,7 @@ def test_a_network_is_kept_and_predicts(toy_glue, capsys, monkeypatch):
     assert encoder.config.id2label == {0: "bad", 1: "fair", 2: "good"}
     ids = torch.tensor([[2, 7, 8, 3]])
     with torch.no_grad():
-        ours = predictor.network.eval().encoder(ids, *model.mask_and_types(ids, 3))
+        ours = predictor.network.eval().encoder(ids, *model.attention_mask_and_token_types(ids, 3))
         assert torch.allclose(encoder(ids).last_hidden_state, ours, atol=1e-5)
 
 

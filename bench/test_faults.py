@@ -519,7 +519,7 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(corpus, monkeypatch
     ("--vocab nowhere.txt", None, "there is no vocabulary nowhere.txt"),
     ("--max-length 33", None, "max_length 33 is beyond the model's 32 positions"),
     ("--max-length 4", None, "max_length is 4; a row needs at least 8"),
-    ("--micro-batch-size 3", None, "a batch of 8 rows does not split into 1 times micro-batches of 3"),
+    ("--micro-batch-size 3", None, "batch_size 8 must be a multiple of 3, the number of processes"),
     ("--batch-size 0", None, "batch_size is 0; it must be at least 1"),
     ("--hidden-size 33", None, "hidden_size 33 is not a multiple of num_attention_heads 2"),
     ("--hidden-dropout-prob 2", None, "hidden_dropout_prob is 2.0; it must be at least 0 and below 1"),
@@ -665,7 +665,7 @@ def test_ranks_that_cannot_work_together_say_why(corpus, monkeypatch):
         printed = process.communicate(timeout=120)[0]
         assert process.returncode == 1 and re.search(message, printed), printed
     monkeypatch.setattr(train, "WORLD_SIZE", 3)
-    with pytest.raises(UserError, match="a batch of 8 rows does not split into 3 times micro-batches"):
+    with pytest.raises(UserError, match="batch_size 8 must be a multiple of 3, the number of processes"):
         pretrain()
 
 
