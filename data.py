@@ -70,6 +70,7 @@ class UserError(ValueError):
 # ------------------------------------------------------------------------------------------------------------
 # Files that survive a kill: helpers, also for train.py, glue.py and finetune.py
 
+SEAL_BYTES = 32  # of a SHA-256
 
 @contextmanager
 def atomic_write(path):
@@ -85,8 +86,28 @@ def atomic_write(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_sealed(path, content):
+    """Write bytes and then their SHA-256. Readers of zips, as torch.load is, ignore what follows the end."""
+    with atomic_write(path) as file:
+        file.write(content)
+        file.write(hashlib.sha256(content).digest())
+
+
+def read_sealed(path, advice):
+    """The bytes that `write_sealed` wrote. A file that was cut or changed is refused with this advice."""
+    raw = path.read_bytes()
+    content = raw[:-SEAL_BYTES]
+    if hashlib.sha256(content).digest() != raw[-SEAL_BYTES:]:
+        raise UserError(f"{path} is damaged; {advice}")
+    return content
 
 
 @contextmanager

@@ -25,6 +25,7 @@ import json
 import math
 import pickle
 import struct
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -44,25 +45,26 @@ class ElectraConfig:
     """The shape of a network, under HuggingFace's names, and the objective. The defaults are those of small.
 
     The shape is the discriminator's; `generator_config` derives the generator's. An annotated field is a flag
-    of train.py, and the text is its help.
+    of train.py: the text is its help, and the two numbers are the least and the greatest value allowed.
     """
 
     vocab_size: int = 30522
-    embedding_size: Annotated[int, "width of the embeddings, which both networks share"] = 128
-    hidden_size: Annotated[int, "width of the discriminator"] = 256
-    num_hidden_layers: Annotated[int, "layers of either network"] = 12
-    num_attention_heads: Annotated[int, "attention heads of the discriminator"] = 4
-    intermediate_size: Annotated[int, "width of the discriminator's feed-forward layers"] = 1024
-    max_position_embeddings: Annotated[int, "longest possible input"] = 512
+    embedding_size: Annotated[int, "width of the embeddings, which both networks share", 1, 65_536] = 128
+    hidden_size: Annotated[int, "width of the discriminator", 1, 65_536] = 256
+    num_hidden_layers: Annotated[int, "layers of either network", 1, 1000] = 12
+    num_attention_heads: Annotated[int, "attention heads of the discriminator", 1, 1000] = 4
+    intermediate_size: Annotated[int, "width of the discriminator's feed-forward layers", 1, 1_000_000] = 1024
+    max_position_embeddings: Annotated[int, "longest possible input", 8, 1_000_000] = 512
     type_vocab_size: int = 2
-    hidden_dropout_prob: Annotated[float, "dropout after the embeddings and in every layer"] = 0.1
-    attention_probs_dropout_prob: Annotated[float, "dropout on the attention probabilities"] = 0.1
-    layer_norm_eps: Annotated[float, "epsilon of every LayerNorm"] = 1e-12
-    initializer_range: Annotated[float, "standard deviation of the initial weights, before truncation"] = 0.02
-    generator_size: Annotated[float, "width of the generator as a share of the discriminator's"] = 0.25
-    mask_prob: Annotated[float, "share of the tokens that the generator predicts"] = 0.15
+    hidden_dropout_prob: Annotated[float, "dropout after the embeddings and in every layer", 0, 0.9] = 0.1
+    attention_probs_dropout_prob: Annotated[float, "dropout on the attention probabilities", 0, 0.9] = 0.1
+    layer_norm_eps: Annotated[float, "epsilon of every LayerNorm", 0, 0.1] = 1e-12
+    initializer_range: Annotated[float, "standard deviation of the initial weights, before truncation",
+                                 0, 1] = 0.02
+    generator_size: Annotated[float, "width of the generator as a share of the discriminator's", 0, 4] = 0.25
+    mask_prob: Annotated[float, "share of the tokens that the generator predicts", 0.01, 1] = 0.15
     discriminator_weight: Annotated[float, "weight of the discriminator's loss; the MLM loss, much "
-                                           "larger, has 1"] = 50.0
+                                           "larger, has 1", 0, 1e6] = 50.0
     objective: Annotated[str, "electra, or mlm: only a generator, as wide as the discriminator "
                               "would be"] = "electra"
     cls_token_id: int = 101
@@ -70,14 +72,10 @@ class ElectraConfig:
     mask_token_id: int = 103
 
     def __post_init__(self):
+        check_ranges(self)
         if self.hidden_size % self.num_attention_heads:
             raise ModelError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
                              f"{self.num_attention_heads}")
-        if not 0 < self.mask_prob <= 1:
-            raise ModelError(f"mask_prob is {self.mask_prob}; it must be above 0 and at most 1")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ModelError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
         if self.objective not in ("electra", "mlm"):
             raise ModelError(f"there is no objective {self.objective}; there are electra and mlm")
 
@@ -92,6 +90,18 @@ class ElectraConfig:
         """K, the slots for predictions in a row of `length`: 19 for small's 128. [D08]"""
         slots = int((self.mask_prob + 0.005) * length)  # with the official code's slack of 0.005
         return min(length, max(1, slots))
+
+
+def check_ranges(config):
+    """Check that the numbers of a config are finite, and in the ranges that annotate their fields."""
+    for field in fields(config):
+        number = getattr(config, field.name)
+        if not isinstance(number, int | float):
+            continue
+        _, *limits = getattr(field.type, "__metadata__", [""])
+        least, most = limits or (-sys.float_info.max, sys.float_info.max)
+        if not least <= number <= most:  # NaN is not, either
+            raise ModelError(f"{field.name} is {number}; it must be between {least} and {most}")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1064,14 +1064,16 @@ def parse(argv, description, config_classes, sizes):
 
 
 def make_config(config_class, values):
-    """A config with those of the values that are its fields."""
+    """A config with those of the values that are its fields, checked for numbers out of range."""
     names = {field.name for field in fields(config_class)}
-    return config_class(**{name: value for name, value in values.items() if name in names})
+    config = config_class(**{name: value for name, value in values.items() if name in names})
+    model.check_ranges(config)
+    return config
 
 
 def add_flag(group, field, sizes):
     """Make a field a flag. The help ends with its default, and those of sizes that differ."""
-    kind, text = get_args(field.type)
+    kind, text, *_ = get_args(field.type)
     defaults = [format_default(field.default)]
     for size, row in sizes.items():
         if field.name in row:
