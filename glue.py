@@ -44,6 +44,11 @@ class Task:
 
     number_format = ".6g"  # of a regression's predictions
 
+    @functools.cached_property
+    def class_numbers(self):
+        """The number of each class by its name."""
+        return {label: number for number, label in enumerate(self.labels)}
+
     @property
     def is_regression(self):
         return not self.labels
@@ -326,9 +331,16 @@ def read_label(task, text, where):
     if task.is_regression:
         low, high = task.label_range
         return (read_number(text, where) - low) / (high - low)
-    if text not in task.labels:
-        raise data.UserError(f"{where}: the label is {text!r} and not one of {', '.join(task.labels)}")
-    return task.labels.index(text)
+    if text not in task.class_numbers:
+        raise data.UserError(f"{where}: the label is {text!r} and not one of {join_few(task.labels)}")
+    return task.class_numbers[text]
+
+
+def join_few(texts, most=10):
+    """The first few texts of a list, and the number of others."""
+    joined = ", ".join(texts[:most])
+    others = len(texts) - most
+    return f"{joined} and {others:,} others" if others > 0 else joined
 
 
 def read_number(text, where):
@@ -353,7 +365,7 @@ def unscale(numbers, label_range):
 
 @dataclass(frozen=True, kw_only=True)
 class OwnTask(Task):
-    """A folder of your own files. Its title is the name of the folder."""
+    """A folder of your own files. Its title begins with "own-", so that no task of GLUE has it."""
 
     files: dict  # path by split
 
@@ -375,7 +387,7 @@ class OwnTask(Task):
 def own_task(folder, is_regression):
     """The task that a folder describes: train and dev, and perhaps test, as .tsv, .csv or .jsonl."""
     files = find_own_files(folder)
-    title = folder.resolve().name
+    title = f"own-{folder.resolve().name}"
     first_seen = find_labels(files["train"])
     if is_regression:
         labels = sorted({read_number(text, where) for text, where in first_seen.items()})
@@ -568,13 +580,12 @@ def f1(predictions, labels):
 
 def matthews(predictions, labels):
     """Matthews' correlation for any number of classes: Pearson's of one-hot predictions and labels."""
-    classes = np.union1d(predictions, labels)
-    predicted = (predictions[:, None] == classes).astype(np.float64)  # (N, classes)
-    actual = (labels[:, None] == classes).astype(np.float64)
-    predicted = predicted - predicted.mean(0)
-    actual = actual - actual.mean(0)
-    norm = np.sqrt((predicted**2).sum() * (actual**2).sum())
-    return float((predicted * actual).sum() / norm) if norm else 0.0
+    num_classes = 1 + max(predictions.max(), labels.max())
+    predicted = np.bincount(predictions, minlength=num_classes) / len(predictions)  # share of each class
+    actual = np.bincount(labels, minlength=num_classes) / len(labels)
+    covariance = np.mean(predictions == labels) - predicted @ actual
+    norm = np.sqrt((1 - predicted @ predicted) * (1 - actual @ actual))
+    return float(covariance / norm) if norm else 0.0
 
 
 def spearman(predictions, labels):
