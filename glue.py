@@ -9,9 +9,9 @@ import csv
 import functools
 import hashlib
 import io
-import itertools
 import math
 import re
+import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -395,6 +395,9 @@ def own_task(folder, is_regression):
         for text, where in first_seen.items():
             check_class(text, where)
         labels = sorted(first_seen, key=class_order)
+        if all(map(NUMBER.fullmatch, labels)) and any("." in text for text in labels):
+            print(f"{title}: labels such as {labels[0]} are names of classes; with --regression they are "
+                  "numbers")
     if len(labels) < 2:
         raise data.UserError(f"{files['train']} needs at least two different labels")
     if is_regression:
@@ -424,26 +427,23 @@ def find_labels(path):
     first_seen = {}
     with open(path, "rb") as file:
         for where, row in read_table(file, path):
-            first_seen.setdefault(read_cell(row, "label", where), f"{where}, column label")
+            first_seen.setdefault(read_own_label(row, where), f"{where}, column label")
     return first_seen
 
 
-WHOLE_NUMBER = re.compile(r"[-+]?\d+")
 NUMBER = re.compile(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?")
 
 
 def check_class(text, where):
-    """Check that a label can be the name of a class: words and whole numbers can."""
+    """Check that a label can be the name of a class."""
     if not text or re.search(r"[\t\r\n]", text):
         raise data.UserError(f"{where}: the label is {text!r}; it must be a word, without tab or line break")
-    if NUMBER.fullmatch(text) and not WHOLE_NUMBER.fullmatch(text):
-        raise data.UserError(f"{where}: the label is {text}, a number; use --regression")
 
 
 def class_order(text):
-    """The key that sorts whole numbers by value and words by letters."""
-    if WHOLE_NUMBER.fullmatch(text):
-        return int(text), text
+    """The key that sorts numbers by value and words by letters."""
+    if NUMBER.fullmatch(text):
+        return float(text), text
     return 0, text
 
 
@@ -453,7 +453,7 @@ def parse_own(task, split, raw, source):
     for where, row in read_table(io.BytesIO(raw), source):
         label = None
         if split not in task.submissions:
-            label = read_label(task, read_cell(row, "label", where), f"{where}, column label")
+            label = read_label(task, read_own_label(row, where), f"{where}, column label")
         first, second = read_sentences(row, where)
         examples.append(Example(first, second, label))
     if not examples:
@@ -478,44 +478,46 @@ def read_sentences(row, where):
     return first, second
 
 
+def read_own_label(row, where):
+    """The label of a row as text. JSON's booleans are the classes true and false."""
+    label = row.get("label")
+    if isinstance(label, bool):
+        return str(label).lower()
+    return read_cell(row, "label", where).strip()
+
+
 def read_cell(row, column, where):
     """The text in a column of a row. `where` is "SOURCE, line N", with which every message begins."""
     if column not in row:
         raise data.UserError(f"{where}, has no column {column}; there are {', '.join(map(str, row))}")
     value = row[column]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    is_text = isinstance(value, str | int) and not isinstance(value, bool)
+    is_finite = isinstance(value, float) and math.isfinite(value)
+    if not is_text and not is_finite:
         raise data.UserError(f"{where}, column {column}, is {value!r}, neither text nor a number")
     return data.without_surrogates(str(value))
 
 
-def read_table(file, source):
-    """Yield ("SOURCE, line N", {column: value}) for each row of a binary .tsv, .csv or .jsonl file."""
+def read_table(file, source, kind=""):
+    """Yield ("SOURCE, line N", {column: value}) for each row of a binary file.
+
+    `kind` is tsv, csv or jsonl; without it the name's ending says it. Each line, or row of CSV, is a row: an
+    empty one is an empty cell if there is one column, and else an error.
+    """
+    kind = kind or Path(source).suffix.lower().removeprefix(".")
     lines = (data.decode_utf8(line, f"{source}, line {number},") for number, line in enumerate(file, 1))
-    kind = Path(source).suffix.lower()
-    if kind not in (".jsonl", ".csv", ".tsv"):  # for example, of standard input
-        first = next(lines, "")
-        kind = guess_kind(first)
-        lines = itertools.chain([first], lines)
-    if kind == ".jsonl":
+    if kind == "jsonl":
         return read_objects(lines, source)
-    if kind == ".csv":
+    if kind == "csv":
         return name_fields(split_csv(lines, source))
-    return name_fields(split_tsv(lines, source))
-
-
-def guess_kind(first_line):
-    """The kind of a table from its first line: .jsonl begins with "{", .tsv has tabs, .csv commas."""
-    if first_line.startswith("{"):
-        return ".jsonl"
-    if "," in first_line and "\t" not in first_line:
-        return ".csv"
-    return ".tsv"
+    if kind == "tsv":
+        return name_fields(split_tsv(lines, source))
+    raise data.UserError(f"{source} may be anything; --format takes tsv, csv or jsonl")
 
 
 def read_objects(lines, source):
     for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield f"{source}, line {number}", data.parse_json(line, f"{source}, line {number},")
+        yield f"{source}, line {number}", data.parse_json(line, f"{source}, line {number},")
 
 
 def split_tsv(lines, source):
@@ -525,23 +527,30 @@ def split_tsv(lines, source):
 
 
 def split_csv(lines, source):
-    """Yield ("SOURCE, line N", fields) for each row. A quoted field may have several lines."""
-    reader = csv.reader(lines)
+    """Yield ("SOURCE, line N", fields) for each row, N its first line: quoted fields may have more."""
+    csv.field_size_limit(sys.maxsize)  # the default is 131,072 characters
+    reader = csv.reader(lines, strict=True)
+    first_line = 1
     try:
         for fields in reader:
-            yield f"{source}, line {reader.line_num}", fields
+            yield f"{source}, line {first_line}", fields or [""]
+            first_line = reader.line_num + 1
     except csv.Error as error:
-        raise data.UserError(f"{source}, line {reader.line_num}, is not CSV: {error}") from None
+        raise data.UserError(f"{source}, line {first_line}, is not CSV: a quote opens here and is not closed "
+                             f"at the end of its cell ({error})") from None
 
 
 def name_fields(rows):
     """Yield ("SOURCE, line N", {column: field}) for each row but the first, which names the columns."""
-    _, header = next(rows, ("", []))
+    first_where, header = next(rows, ("", []))
+    named = [name for name in header if name]  # spreadsheets append empty columns
+    if len(set(named)) < len(named):
+        raise data.UserError(f"{first_where}, names a column twice; there are {', '.join(named)}")
     for where, fields in rows:
-        if fields in ([], [""]):  # an empty line
-            continue
         if len(fields) != len(header):
             raise data.UserError(f"{where}, has {len(fields)} fields, and the first line {len(header)}")
+        if fields == header:
+            raise data.UserError(f"{where}, repeats the first line, which names the columns; delete it")
         yield where, dict(zip(header, fields, strict=True))
 
 

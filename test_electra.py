@@ -2593,19 +2593,19 @@ def test_mrpcs_dev_set_is_cut_out_by_its_ids(corpus, monkeypatch):
 
 
 def test_own_tasks_are_read_from_every_kind_of_file(tmp_path, monkeypatch):
-    """The same rows as .tsv, .csv and .jsonl make the same task; a GLUE name beats a folder of that name."""
+    """The same rows as .tsv, .csv and .jsonl make the same task, which is never taken for one of GLUE."""
     monkeypatch.chdir(tmp_path)
     files = {
-        "tsv": '\ufeffid\tsentence1\tsentence2\tlabel\r\n1\tHe said "no.\t\t10\r\n\r\n'
-               "2\té,\tb\t9\r\n",
+        "tsv": '\ufeffid\tsentence1\tsentence2\tlabel\r\n1\tHe said "no.\t\t10\r\n'
+               "2\té,\tb\t 9 \r\n",
         "csv": 'label,sentence1,sentence2\n10,"He said ""no.",\n9,"é,",b\n',
-        "jsonl": '{"sentence1": "He said \\"no.", "sentence2": "", "label": 10}\n\n'
+        "jsonl": '{"sentence1": "He said \\"no.", "sentence2": "", "label": 10}\n'
                  '{"sentence2": "b", "label": "9", "sentence1": "\\u00e9,"}\n',
     }
     for kind, content in files.items():
         write_files(kind, {f"{split}.{kind}": content.encode() for split in ("train", "dev")})
         [(name, task)] = glue.find_tasks([f"./{kind}"]).items()
-        assert name == kind and task.labels == ("9", "10") and task.submissions == {}
+        assert name == f"own-{kind}" and task.labels == ("9", "10") and task.submissions == {}
         assert task.read("dev")[0] == [('He said "no.', "", 1), ("é,", "b", 0)]
         [task] = glue.find_tasks([kind], is_regression=True).values()
         assert task.read("train")[0] == [('He said "no.', "", 1.0), ("é,", "b", 0.0)]
@@ -2614,7 +2614,9 @@ def test_own_tasks_are_read_from_every_kind_of_file(tmp_path, monkeypatch):
     assert task.read("train")[0][0] == ("two\nlines", "", 0)
     write_task("mrpc")
     assert glue.find_tasks(["mrpc"]) == {"mrpc": glue.TASKS["mrpc"]}
-    assert glue.find_tasks(["./mrpc", "cola"])["mrpc"].files
+    both = glue.find_tasks(["mrpc", "./mrpc"])
+    assert both["mrpc"] == glue.TASKS["mrpc"] and both["own-mrpc"].files
+    assert glue.find_tasks(["all", "./mrpc"]).keys() == {*glue.TASKS, "own-mrpc"}
 
 
 # ------------------------------------------------------------------------------------------------------------
