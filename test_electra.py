@@ -438,8 +438,14 @@ def read_results(folder="out/glue"):
     """The results by (task, seed), without what is never the same twice."""
     lines = (Path(folder) / "results.jsonl").read_text().splitlines()
     entries = [{key: value for key, value in json.loads(line).items()
-                if key not in ("seconds", "examples_per_second", "finished")} for line in lines]
+                if key not in ("seconds", "finished", "digest")} for line in lines]
     return {(entry["task"], entry["seed"]): entry for entry in entries}
+
+
+def find_network(task, out="out/glue"):
+    """The one folder that --save made for a task."""
+    [folder] = Path(out, "networks").glob(f"{task}-*")
+    return str(folder)
 
 
 def write_task(folder, kind="tsv", label=("bad", "good", "fair").__getitem__, count=48):
@@ -2407,42 +2413,44 @@ def test_a_network_is_kept_and_predicts(toy_glue, capsys, monkeypatch):
     write_task("own", "csv")
     flags = "--task own --seeds 3 --num-train-epochs 12 --learning-rate 1e-3 "
     tune(flags + "--submit")
-    scores = [read_results()["own", seed]["metrics"]["accuracy"] for seed in range(3)]
-    assert set(read_results()["own", 0]["metrics"]) == {"accuracy", "macro f1", "matthews"}
+    scores = [read_results()["own-own", seed]["metrics"]["accuracy"] for seed in range(3)]
+    assert set(read_results()["own-own", 0]["metrics"]) == {"accuracy", "macro f1", "matthews"}
     best, ran = int(np.argmax(scores)), []
     watch(monkeypatch, finetune.Finetuner, "run", lambda finetuner, seed, *_: ran.append(seed))
     tune(flags + "--save")  # only the best is run again, since it was not kept
     tune(flags + "--save")
     assert ran == [best] and scores[best] > 0.8
-    assert f"out/glue/own holds the network of seed {best}, own's best on dev" in capsys.readouterr().out
+    folder = find_network("own-own")
+    assert f"{folder} holds the network of seed {best}, own-own's best on dev" in capsys.readouterr().out
     tune(flags + "--save --out other")
-    kept = [model.read_weights(f"{out}/own")[0]["classifier.weight"] for out in ("out/glue", "other")]
+    kept = [model.read_weights(find_network("own-own", out))[0]["classifier.weight"]
+            for out in ("out/glue", "other")]
     assert torch.equal(*kept) and ran == [best, 0, 1, 2]
 
     lines = Path("own/test.csv").read_text().splitlines()
     monkeypatch.setattr(finetune, "CHUNK", 10)
     capsys.readouterr()
-    finetune.main("--predict-file own/test.csv --model out/glue/own --device cpu".split())
+    finetune.main(f"--predict-file own/test.csv --model {folder} --device cpu".split())
     header, *printed = capsys.readouterr().out.splitlines()
     assert header.split("\t") == ["prediction", "bad", "fair", "good"] and len(printed) == len(lines) - 1
-    submitted = Path("out/glue/submission/own.tsv").read_text().splitlines()[1:]
+    submitted = Path("out/glue/submission/own-own.tsv").read_text().splitlines()[1:]
     assert [line.split("\t")[0] for line in printed] == [line.split("\t")[1] for line in submitted]
-    predictor = finetune.Predictor("out/glue/own")
+    predictor = finetune.Predictor(folder)
     for line, (label, probabilities) in zip(
             printed, predictor.predict(lines[1:]), strict=True):
         assert line.split("\t") == [label, *(f"{value:.4f}" for value in probabilities.values())]
         assert sum(probabilities.values()) == pytest.approx(1)
     Path("empty.tsv").write_text("A fine film.\n")
     with pytest.raises(UserError, match="empty.tsv has no rows; the first line of a table names its columns"):
-        finetune.main("--predict-file empty.tsv --model out/glue/own --device cpu".split())
+        finetune.main(f"--predict-file empty.tsv --model {folder} --device cpu".split())
     assert capsys.readouterr().out == ""
     stdin = "".join(json.dumps(dict(sentence=line)) + "\n" for line in lines[1:]).encode()
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
-    finetune.main("--predict-file - --model out/glue/own --device cpu".split())
+    finetune.main(f"--predict-file - --format jsonl --model {folder} --device cpu".split())
     assert capsys.readouterr().out.splitlines()[1:] == printed
 
     transformers = pytest.importorskip("transformers")
-    encoder = transformers.AutoModel.from_pretrained("out/glue/own").eval()
+    encoder = transformers.AutoModel.from_pretrained(folder).eval()
     assert encoder.config.id2label == {0: "bad", 1: "fair", 2: "good"}
     ids = torch.tensor([[2, 7, 8, 3]])
     with torch.no_grad():
@@ -2454,10 +2462,11 @@ def test_own_numbers_are_scaled_by_their_range_and_back(toy_glue, capsys):
     """--regression learns numbers of any range and predicts in that range."""
     write_task("own", "jsonl", label=lambda number: 100.0 * number - 50)
     tune("--task own --regression --num-train-epochs 20 --learning-rate 1e-3 --submit --save")
-    assert read_results()["own", 0]["metrics"]["spearman"] > 0.8
-    finetune.main("--predict-file own/test.jsonl --model out/glue/own --device cpu".split())
+    assert read_results()["own-own", 0]["metrics"]["spearman"] > 0.8
+    finetune.main(f"--predict-file own/test.jsonl --model {find_network('own-own')} --device cpu".split())
     predicted = [float(line) for line in capsys.readouterr().out.split("prediction\n")[1].splitlines()]
-    submitted = [line.split("\t")[1] for line in Path("out/glue/submission/own.tsv").read_text().splitlines()]
+    lines = Path("out/glue/submission/own-own.tsv").read_text().splitlines()
+    submitted = [line.split("\t")[1] for line in lines]
     assert np.clip(predicted, -50, 150) == pytest.approx([float(text) for text in submitted[1:]], abs=1e-3)
     assert min(predicted) < 0 < 100 < max(predicted)
 
@@ -2493,7 +2502,7 @@ def test_replayed_fine_tuning_is_plain_fine_tuning(toy_glue, monkeypatch, reques
     assert Recorded.replays == sum(max(0, count - train.WARM_UP_CALLS) for count in counts)
     plain, replayed = (read_results(out) for out in ("plain", "replayed"))
     assert plain == replayed
-    plain, replayed = (model.read_weights(f"{out}/mrpc")[0] for out in ("plain", "replayed"))
+    plain, replayed = (model.read_weights(find_network("mrpc", out))[0] for out in ("plain", "replayed"))
     assert all(torch.equal(plain[name], replayed[name]) for name in plain)
 
 
@@ -2525,7 +2534,7 @@ def test_fine_tuning_replays_the_plain_steps(toy_glue):
     tune(flags + "graph")
     plain, graph = (read_results(out) for out in ("plain", "graph"))
     assert {key: plain[key]["metrics"] for key in plain} == {key: graph[key]["metrics"] for key in graph}
-    plain, graph = (model.read_weights(f"{out}/mrpc")[0] for out in ("plain", "graph"))
+    plain, graph = (model.read_weights(find_network("mrpc", out))[0] for out in ("plain", "graph"))
     assert all(torch.equal(plain[name], graph[name]) for name in plain)
 
 
