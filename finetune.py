@@ -71,6 +71,8 @@ class FinetuneConfig(train.StepConfig):
     save: Annotated[bool, "keep the network of the seed with the best dev score in OUT/networks"] = False
     predict_file: Annotated[str, "a .tsv, .csv or .jsonl file, or - for standard input: print "
                                  "predictions for it"] = ""
+    format: Annotated[str, "tsv, csv or jsonl: what --predict-file holds; else its name's ending says "
+                           "it"] = ""
     cache: Annotated[str, "folder for downloads"] = data.DataConfig.cache
     out: Annotated[str, "folder for results"] = "out/glue"
 
@@ -81,7 +83,7 @@ class FinetuneConfig(train.StepConfig):
 
 # Flags that do not decide a result. (Of model, task and glue_dir the content does.)
 NOT_SETTINGS = {"task", "seeds", "model", "random_weights", "glue_dir", "keep_predictions", "submit", "save",
-                "predict_file", "cache", "out", "device", "graph", "deterministic"}
+                "predict_file", "format", "cache", "out", "device", "graph", "deterministic"}
 
 
 def fill_in_recipe(config, task, hidden_size):
@@ -787,8 +789,11 @@ def predict_file(config):
         if not Path(source).is_file():
             raise data.UserError(f"{source} is not a file; --predict-file takes one, or - for standard input")
         file = open(source, "rb")
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8", errors="strict")  # a file or a pipe, whatever the locale
     with file:
-        texts = (glue.read_sentences(row, where) for where, row in glue.read_table(file, source))
+        rows = glue.read_table(file, source, config.format)
+        texts = (glue.read_sentences(row, where) for where, row in rows)
         chunk = list(itertools.islice(texts, CHUNK))
         if not chunk:
             raise glue.no_rows(source)
