@@ -81,9 +81,9 @@ class FinetuneConfig(train.StepConfig):
         return self.keep_predictions or self.submit
 
 
-# Flags that do not decide a result. (Of model, task and glue_dir the content does.)
+# Flags that do not decide a result. (Of model, task and folders the content does.)
 NOT_SETTINGS = {"task", "seeds", "model", "random_weights", "glue_dir", "keep_predictions", "submit", "save",
-                "predict_file", "format", "cache", "out", "device", "graph", "deterministic"}
+                "predict_file", "format", "cache", "out", "device", "graph", "deterministic", "data_dir"}
 
 
 def fill_in_recipe(config, task, hidden_size):
@@ -120,7 +120,7 @@ def sweep(experiments):
                 if seed in experiment.finished():  # perhaps another process has just finished it
                     continue
                 if finetuner is None:
-                    finetuner = Finetuner(experiment.task, experiment.pretrained, experiment.config)
+                    finetuner = Finetuner(experiment)
                     splits = tokenize_splits(experiment)
                 run_and_record(experiment, seed, finetuner, splits)
 
@@ -133,14 +133,13 @@ def run_and_record(experiment, seed, finetuner, splits):
     predictions = finetuner.run(seed, splits)
     seconds = round(time.perf_counter() - began, 1)
 
-    metrics = task.score(predictions, {split: splits[split].labels for split in task.dev_splits})
+    scores = experiment.score(predictions, splits)
     if config.predicts_test_sets:
         write_predictions(experiment, seed, predictions)
     append_result(experiment, dict(
         task=task.name,
         seed=seed,
-        metrics=metrics,
-        is_constant=bool(np.ptp(predictions[task.dev_splits[0]]) < 1e-5),  # every example has the same answer
+        **scores,
         examples={split: len(tokenized.rows) for split, tokenized in splits.items()},
         seconds=seconds,
         finished=time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -150,8 +149,8 @@ def run_and_record(experiment, seed, finetuner, splits):
         torch=str(torch.__version__),
         settings=experiment.settings(),
     ))
-    scores = ", ".join(f"{metric} {100 * value:.1f}" for metric, value in metrics.items())
-    print(f"{task.title}, seed {seed}: {scores} ({seconds:.0f} s)")
+    shown = ", ".join(f"{metric} {100 * value:.1f}" for metric, value in scores["metrics"].items())
+    print(f"{task.title}, seed {seed}: {shown} ({seconds:.0f} s)")
     if config.save and seed == best_seed(experiment):
         save_network(experiment, seed, finetuner.network)
 
@@ -160,8 +159,8 @@ def run_and_record(experiment, seed, finetuner, splits):
 # Experiments, and their results on disk
 
 
-def plan_experiments(config, tasks, pretrained):
-    """The Experiment of each task, after all files are checked."""
+def plan_experiments(config, tasks, pretrained, kind):
+    """The Experiment of each task, after all files are checked. `kind` is Experiment or a subclass."""
     if config.glue_dir:
         needed = [(task, split) for task in tasks.values() for split in splits_to_read(task, config)]
         glue.check_glue_dir(needed, config.glue_dir)
@@ -170,18 +169,44 @@ def plan_experiments(config, tasks, pretrained):
         # Everything is read here once, so that damage is reported now, not in the middle of the night.
         _, sha256 = read_splits(task, config)
         task_config = fill_in_recipe(config, task, pretrained.config.hidden_size)
-        experiments.append(Experiment(task, task_config, pretrained, sha256))
+        experiments.append(kind(task, task_config, pretrained, sha256))
     return experiments
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A task, and everything that decides its results except the seed."""
+    """A task, and everything that decides its results except the seed.
+
+    The first methods are what a kind of task decides. Here they are for sentences; extras/ has subclasses.
+    """
 
     task: glue.Task
     config: FinetuneConfig  # with the recipe of the task
     pretrained: "Pretrained"
     sha256: dict  # of the file of each split
+
+    def tokenize(self, split, examples):
+        """The Tokenized examples of a split."""
+        return tokenize_examples(examples, self.pretrained.wordpiece, self.config.max_length,
+                                 both_orders=self.task.both_orders and split == "train")
+
+    def new_network(self):
+        """A network with random weights, whose `losses` are trained."""
+        return Classifier(self.pretrained.config, len(self.task.labels) or 1)  # 1 in a regression
+
+    def predict(self, network, tokenized):
+        return predict_rows(network, tokenized.rows, self.task, self.config)
+
+    def score(self, predictions, splits):
+        """What results.jsonl has of the predictions and the Tokenized examples of each split."""
+        dev_splits = self.task.dev_splits
+        metrics = self.task.score(predictions, {split: splits[split].labels for split in dev_splits})
+        is_constant = bool(np.ptp(predictions[dev_splits[0]]) < 1e-5)  # every example has the same answer
+        return dict(metrics=metrics, is_constant=is_constant)
+
+    def saved_fields(self, seed):
+        """What `Predictor` needs to know of the seed's network, for config.json."""
+        return dict(id2label=dict(enumerate(self.task.labels)), label_range=self.task.label_range)
 
     @property
     def folder(self):
@@ -231,13 +256,10 @@ class Experiment:
 def tokenize_splits(experiment):
     """The Tokenized examples of a task by split."""
     task = experiment.task
-    config = experiment.config
-    examples, sha256 = read_splits(task, config)  # again, so that no sweep holds all tasks in memory
+    examples, sha256 = read_splits(task, experiment.config)  # again: no sweep holds all tasks in memory
     if sha256 != experiment.sha256:
         raise data.UserError(f"the files of {task.title} have changed; run the same command again")
-    return {split: tokenize_examples(examples[split], experiment.pretrained.wordpiece, config.max_length,
-                                     both_orders=task.both_orders and split == "train")
-            for split in examples}
+    return {split: experiment.tokenize(split, examples[split]) for split in examples}
 
 
 def read_splits(task, config):
@@ -315,19 +337,18 @@ def best_seed(experiment):
 class Finetuner:
     """Fine-tunes a task. The network, its optimizer and its CUDA graphs are made once and serve all seeds."""
 
-    def __init__(self, task, pretrained, config):
-        self.task = task
-        self.pretrained = pretrained
-        self.config = config
-        self.network = self.new_classifier().to(config.device)
-        num_layers = pretrained.config.num_hidden_layers
+    def __init__(self, experiment):
+        self.experiment = experiment
+        self.config = config = experiment.config
+        self.network = self.pretrained_network().to(config.device)
+        num_layers = experiment.pretrained.config.num_hidden_layers
         self.optimizer = train.build_optimizer(
             self.network.named_parameters(), config,
             lambda name: lr_scale(name, num_layers, config.layerwise_lr_decay))
         device = torch.device(config.device).type
         self.scaler = torch.amp.GradScaler(device, enabled=config.dtype == "fp16")
         self.scaler_state = self.scaler.state_dict()  # with which each seed begins
-        step = make_step(self.network, self.optimizer, self.scaler, task, config)
+        step = make_step(self.network, self.optimizer, self.scaler, config)
         self.take_step = train.CudaGraphs(step) if config.graph else step
 
     def run(self, seed, splits):
@@ -335,14 +356,14 @@ class Finetuner:
 
         `splits` has the Tokenized examples of each split.
         """
-        task = self.task
+        task = self.experiment.task
         config = self.config
         self.reset(seed)
-        rows, labels = splits["train"]
+        rows = splits["train"].rows
         # Everything is on the device, and the host knows the lengths: no step waits for the device.
         ids, lengths = ids_and_lengths(rows, config)
         dtype = torch.float32 if task.is_regression else torch.long
-        labels = torch.tensor(labels, dtype=dtype, device=config.device)
+        labels = torch.tensor(splits["train"].labels, dtype=dtype, device=config.device)
         total = num_steps(len(rows), config.batch_size, config.num_train_epochs)
         step = 0
         title = f"{task.title}, seed {seed}"
@@ -359,33 +380,34 @@ class Finetuner:
                     step += 1
                     bar.update()
         # The last step is scored: no best epoch is picked.
-        return {split: predict_rows(self.network, tokenized.rows, task, config)
+        return {split: self.experiment.predict(self.network, tokenized)
                 for split, tokenized in splits.items() if split != "train"}
 
     def reset(self, seed):
-        """Go back to the pre-trained weights, a new classifier and empty moments, all in place."""
-        # The seed of the classifier's weights, and of dropout.
-        torch.manual_seed(int(data.rng(seed, f"{self.task.name} classifier").integers(2**63)))
-        self.network.load_state_dict(self.new_classifier().state_dict())
+        """Go back to the pre-trained weights, a new head and empty moments, all in place."""
+        # The seed of the head's weights, and of dropout.
+        torch.manual_seed(int(data.rng(seed, f"{self.experiment.task.name} classifier").integers(2**63)))
+        self.network.load_state_dict(self.pretrained_network().state_dict())
         self.network.train()
         train.reset_moments(self.optimizer)
         self.scaler.load_state_dict(self.scaler_state)
 
-    def new_classifier(self):
-        network = Classifier(self.pretrained.config, len(self.task.labels) or 1)  # 1 in a regression
-        if self.pretrained.encoder_state is not None:
-            network.encoder.load_state_dict(self.pretrained.encoder_state)
+    def pretrained_network(self):
+        """The pre-trained encoder with a new head."""
+        network = self.experiment.new_network()
+        encoder_state = self.experiment.pretrained.encoder_state
+        if encoder_state is not None:
+            network.encoder.load_state_dict(encoder_state)
         return network
 
 
-def make_step(network, optimizer, scaler, task, config):
+def make_step(network, optimizer, scaler, config):
     """The function that takes an optimizer step on ids (B, L) and labels (B,)."""
 
     def step(ids, labels):
         optimizer.zero_grad(set_to_none=True)
         with train.autocast(config):
-            logits = network(ids)
-        loss = losses(logits, labels, task).sum()  # [D34] not the mean
+            loss = network.losses(ids, labels).sum()  # [D34] not the mean
         scaler.scale(loss).backward()
         train.update_weights(network, optimizer, scaler, config)
 
@@ -437,20 +459,16 @@ def cut_length(lengths, config):
 
 
 @torch.no_grad()
-def compute_logits(network, rows, config):
-    """(N, num_outputs), without dropout. Rows of like length share a batch."""
+def run_network(network, rows, config):
+    """Yield each batch's row numbers and output, without dropout. Rows of like length share a batch."""
     network.eval()
     ids, lengths = ids_and_lengths(rows, config)
     order = np.argsort(lengths, kind="stable")
-    parts = []
-    with train.autocast(config):
-        for indices, device_indices in batches(order, EVAL_BATCH_SIZE, config.device):
-            length = cut_length(lengths[indices], config)
-            parts.append(network(ids[device_indices, :length]))
-        logits = torch.cat(parts)
-    in_file_order = np.empty(logits.shape, dtype=np.float32)
-    in_file_order[order] = logits.cpu().numpy()
-    return in_file_order
+    for indices, device_indices in batches(order, EVAL_BATCH_SIZE, config.device):
+        length = cut_length(lengths[indices], config)
+        with train.autocast(config):
+            output = network(ids[device_indices, :length])
+        yield indices, output
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -478,12 +496,21 @@ class Classifier(nn.Module):
         hidden = self.encoder(input_ids, attention_mask, token_type_ids)  # (B, L, H)
         return model.in_fp32(self.classifier(self.dropout(hidden[:, 0])))
 
+    def losses(self, input_ids, labels):
+        """(B,): cross-entropy or, in a regression, the squared error of the number itself. [D31]"""
+        logits = self(input_ids)
+        if labels.is_floating_point():  # in a regression
+            return (logits.squeeze(1) - labels) ** 2
+        return F.cross_entropy(logits, labels, reduction="none")
 
-def losses(logits, labels, task):
-    """(B,): cross-entropy or, in a regression, the squared error of the number itself. [D31]"""
-    if task.is_regression:
-        return (logits.squeeze(1) - labels) ** 2
-    return F.cross_entropy(logits, labels, reduction="none")
+
+def compute_logits(network, rows, config):
+    """(N, num_outputs), in the order of the rows."""
+    order, parts = zip(*run_network(network, rows, config), strict=True)
+    logits = torch.cat(parts)
+    in_file_order = np.empty(logits.shape, dtype=np.float32)
+    in_file_order[np.concatenate(order)] = logits.cpu().numpy()
+    return in_file_order
 
 
 def predict_rows(network, rows, task, config):
@@ -694,19 +721,18 @@ def save_best(experiments):
         folder = experiment.network_path()
         saved = read_saved_config(folder)
         if not saved or saved["result"] != experiment.run_name(seed):
-            finetuner = Finetuner(task, experiment.pretrained, experiment.config)
+            finetuner = Finetuner(experiment)
             finetuner.run(seed, tokenize_splits(experiment))
             save_network(experiment, seed, finetuner.network)
         print(f"{folder} holds the network of seed {seed}, {task.title}'s best on dev")
 
 
 def save_network(experiment, seed, network):
-    """Write encoder, classifier, names of the labels and tokenizer to the network's folder."""
-    task = experiment.task
+    """Write encoder, head, names of the labels and tokenizer to the network's folder."""
     with (lock_outputs(experiment.folder, "network"),
           data.atomic_folder(experiment.network_path()) as folder):
-        model.save_pretrained(network, folder, id2label=dict(enumerate(task.labels)),
-                              label_range=task.label_range, result=experiment.run_name(seed))
+        model.save_pretrained(network, folder, head=type(network).__name__,
+                              result=experiment.run_name(seed), **experiment.saved_fields(seed))
         experiment.pretrained.wordpiece.save(folder, experiment.config.max_length)
 
 
@@ -716,7 +742,7 @@ def read_saved_config(folder):
     if not path.is_file():
         return None
     content = data.read_json(path)
-    return content if "label_range" in content else None
+    return content if "head" in content else None
 
 
 def read_labels(saved, path):
@@ -749,7 +775,7 @@ class Predictor:
     def __init__(self, folder, config=None):
         folder = Path(folder)
         saved = read_saved_config(folder)
-        if not saved:
+        if not saved or saved["head"] != "Classifier":
             raise data.UserError(f"{folder} has no classifier; --model takes what --save wrote, as "
                                  "out/glue/networks/mrpc-*")
         self.config = config or FinetuneConfig(device="cpu", dtype="fp32")
@@ -818,7 +844,12 @@ def main(argv=None):
         predict_file(config)
         return
     tasks = glue.find_tasks(config.task, config.regression)
-    experiments = plan_experiments(config, tasks, load_pretrained(config))
+    run(config, tasks, load_pretrained(config), Experiment)
+
+
+def run(config, tasks, pretrained, kind):
+    """Fine-tune all tasks with all seeds, print the table, and write what is to be kept of the best."""
+    experiments = plan_experiments(config, tasks, pretrained, kind)
     sweep(experiments)
     results = {experiment.task.name: experiment.finished() for experiment in experiments}
     print(format_table(results, tasks))

@@ -1115,11 +1115,14 @@ def test_D27_D29_D33_fine_tuning_starts_from_the_folders_encoder_clips_and_decay
 
 def test_D31_scores_are_trained_on_a_scale_from_0_to_1():
     """STS-B: score / 5, squared error without a sigmoid; times 5 and clipped for submission."""
+    def losses(logits, labels):
+        network = finetune.Classifier(FINETUNED, len(logits[0]))
+        network.forward = lambda ids: torch.tensor(logits)
+        return network.losses(None, torch.tensor(labels))
+
     stsb = glue.TASKS["stsb"]
-    logits, labels = torch.tensor([[0.5], [-2.0]]), torch.tensor([0.2, 1.0])
-    assert torch.allclose(finetune.losses(logits, labels, stsb), torch.tensor([0.09, 9.0]))
-    loss = finetune.losses(torch.tensor([[0.5, 1.5]]), torch.tensor([1]), glue.TASKS["cola"])
-    assert loss.item() == pytest.approx(math.log(1 + math.exp(-1)))
+    assert torch.allclose(losses([[0.5], [-2.0]], [0.2, 1.0]), torch.tensor([0.09, 9.0]))
+    assert losses([[0.5, 1.5]], [1]).item() == pytest.approx(math.log(1 + math.exp(-1)))
     assert glue.read_label(stsb, "3.800", "") == pytest.approx(0.76)
     text = glue.submission_file(stsb, np.array([0.25, -0.1, 1.2, 0.7654321], np.float32))
     assert text == "index\tprediction\n0\t1.250\n1\t0.000\n2\t5.000\n3\t3.827\n"
@@ -1134,7 +1137,7 @@ def test_D32_epochs_batches_and_warm_up(toy_glue, steps, monkeypatch):
     assert totals == dict(cola=804, sst2=6315, mrpc=690, stsb=3600, qqp=34113, mnli=36816, qnli=9822, rte=780,
                           wnli=60)
     assert finetune.FinetuneConfig().batch_size == 32
-    watch(monkeypatch, finetune, "losses", lambda logits, labels, task: batches.append(labels.tolist()))
+    watch(monkeypatch, finetune.Classifier, "losses", lambda _, ids, labels: batches.append(labels.tolist()))
     finetune.main(f"{TOY} --task cola --batch-size 7".split())
     rates = [max(group["lr"] for group in step.groups) for step in steps]
     assert rates == pytest.approx([3e-4 * (1 - step / 21) * min(1, step / 2.1) for step in range(21)])
@@ -1146,7 +1149,7 @@ def test_D32_epochs_batches_and_warm_up(toy_glue, steps, monkeypatch):
 def test_D34_the_loss_is_summed_over_the_batch(toy_glue, steps, monkeypatch):
     """The fine-tuning loss is summed over the batch, not averaged."""
     batches = []
-    watch(monkeypatch, finetune, "losses", lambda logits, labels, task: batches.append((logits, labels)))
+    watch(monkeypatch, F, "cross_entropy", lambda logits, labels, **_: batches.append((logits, labels)))
     tune("--task mnli --batch-size 20 --max-grad-norm 1e9")
     assert len(steps) == 3
     for (logits, labels), step in zip(batches, steps, strict=True):
@@ -1167,8 +1170,8 @@ def test_only_training_rows_are_doubled(toy_glue, monkeypatch):
 def test_the_last_step_is_scored(toy_glue, monkeypatch):
     """Predictions are made once, after all steps, so that no best epoch is picked."""
     calls = []
-    for name in "losses", "predict_rows":
-        watch(monkeypatch, finetune, name, lambda *_, name=name: calls.append(name))
+    for owner, name in ((finetune.Classifier, "losses"), (finetune, "predict_rows")):
+        watch(monkeypatch, owner, name, lambda *_, name=name: calls.append(name))
     tune("--task cola --num-train-epochs 3")
     assert calls[-1] == "predict_rows" and set(calls[:-1]) == {"losses"} and len(calls) == 19
 
@@ -2272,12 +2275,12 @@ def test_other_settings_are_other_results(toy_glue):
     for changes in deciding + others:
         config = replace(finetune.FinetuneConfig(glue_dir="glue", max_length=32), **changes)
         tasks, pretrained = {"wnli": glue.TASKS["wnli"]}, finetune.load_pretrained(config)
-        [experiment] = finetune.plan_experiments(config, tasks, pretrained)
+        [experiment] = finetune.plan_experiments(config, tasks, pretrained, finetune.Experiment)
         names.append(experiment.run_name(0))
     assert len(set(names[: len(deciding)])) == len(deciding) and set(names[len(deciding) :]) == {names[0]}
     path = Path("glue/WNLI/dev.tsv")
     path.write_bytes(path.read_bytes().replace(b"ba", b"do"))
-    [experiment] = finetune.plan_experiments(config, tasks, pretrained)
+    [experiment] = finetune.plan_experiments(config, tasks, pretrained, finetune.Experiment)
     assert experiment.run_name(0) not in names
 
 
@@ -2482,10 +2485,11 @@ def test_no_step_of_fine_tuning_waits_for_the_device(toy_glue, monkeypatch):
     watch(monkeypatch, finetune, "predict_rows", lambda *_: steps.close())
     config = finetune.FinetuneConfig(glue_dir="glue", max_length=32, num_train_epochs=1, device="cpu",
                                      dtype="fp32", graph=False, learning_rate=1e-3, layerwise_lr_decay=0.8)
-    task = glue.TASKS["mrpc"]
-    [experiment] = finetune.plan_experiments(config, {"mrpc": task}, finetune.load_pretrained(config))
+    tasks = {"mrpc": glue.TASKS["mrpc"]}
+    [experiment] = finetune.plan_experiments(config, tasks, finetune.load_pretrained(config),
+                                             finetune.Experiment)
     with steps:
-        finetuner = finetune.Finetuner(task, experiment.pretrained, config)
+        finetuner = finetune.Finetuner(experiment)
         finetuner.run(0, finetune.tokenize_splits(experiment))
 
 
@@ -2511,9 +2515,10 @@ def test_what_a_graph_reads_stays_where_it_is(toy_glue):
     config = finetune.FinetuneConfig(glue_dir="glue", max_length=32, num_train_epochs=1, device="cpu",
                                      dtype="fp32", graph=False, learning_rate=1e-3, layerwise_lr_decay=0.8)
     tasks = {"mrpc": glue.TASKS["mrpc"]}
-    [experiment] = finetune.plan_experiments(config, tasks, finetune.load_pretrained(config))
+    [experiment] = finetune.plan_experiments(config, tasks, finetune.load_pretrained(config),
+                                             finetune.Experiment)
     splits = finetune.tokenize_splits(experiment)
-    finetuner = finetune.Finetuner(experiment.task, experiment.pretrained, experiment.config)
+    finetuner = finetune.Finetuner(experiment)
     runs = []
     for seed in 0, 1:
         finetuner.run(seed, splits)

@@ -37,7 +37,8 @@ def make_finetuner(glue_dir, size, num_examples=None, **flags):
                     max_position_embeddings=max(128, shape.max_position_embeddings))
     tokenized = finetune.tokenize_examples(examples[:num_examples], wordpiece, config.max_length)
     pretrained = finetune.Pretrained(Path("random"), shape, wordpiece, None, "random")
-    return finetune.Finetuner(task, pretrained, config), tokenized
+    experiment = finetune.Experiment(task, config, pretrained, {})
+    return finetune.Finetuner(experiment), tokenized
 
 
 def main():
