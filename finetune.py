@@ -19,6 +19,7 @@ import math
 import re
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -186,9 +187,11 @@ class Experiment:
     sha256: dict  # of the file of each split
 
     def tokenize(self, split, examples):
-        """The Tokenized examples of a split."""
-        return tokenize_examples(examples, self.pretrained.wordpiece, self.config.max_length,
-                                 both_orders=self.task.both_orders and split == "train")
+        """The Tokenized examples of a split, after one look at them."""
+        tokenized = tokenize_examples(examples, self.pretrained.wordpiece, self.config.max_length,
+                                      both_orders=self.task.both_orders and split == "train")
+        describe(self, split, examples, tokenized)
+        return tokenized
 
     def new_network(self):
         """A network with random weights, whose `losses` are trained."""
@@ -527,6 +530,7 @@ class Tokenized(NamedTuple):
 
     rows: np.ndarray  # uint16 (N, max_length), zero-padded
     labels: np.ndarray  # (N,)
+    lengths: np.ndarray  # (N,) tokens before the row was cut
 
 
 def tokenize_examples(examples, wordpiece, max_length, both_orders=False):
@@ -538,17 +542,13 @@ def tokenize_examples(examples, wordpiece, max_length, both_orders=False):
         firsts, seconds = firsts + seconds, seconds + firsts  # [D30] swapped before they are cut
         labels = labels + labels
     rows = np.zeros((len(firsts), max_length), dtype=np.uint16)
-    for row, first, second in zip(rows, firsts, seconds, strict=True):
-        ids = build_row(first, second, wordpiece, max_length)
-        row[: len(ids)] = ids
-    return Tokenized(rows, np.array(labels))
-
-
-def build_row(first, second, wordpiece, max_length):
-    """A sentence, or a pair, cut to max_length with its special tokens, as a list of ids."""
-    num_special = 3 if second else 2
-    first, second = truncate(first, second, max_length - num_special)
-    return wordpiece.add_special_tokens(first, second)
+    lengths = np.zeros(len(firsts), dtype=np.int64)
+    for number, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
+        num_special = 3 if second else 2
+        lengths[number] = len(first) + len(second) + num_special
+        ids = wordpiece.add_special_tokens(*truncate(first, second, max_length - num_special))
+        rows[number, : len(ids)] = ids
+    return Tokenized(rows, np.array(labels), lengths)
 
 
 def truncate(first, second, length):
@@ -565,6 +565,26 @@ def truncate(first, second, length):
         else:
             second.pop()
     return first, second
+
+
+def describe(experiment, split, examples, tokenized):
+    """Print a line about a split: labels, lengths, and how much of it the vocabulary lacks."""
+    task = experiment.task
+    labels = [example.label for example in examples]
+    if labels[0] is None:
+        found = "no labels"
+    elif task.is_regression:
+        low, high = (glue.unscale(label, task.label_range) for label in (min(labels), max(labels)))
+        found = f"labels from {low:g} to {high:g}"
+    else:
+        counts = Counter(task.labels[label] for label in labels).most_common()
+        found = glue.join_few([f"{name} {count:,}" for name, count in counts])
+    cut = np.mean(tokenized.lengths > experiment.config.max_length)
+    unknown = experiment.pretrained.wordpiece.unknown_share(tokenized.rows)
+    print(f"{task.title}, {split}: {len(examples):,} rows; {found}; the longest has "
+          f"{tokenized.lengths.max():,} tokens, {100 * cut:.1f} % are cut; {100 * unknown:.1f} % [UNK]")
+    if warning := data.unknown_warning(unknown):
+        print(warning)
 
 
 # ------------------------------------------------------------------------------------------------------------

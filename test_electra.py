@@ -725,9 +725,9 @@ def test_D05_D30_pairs_are_swapped_and_then_the_longer_sentence_is_cut_first():
         assert "|".join(map("".join, finetune.truncate(*pair.split("|"), length))) == expected
     a, b, c = 5, 13, 21  # ba, do, ku; [CLS] is 2 and [SEP] is 3
     examples = [glue.Example("ba do ku ba do ku ba", "", 0), glue.Example("ba ba ba", "do do ku", 1)]
-    rows, labels = finetune.tokenize_examples(examples, WordPiece(SMALL_VOCAB), 8)
+    rows, labels, _ = finetune.tokenize_examples(examples, WordPiece(SMALL_VOCAB), 8)
     assert rows.tolist() == [[2, a, b, c, a, b, c, 3], [2, a, a, a, 3, b, b, 3]]
-    rows, labels = finetune.tokenize_examples(examples[1:], WordPiece(SMALL_VOCAB), 8, both_orders=True)
+    rows, labels, _ = finetune.tokenize_examples(examples[1:], WordPiece(SMALL_VOCAB), 8, both_orders=True)
     assert rows.tolist() == [[2, a, a, a, 3, b, b, 3], [2, b, b, c, 3, a, a, 3]]
     assert labels.tolist() == [1, 1]
     assert [name for name, task in glue.TASKS.items() if task.both_orders] == ["mrpc", "stsb"]
