@@ -740,7 +740,7 @@ def save_best(experiments):
         seed = best_seed(experiment)
         folder = experiment.network_path()
         saved = read_saved_config(folder)
-        if not saved or saved["result"] != experiment.run_name(seed):
+        if not saved or saved.get("result") != experiment.run_name(seed):
             finetuner = Finetuner(experiment)
             finetuner.run(seed, tokenize_splits(experiment))
             save_network(experiment, seed, finetuner.network)
@@ -800,8 +800,11 @@ class Predictor:
                                  "out/glue/networks/mrpc-*")
         self.config = config or FinetuneConfig(device="cpu", dtype="fp32")
         self.labels, self.label_range = read_labels(saved, folder / "config.json")
-        self.wordpiece, self.max_length = data.read_tokenizer(folder)
-        self.network = Classifier(model.load_config(folder), len(self.labels) or 1)  # 1 in a regression
+        model_config = model.load_config(folder)
+        positions = model_config.max_position_embeddings
+        self.wordpiece, trained_length = data.read_tokenizer(folder)
+        self.max_length = min(trained_length or positions, positions)
+        self.network = Classifier(model_config, len(self.labels) or 1)  # 1 in a regression
         model.load_weights(self.network, folder)
         self.network.to(self.config.device)
 

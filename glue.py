@@ -512,7 +512,7 @@ def read_table(file, source, kind=""):
         return name_fields(split_csv(lines, source))
     if kind == "tsv":
         return name_fields(split_tsv(lines, source))
-    raise data.UserError(f"{source} may be anything; --format takes tsv, csv or jsonl")
+    raise data.UserError(f"{source} has no known format; --format takes tsv, csv or jsonl")
 
 
 def read_objects(lines, source):
