@@ -467,15 +467,12 @@ def no_rows(source):
 
 def read_sentences(row, where):
     """The one or two sentences of a row, under `sentence` or `sentence1` and `sentence2`."""
-    if "sentence1" in row:
-        first = read_cell(row, "sentence1", where)
-    elif "sentence" in row:
-        first = read_cell(row, "sentence", where)
-    else:
-        raise data.UserError(f"{where}, has no column sentence, or sentence1 and sentence2; there are "
-                             f"{', '.join(map(str, row))}")
-    second = read_cell(row, "sentence2", where) if "sentence2" in row else ""
-    return first, second
+    if "sentence1" in row and "sentence2" in row:
+        return read_cell(row, "sentence1", where), read_cell(row, "sentence2", where)
+    if "sentence" in row and "sentence2" not in row:
+        return read_cell(row, "sentence", where), ""
+    raise data.UserError(f"{where}, has no column sentence, or sentence1 and sentence2; there are "
+                         f"{', '.join(map(str, row))}")
 
 
 def read_own_label(row, where):

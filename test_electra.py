@@ -2438,6 +2438,9 @@ def test_a_network_is_kept_and_predicts(toy_glue, capsys, monkeypatch):
     assert header.split("\t") == ["prediction", "bad", "fair", "good"] and len(printed) == len(lines) - 1
     submitted = Path("out/glue/submission/own-own.tsv").read_text().splitlines()[1:]
     assert [line.split("\t")[0] for line in printed] == [line.split("\t")[1] for line in submitted]
+    config = json.loads(Path(folder, "config.json").read_text())
+    config["id2label"] = dict(reversed(config["id2label"].items()))  # the keys count, not their order
+    Path(folder, "config.json").write_text(json.dumps(config))
     predictor = finetune.Predictor(folder)
     for line, (label, probabilities) in zip(
             printed, predictor.predict(lines[1:]), strict=True):
@@ -2459,6 +2462,65 @@ def test_a_network_is_kept_and_predicts(toy_glue, capsys, monkeypatch):
     with torch.no_grad():
         ours = predictor.network.eval().encoder(ids, *model.attention_mask_and_token_types(ids, 3))
         assert torch.allclose(encoder(ids).last_hidden_state, ours, atol=1e-5)
+
+
+@pytest.fixture
+def predictor(monkeypatch):
+    """A network that takes every sentence for of one class, whose name is not ASCII."""
+    monkeypatch.setattr(finetune, "Predictor", lambda *_: SimpleNamespace(
+        labels=["é"], predict=lambda texts: [("é", {"é": 1.0})] * len(texts)))
+
+
+@pytest.mark.parametrize("name, content, count", [
+    ("a.tsv", "sentence\nba\n\ndo\n\n", 4),
+    ("a.tsv", "id\tsentence\n1\tba", 1),
+    ("a.csv", 'sentence\n"ba, ""do"""\n\n"ba\ndo"\n', 3),
+    ("a.csv", f"sentence,x\n{'ba ' * 50_000},\nba,\n", 2),
+    ("- --format csv", 'sentence\n"ba, do"\n"ba\ndo"\n', 2),
+    ("a.txt --format jsonl", '{"sentence": 1.5}\n{"sentence": ""}', 2),
+    ("a.tsv", "id\tsentence\n1\tba\n\n", "a.tsv, line 3, has 1 fields, and the first line 2"),
+    ("a.jsonl", '{"sentence": "ba"}\n\n', "a.jsonl, line 2, is damaged: it is not a JSON object"),
+    ("a.csv", 'id,sentence\n1,ba\n2,"ba\n3,ba\n', "a.csv, line 3, is not CSV: a quote opens here"),
+    ("-", "sentence\nba, do\n", "standard input has no known format; --format takes tsv, csv or jsonl"),
+    ("nowhere.tsv", None, "nowhere.tsv is not a file; --predict-file takes one, or - for standard input"),
+])
+def test_a_row_in_is_a_row_out(tmp_path, monkeypatch, capsys, predictor, name, content, count):
+    """Every row has its prediction, or the table is refused under the number of the line."""
+    monkeypatch.chdir(tmp_path)
+    if content:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content.encode())))
+        Path(name.split()[0]).write_text(content)
+    if isinstance(count, str):
+        with pytest.raises(UserError, match=count):
+            finetune.main(f"--predict-file {name}".split())
+    else:
+        finetune.main(f"--predict-file {name}".split())
+        assert capsys.readouterr().out.splitlines() == ["prediction\té", *["é\t1.0000"] * count]
+
+
+def test_predictions_in_a_file_are_utf8_in_any_locale(tmp_path, monkeypatch, predictor):
+    """Only a terminal may get ? for a letter that it does not know."""
+    Path(tmp_path, "a.tsv").write_text("sentence\nba\n")
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, "ascii", errors="replace"))
+    finetune.main(["--predict-file", str(tmp_path / "a.tsv")])
+    sys.stdout.flush()
+    assert output.getvalue().decode() == "prediction\té\né\t1.0000\n"
+
+
+def test_what_fine_tuning_reads_is_shown_before_the_work(toy_glue, capsys):
+    """For each split: rows, labels, the longest row and those that are cut, the share of [UNK]."""
+    files = dict(train="good\tba do ku\n bad\tba zzz\ngood\tba ba ba ba ba ba ba ba\n", dev="good\tba\n",
+                 test="x\tba\n")
+    write_files("own", {f"{split}.tsv": f"label\tsentence\n{rows}".encode() for split, rows in files.items()})
+    tune("--task own --max-length 8 --keep-predictions")
+    printed = capsys.readouterr().out
+    assert ("own-own, train: 3 rows; good 2, bad 1; the longest has 10 tokens, 33.3 % are cut; 9.1 % [UNK]\n"
+            "warning: 9 % of the tokens are [UNK]. Usual causes: a vocabulary of another language") in printed
+    assert "own-own, dev: 1 rows; good 1; the longest has 3 tokens, 0.0 % are cut; 0.0 % [UNK]\n" in printed
+    assert "own-own, test: 1 rows; no labels; " in printed and printed.count("warning") == 1
+    tune("--task stsb cola --num-train-epochs 1")
+    assert "STS-B, train: 48 rows; labels from 0 to 5; the longest has" in capsys.readouterr().out
 
 
 def test_own_numbers_are_scaled_by_their_range_and_back(toy_glue, capsys):
@@ -2623,6 +2685,13 @@ def test_own_tasks_are_read_from_every_kind_of_file(tmp_path, monkeypatch):
         assert task.read("dev")[0] == [('He said "no.', "", 1), ("é,", "b", 0)]
         [task] = glue.find_tasks([kind], is_regression=True).values()
         assert task.read("train")[0] == [('He said "no.', "", 1.0), ("é,", "b", 0.0)]
+    for texts, labels in [(["1.0", "0.0"], ("0.0", "1.0")), (["2.10", "2.1", "10"], ("2.1", "2.10", "10"))]:
+        rows = "".join(f"ba\t{text} \n" for text in texts)
+        (tmp_path / "tsv" / "train.tsv").write_text(f"sentence\tlabel\n{rows}")
+        assert glue.find_tasks(["tsv"])["own-tsv"].labels == labels
+    (tmp_path / "jsonl" / "train.jsonl").write_text(
+        '{"sentence": "ba", "label": true}\n{"sentence": "ba", "label": false}\n')
+    assert glue.find_tasks(["jsonl"])["own-jsonl"].labels == ("false", "true")
     (tmp_path / "csv" / "train.csv").write_text('sentence,label\n"two\nlines",x\nb,y\n')
     [task] = glue.find_tasks(["csv"]).values()
     assert task.read("train")[0][0] == ("two\nlines", "", 0)
