@@ -817,6 +817,8 @@ class Predictor:
         if not examples:
             return []
         rows = tokenize_examples(examples, self.wordpiece, self.max_length).rows
+        if warning := data.unknown_warning(self.wordpiece.unknown_share(rows)):
+            print(warning, file=sys.stderr)
         logits = torch.from_numpy(compute_logits(self.network, rows, self.config))
         if not self.labels:
             return [(glue.unscale(number, self.label_range), {}) for number in logits[:, 0].tolist()]

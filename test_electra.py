@@ -2446,6 +2446,9 @@ def test_a_network_is_kept_and_predicts(toy_glue, capsys, monkeypatch):
             printed, predictor.predict(lines[1:]), strict=True):
         assert line.split("\t") == [label, *(f"{value:.4f}" for value in probabilities.values())]
         assert sum(probabilities.values()) == pytest.approx(1)
+    capsys.readouterr()
+    predictor.predict([("ba zzz", "zzz do")])
+    assert capsys.readouterr().err.startswith("warning: 50 % of the tokens are [UNK]")
     Path("empty.tsv").write_text("A fine film.\n")
     with pytest.raises(UserError, match="empty.tsv has no rows; the first line of a table names its columns"):
         finetune.main(f"--predict-file empty.tsv --model {folder} --device cpu".split())
