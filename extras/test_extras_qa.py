@@ -7,6 +7,7 @@ import doctest
 import hashlib
 import json
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -255,6 +256,22 @@ def test_Q28_answerability_is_learned_from_every_row():
     assert not_here - here == pytest.approx(-0.5 * network(rows).null_logits.item(), rel=1e-4)
 
 
+def test_Q59_the_encoder_of_a_saved_network_loads_in_transformers(tmp_path):
+    """transformers has another head: the encoder loads there, and the whole network here."""
+    transformers = pytest.importorskip("transformers")
+    network = make_network().eval()
+    model.save_pretrained(network, tmp_path)
+    loaded = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    rows = torch.tensor([[2, 9, 3, *range(10, 40), 3]])
+    attention_mask, token_type_ids = model.mask_and_types(rows, 3)
+    with torch.no_grad():
+        theirs = loaded(rows, attention_mask.long(), token_type_ids).last_hidden_state
+        assert torch.allclose(network.encoder(rows, attention_mask, token_type_ids), theirs, atol=1e-5)
+        again = spans.QuestionAnswerer(network.config).eval()
+        model.load_weights(again, tmp_path)
+        assert torch.equal(again(rows).end_log_probs, network(rows).end_log_probs)
+
+
 def test_half_precision_has_losses_in_fp32():
     """Under autocast to bf16, losses and log-probabilities are fp32 and close."""
     network = make_network()
@@ -296,7 +313,7 @@ def test_a_network_learns_where_the_answer_is():
 # Answers
 
 
-def test_Q30_Q31_Q32_Q33_Q35_answers_are_the_official_ones(record):
+def test_Q30_Q31_Q32_Q33_answers_are_the_official_ones(record):
     """Context only, start max-context, at most 30 pieces; by score, stable, each text once, 20 at most."""
     official = RECORD["predictions"]
     for question, (texts, _) in zip(record.dev, record.answers, strict=True):
@@ -450,6 +467,15 @@ def test_thousands_of_questions_share_one_context():
     """The context is tokenized and held once."""
     questions = read(squad_file([("the dam " * 2000, [(str(number), "what", []) for number in range(3000)])]))
     assert len(questions) == 3000 and all(q.context is questions[0].context for q in questions)
+
+
+def test_every_tag_in_the_code_has_a_test():
+    """The details that are tagged are those that tests name."""
+    folder = Path(__file__).parent
+    code = (folder / "spans.py").read_text() + (folder / "squad.py").read_text()
+    tags = set(re.findall(r"\[(Q\d\d)\]", code))
+    names = re.findall(r"^def test_((?:Q\d\d_)+)", Path(__file__).read_text(), re.MULTILINE)
+    assert tags == set(re.findall(r"Q\d\d", "".join(names)))
 
 
 def test_examples_in_docstrings_are_right():
