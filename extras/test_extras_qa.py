@@ -164,6 +164,9 @@ def test_Q14_a_piece_counts_where_it_has_most_context(record):
     ours = [[int(spans.best_window(piece, own) == window) for piece in range(window.begin, window.end)]
             for own in record.windows for window in own]
     assert ours == [entry["max_context"] for entry in record.recorded]
+    long, short = spans.Window(0, 300, 9), spans.Window(290, 320, 9)
+    assert spans.best_window(295, [long, short]) == long  # 4 + 3.0 is more than 5 + 0.3
+    assert spans.best_window(297, [long, short]) == short
 
 
 def test_Q16_windows_without_the_answer_are_labelled_as_impossible(record):
@@ -248,6 +251,16 @@ def test_Q21_Q22_the_beam_is_the_official_one(head):
         assert torch.allclose(ours, head.facts[f"eval|{theirs}"], rtol=1e-6, atol=2e-5)
 
 
+def test_Q20_places_outside_the_context_are_1000_less_likely():
+    """Not minus infinity: a row with under 20 allowed places still has a top 20."""
+    rows = torch.tensor([[2, 9, 10, 3, 11, 12, 13, 3, *[0] * 24]])
+    with torch.no_grad():
+        output = make_network()(rows)
+    assert sorted(output.starts[0, :5].tolist()) == [0, 4, 5, 6, 7]
+    assert output.start_log_probs[0, :5].exp().sum().item() == pytest.approx(1, abs=1e-6)
+    assert ((output.start_log_probs[0, 5:] + 1000).abs() < 20).all()
+
+
 def test_Q28_answerability_is_learned_from_every_row():
     """The answerability loss is on for every task: a third label moves the loss of any row."""
     network = make_network()
@@ -326,6 +339,17 @@ def test_Q30_Q31_Q32_Q33_answers_are_the_official_ones(record):
         assert scores[: len(best)].numpy() == pytest.approx(official_scores, abs=2e-6)
         shares = scores.softmax(0)[: len(best)].numpy()
         assert shares == pytest.approx([share for _, share, _, _ in best], abs=1e-6)
+
+
+@pytest.mark.parametrize(("start", "end", "is_kept"), [
+    (5, 34, True), (5, 35, False), (5, 5, True), (5, 4, False), (4, 5, False), (43, 44, True),
+    (43, 45, False), (0, 0, False)])
+def test_Q30_an_answer_is_in_the_context_and_has_at_most_30_pieces(start, end, is_kept):
+    """Kept if both lie on context pieces, end >= start and end - start + 1 <= 30."""
+    context = spans.make_context("dam " * 40, WORDPIECE)
+    output = spans.Output(np.array([start]), np.zeros(1), np.array([[end]]), np.zeros((1, 1)), np.zeros(1))
+    answers = spans.n_best(context, [spans.Window(0, 40, 5)], [output], WORDPIECE)
+    assert answers == {" ".join(["dam"] * (end - start + 1)) if is_kept else "": 0.0}
 
 
 def test_Q34_without_a_candidate_there_is_no_answer(record):
