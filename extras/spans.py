@@ -285,7 +285,7 @@ def original_text(spelled, words, wordpiece):
     tokenized = " ".join(token for token, _ in tokens)
     begin = tokenized.find(spelled)  # [Q39] the first occurrence
     places = [place for place, character in enumerate(words) if character != " "]
-    if not spelled or begin < 0 or len(places) != len(tokenized.replace(" ", "")):
+    if begin < 0 or len(places) != len(tokenized.replace(" ", "")):
         return words
     first = len(tokenized[:begin].replace(" ", ""))
     last = first + len(spelled.replace(" ", "")) - 1

@@ -352,6 +352,16 @@ def test_Q30_an_answer_is_in_the_context_and_has_at_most_30_pieces(start, end, i
     assert answers == {" ".join(["dam"] * (end - start + 1)) if is_kept else "": 0.0}
 
 
+def test_Q32_of_equal_scores_the_first_window_start_and_end_come_first():
+    """Stable: of equals the earlier window, then the likelier start, then the likelier end."""
+    context = spans.make_context("old red cat dam", WORDPIECE)
+    starts, ends = np.array([7, 6]), np.array([[8, 7], [7, 6]])
+    output = spans.Output(starts, np.zeros(2), ends, np.zeros((2, 2)), np.zeros(1))
+    windows = [spans.Window(0, 3, 5), spans.Window(1, 4, 5)]
+    answers = spans.n_best(context, windows, [output, output], WORDPIECE)
+    assert [*answers] == ["red cat", "red", "dam", "cat dam", "cat"]
+
+
 def test_Q34_without_a_candidate_there_is_no_answer(record):
     """Official: the answer is the word "empty" and the null score 1000000. Here it is "", and infinity."""
     answers = {question.id: answer for question, answer in zip(record.dev, record.answers, strict=True)}
@@ -480,11 +490,12 @@ def test_odd_questions_are_read(context, question, answer, expected):
     assert spans.n_best(entry.context, [window], [output], WORDPIECE) == {expected: 0.0}
 
 
-def test_an_answer_without_pieces_is_in_no_window():
-    """An answer that the tokenizer drops, as a zero-width space, is learned as "not here"."""
-    questions = read(squad_file([("the \u200b dam", [("a", "what", [("\u200b", 4)])])]), is_training=True)
+def test_an_answer_without_pieces_is_its_word_or_in_no_window():
+    """A zero-width space has no piece. Inside a word it is that word; as a word it is "not here"."""
+    asked = [("a", "what", [("\u200b", 4)]), ("b", "what", [("\u200b", 8)])]
+    questions = read(squad_file([("the \u200b da\u200bm", asked)]), is_training=True)
     _, labels, _ = spans.make_windows(questions, WORDPIECE, 40, 16)
-    assert labels.tolist() == [[0, 0, 1]]
+    assert labels.tolist() == [[0, 0, 1], [4, 4, 0]]
 
 
 def test_thousands_of_questions_share_one_context():
