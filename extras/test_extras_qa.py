@@ -91,6 +91,9 @@ def test_Q02_Q04_a_folder_is_read_and_training_takes_the_first_answer(tmp_path):
     assert [question.span for question in train] == [(3, 3), None]
     assert [question.span for question in dev] == [None, None]
     assert [question.answers for question in train] == [["tall", "dam"], []] == [q.answers for q in dev]
+    contradiction = json.loads(raw)
+    contradiction["data"][0]["paragraphs"][0]["qas"][0]["is_impossible"] = True
+    assert read(json.dumps(contradiction).encode(), is_training=True)[0].answers == []
 
 
 def test_Q05_five_characters_separate_words(record):
@@ -422,6 +425,16 @@ def test_Q37_Q44_Q46_metrics_are_the_official_ones(record):
                                   [null_scores[number] for number in part], "2.0")
             key = f"HasAns_{name}" if group else f"NoAns_{name}"
             assert 100 * ours[f"{name} at -2.75"] == pytest.approx(official[key], abs=1e-12)
+
+
+def test_Q43_Q44_empty_golds_are_dropped_and_2_75_itself_is_answered():
+    """Gold texts that normalize to nothing are dropped; above -2.75 the prediction is ""."""
+    context = [("the old dam", [("a", "what", [("the", 0), ("dam", 8)]), ("b", "how", [("the", 0)])])]
+    questions = read(squad_file(context))
+    metrics, _ = squad.score(questions, ["the", "the"], [-2.75, -2.75], "2.0")
+    assert metrics["exact at -2.75"] == metrics["f1 at -2.75"] == 0.5  # only b's gold is ""
+    metrics, _ = squad.score(questions, ["dam", "the"], [-2.74, -2.75], "2.0")
+    assert metrics["exact at -2.75"] == 0.5 and metrics["best exact"] == 1.0
 
 
 @pytest.mark.parametrize("case", RECORD["thresholds"])
