@@ -105,7 +105,7 @@ def make_windows(questions, wordpiece, max_length, stride):
     labels = []
     windows = []
     for question in questions:
-        # [Q12] Unlike in the official code, which never ends if a question fills the row, 13 pieces are left.
+        # [Q12] At least 13 pieces fit beside a question. The official loop never ends if it fills the row.
         ids = question.pieces[: min(QUESTION_LENGTH, max_length - 16)]  # [Q10]
         offset = len(ids) + 2  # [Q13] after [CLS], question and [SEP]; another [SEP] ends the row
         pieces = question.context.pieces
