@@ -138,7 +138,7 @@ def best_threshold(gains, null_scores, is_official=False):
 
 
 def golds(question):
-    """The texts with which a prediction is compared. [Q43]"""
+    """The texts with which a prediction is compared: those that have words. [Q43]"""
     return [answer for answer in question.answers if normalize(answer)] or [""]
 
 
