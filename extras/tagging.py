@@ -30,8 +30,8 @@ def read_splits(name, cache):
     folder = Path(name)
     if name == "chunking":
         folder = Path(cache) / "conll2000"
-        for path in (folder / file for file in SHA256):
-            data.make_once(path, lambda path=path: fetch(path))
+        for name in SHA256:
+            data.make_once(folder / name, lambda path=folder / name: fetch(path))
     files = {split: folder / f"{split}.txt" for split in ("train", "dev", "test")}
     splits = {split: parse(path.read_bytes(), path) for split, path in files.items()
               if path.exists() or split == "train"}
@@ -153,12 +153,13 @@ class Tagger(finetune.Classifier):
 
     def losses(self, logits, labels):
         """The cross-entropy of each word, 0 elsewhere, (B, L). Training takes the sum. [T13]"""
+        labels = labels[:, : logits.shape[1]]  # rows are cut to the longest of their batch
         return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=NO_WORD, reduction="none")
 
 
-def name_tags(predicted, classes, labels, sentences):
-    """The predicted tags of each sentence. `predicted` and `classes`, of build_rows, are (N, max_length)."""
-    tags = (labels[number] for number in predicted[classes != NO_WORD])
+def name_tags(predicted, labels, sentences):
+    """The predicted tags of each sentence, from the classes predicted for all words, (words,)."""
+    tags = (labels[number] for number in predicted)
     return [list(itertools.islice(tags, len(words))) for words, _ in sentences]
 
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import data
@@ -156,6 +157,7 @@ def test_T03_labels_of_recorded_sentences():
 @pytest.mark.parametrize("content, message", [
     (b"He PRP B-NP\nran\n", "line 2, needs a word, and last a tag.* it is 'ran'"),
     (b"He PRP B-NP\n\nThe DT\n", "line 3, needs a word.* it is 'The DT'"),
+    (b"He PRP B-NP\nO\n", "line 2, needs.* it is 'O'"),
     (b"He PRP NP-B\n", "line 1, needs"),
     (b"He PRP B-\n", "line 1, needs"),
     (b"He PRP o\n", "line 1, needs"),
@@ -165,7 +167,9 @@ def test_T03_labels_of_recorded_sentences():
     (b"\xff O\n", "not UTF-8 at byte 0"),
 ])
 def test_bad_files_are_named_with_the_line(tmp_path, content, message):
-    """One sentence says which file, which line and what it should hold."""
+    """One sentence says which file, which line and what it should hold. A missing file is named, too."""
+    with pytest.raises(FileNotFoundError, match="train.txt"):
+        tagging.read_splits(tmp_path, "cache")
     (tmp_path / "train.txt").write_bytes(content)
     with pytest.raises(UserError, match="train.txt") as error:
         tagging.read_splits(tmp_path, "cache")
@@ -183,7 +187,7 @@ def test_T05_labels_are_those_of_train_and_others_count_as_wrong():
     _, classes = tagging.build_rows(dev, labels, WordPiece(VOCAB), 8)
     predicted = np.full(classes.shape, 2)
     predicted[0, 1], predicted[0, 2] = 0, 1
-    tags = tagging.name_tags(predicted, classes, labels, dev)
+    tags = tagging.name_tags(predicted[classes != tagging.NO_WORD], labels, dev)
     assert tags == [["B-NP", "E-NP", "O"]]
     assert tagging.score(tags, [tags for _, tags in dev])["f1"] == pytest.approx(2 / 3)
 
@@ -212,8 +216,8 @@ def test_T10_T16_a_long_sentence_continues_in_the_next_row():
     assert "".join(first[1:-1] + second[1:-1]).replace("##", "") == "".join(too_long["words"])
     # Ten words of two pieces and ten of three: 13 words with [CLS] and [SEP] are 31 tokens.
     assert starts == [[*range(1, 21, 2), 21, 24, 27], list(range(1, 22, 3))]
-    tokens, starts = make_rows([(fits["words"], fits["bioes"])])
-    assert (tokens, starts) == ([["[CLS]", *"w" * 15, "[SEP]"]], [list(range(1, 16))])
+    tokens, starts = make_rows([(fits["words"], fits["bioes"])] * 2)
+    assert (tokens, starts) == ([["[CLS]", *"w" * 15, "[SEP]"]] * 2, [list(range(1, 16))] * 2)
 
 
 def test_T10_huge_words_and_sentences():
@@ -253,7 +257,8 @@ def test_T08_T09_T12_T13_recorded_losses_and_gradients():
             classes, record["chunk_labeled_positions"], record["chunk_labels"], record["chunk_labels_mask"],
             strict=True):
         row[positions[mask].astype(int)] = torch.from_numpy(labels[mask].astype(int))
-    losses = tagger.losses(tagger(torch.from_numpy(record["input_ids"].astype(int))), classes)
+    longer = F.pad(classes, (0, 5), value=7)  # rows, but not their classes, are cut to the longest of a batch
+    losses = tagger.losses(tagger(torch.from_numpy(record["input_ids"].astype(int))), longer)
     assert losses.sum(1).tolist() == pytest.approx(record["loss"].tolist(), rel=1e-6)
     losses.sum().backward()
     gradients = views(lambda parameter: parameter.grad)
@@ -301,7 +306,7 @@ def test_a_network_learns_to_tag():
     rows, classes = tagging.build_rows(test, labels, wordpiece, 16)
     assert len(rows) > 60
     predicted = tagger(torch.from_numpy(rows.astype(int))).argmax(-1).numpy()
-    tags = tagging.name_tags(predicted, classes, labels, test)
+    tags = tagging.name_tags(predicted[classes != tagging.NO_WORD], labels, test)
     assert tagging.score(tags, [tags for _, tags in test]) == {"f1": 1.0, "official f1": 1.0}
 
 
