@@ -42,7 +42,7 @@ def read_splits(name, cache):
         splits["dev"] = list(itertools.compress(sentences, is_dev))
     for split, sentences in splits.items():
         if not sentences:
-            raise data.UserError(f"{files[split]} has no sentence, or one where train and dev need two")
+            raise data.UserError(f"{files[split]} needs a sentence, and train.txt two if there is no dev.txt")
     return splits
 
 

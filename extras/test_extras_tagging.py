@@ -161,9 +161,9 @@ def test_T03_labels_of_recorded_sentences():
     (b"He PRP NP-B\n", "line 1, needs"),
     (b"He PRP B-\n", "line 1, needs"),
     (b"He PRP o\n", "line 1, needs"),
-    (b"\n\n", "has no sentence"),
-    (b"", "has no sentence"),
-    (b"a O\nb O", "or one where train and dev need two"),
+    (b"\n\n", "train.txt needs a sentence"),
+    (b"", "train.txt needs a sentence"),
+    (b"a O\nb O", "two if there is no dev.txt"),
     (b"\xff O\n", "not UTF-8 at byte 0"),
 ])
 def test_bad_files_are_named_with_the_line(tmp_path, content, message):
