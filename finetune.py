@@ -778,24 +778,31 @@ class Predictor:
 def predict_file(config):
     """Print a table of predictions for a file of any size, in its order."""
     predictor = Predictor(config.model, config)
-    if config.predict_file == "-":
+    for number, chunk in enumerate(read_chunks(config.predict_file, glue.read_sentences)):
+        if number == 0:
+            print("prediction", *predictor.labels, sep="\t")
+        for label, probabilities in predictor.predict(chunk):
+            if not predictor.labels:  # in a regression it is a number
+                label = f"{label:{glue.Task.number_format}}"
+            print(label, *(f"{probability:.4f}" for probability in probabilities.values()), sep="\t")
+
+
+def read_chunks(path, read_row):
+    """Yield lists of what `read_row(row, where)` gives for each row of a table; "-" is standard input."""
+    if path == "-":
         source = "standard input"
         file = sys.stdin.buffer
     else:
-        source = config.predict_file
+        source = path
         file = open(source, "rb")
     with file:
-        texts = (glue.read_sentences(row, where) for where, row in glue.read_table(file, source))
-        chunk = list(itertools.islice(texts, CHUNK))
+        rows = (read_row(row, where) for where, row in glue.read_table(file, source))
+        chunk = list(itertools.islice(rows, CHUNK))
         if not chunk:
             raise glue.no_rows(source)
-        print("prediction", *predictor.labels, sep="\t")
         while chunk:
-            for label, probabilities in predictor.predict(chunk):
-                if not predictor.labels:  # in a regression it is a number
-                    label = f"{label:{glue.Task.number_format}}"
-                print(label, *(f"{probability:.4f}" for probability in probabilities.values()), sep="\t")
-            chunk = list(itertools.islice(texts, CHUNK))
+            yield chunk
+            chunk = list(itertools.islice(rows, CHUNK))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -49,6 +49,15 @@ class Window(NamedTuple):
     offset: int
 
 
+class Tokenized(NamedTuple):
+    """Questions as the network takes them, and what leads from its output back to the text."""
+
+    rows: np.ndarray  # uint16 (N, max_length), zero-padded
+    labels: np.ndarray  # (N, 3)
+    questions: list
+    windows: list  # the Windows of each question, one for a row
+
+
 # ------------------------------------------------------------------------------------------------------------
 # From text to pieces
 
@@ -100,7 +109,7 @@ def find_sublist(wanted, items):
 
 
 def make_windows(questions, wordpiece, max_length, stride):
-    """Rows, uint16 (N, max_length), labels (N, 3), and each question's Windows, one for a row. [Q15]"""
+    """The Tokenized questions. All windows of a context become rows, with and without the answer. [Q15]"""
     rows = []
     labels = []
     windows = []
@@ -116,7 +125,8 @@ def make_windows(questions, wordpiece, max_length, stride):
             rows.append(np.pad(np.array(row, np.uint16), (0, max_length - len(row))))
             labels.append(make_label(question.span, window))
         windows.append(own)
-    return np.array(rows).reshape(-1, max_length), np.array(labels).reshape(-1, 3), windows
+    rows = np.array(rows, dtype=np.uint16).reshape(-1, max_length)
+    return Tokenized(rows, np.array(labels).reshape(-1, 3), questions, windows)
 
 
 def window_bounds(num_pieces, room, stride):
@@ -132,15 +142,15 @@ def window_bounds(num_pieces, room, stride):
 
 
 def make_label(span, window):
-    """(Start, end, 0): an answer's positions in a row; (0, 0, 1) if it is not wholly in the window. [Q15]
+    """(Start, end, 0) of an answer in a row, (0, 0, 0) if it is not wholly in the window. [Q15] [Q16]
 
-    >>> make_label((5, 6), Window(4, 9, 12)), make_label((8, 9), Window(4, 9, 12))
-    ((13, 14, 0), (0, 0, 1))
+    >>> make_label((5, 6), Window(4, 9, 12)), make_label((8, 9), Window(4, 9, 12)), make_label(None, ...)
+    ((13, 14, 0), (0, 0, 0), (0, 0, 1))
     """
-    if span is None or not window.begin <= span[0] <= span[1] < window.end:
-        # [Q16] Unlike in the official code, which has (0, 0, 0) if another window holds the answer. But the
-        # lowest null score of the windows decides, so a window without the answer should have a high one.
+    if span is None:  # the context has no answer
         return 0, 0, 1
+    if not window.begin <= span[0] <= span[1] < window.end:
+        return 0, 0, 0
     shift = window.offset - window.begin
     return span[0] + shift, span[1] + shift, 0
 
@@ -168,7 +178,8 @@ class QuestionAnswerer(nn.Module):
             model.glorot_uniform_(linear)  # [Q24]
 
     def forward(self, input_ids):
-        """Rows (B, L) -> an Output. L is at least BEAM."""
+        """Rows (B, L) -> an Output."""
+        input_ids = F.pad(input_ids, (0, max(0, BEAM - input_ids.shape[1])))  # so that it has BEAM places
         hidden, mask, start_logits = self.encode(input_ids)
         start_log_probs, starts = start_logits.log_softmax(1).topk(BEAM)
         end_log_probs, ends = self.end_logits(hidden, mask, starts).log_softmax(2).topk(BEAM)  # [Q22]
@@ -188,7 +199,8 @@ class QuestionAnswerer(nn.Module):
 
     def encode(self, input_ids):
         """Token vectors (B, L, H), the mask (B, L) to add to logits, and the masked start logits (B, L)."""
-        attention_mask, token_type_ids = model.mask_and_types(input_ids, self.config.sep_token_id)
+        attention_mask, token_type_ids = model.attention_mask_and_token_types(
+            input_ids, self.config.sep_token_id)
         hidden = self.encoder(input_ids, attention_mask, token_type_ids)
         is_allowed = token_type_ids.clone()  # the context and the last [SEP]
         is_allowed[:, 0] = 1  # [CLS], which stands for "not here"

@@ -1,23 +1,34 @@
-"""SQuAD: questions about paragraphs of Wikipedia. In 1.1 each paragraph has the answer; in 2.0 some lack it.
+"""Answer questions about a text: fine-tune on SQuAD, score, predict. `python extras/squad.py --version 2.0`
 
-This file has where SQuAD comes from, how it is read and how it is scored. spans.py has what lies between: the
-rows, the network and the way back to the text. [Qnn] marks a detail that DETAILS.md explains.
+SQuAD's texts are paragraphs of Wikipedia. In 1.1 each has the answer to its questions; in 2.0 some lack it.
+This file has the command, where SQuAD comes from, how it is read and how it is scored. spans.py has what lies
+between: the rows, the network and the way back to the text. finetune.py has the sweep over seeds and the
+training. [Qnn] marks a detail that DETAILS.md explains.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train  # before torch, as in finetune.py
+
+# isort: split
 import hashlib
 import re
 import string
-import sys
 from collections import Counter
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import spans
+import torch
+from tqdm import tqdm
 
 import data
+import finetune
 import glue
+import model
+import spans
 
 SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
 FILES = {  # size in bytes and SHA-256 [Q01]
@@ -29,20 +40,100 @@ FILES = {  # size in bytes and SHA-256 [Q01]
 OFFICIAL_THRESHOLD = -2.75  # a question with a higher null score is left unanswered, whatever the model
 
 
+@dataclass(frozen=True)
+class SquadConfig(finetune.FinetuneConfig):
+    """Questions, and how they are learned. An annotated field is a flag, and the text is its help."""
+
+    version: Annotated[str, "1.1, or 2.0, in which a text may lack the answer"] = "2.0"
+    data_dir: Annotated[str, "folder with train.json and dev.json in SQuAD's format; without it SQuAD is "
+                             "downloaded"] = ""
+    max_length: Annotated[int, "tokens in a row: a question and a part of its text [Q47]", 32, 100_000] = 512
+    stride: Annotated[int, "word pieces from the beginning of a part to that of the next; 0 is 128, or half "
+                           "of --max-length if that is less", 0, 100_000] = 0
+    num_train_epochs: Annotated[int, "passes over the questions [Q47]", 1, 1000] = 2
+    predict_file: Annotated[str, "a .tsv, .csv or .jsonl file with question and context, or - for standard "
+                                 "input: print answers"] = ""
+    out: Annotated[str, "folder for results"] = "out/squad"
+
+    # What questions do not need is not a flag here.
+    task: list = ()
+    regression: bool = False
+    glue_dir: str = ""
+    keep_predictions: bool = False
+    submit: bool = False
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What finetune.py must know of the task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Squad(glue.Task):
+    """The questions of a version, official ones or a folder's. Its title is SQuAD's or the folder's name."""
+
+    version: str
+    data_dir: str
+
+    splits = ("train", "dev")
+    is_regression = False
+
+    @property
+    def name(self):
+        return self.title.lower().replace(" ", "")
+
+    def read(self, split, cache, glue_dir=None):
+        """(Bytes of the file of a split, its path), and its SHA-256."""
+        if self.data_dir:
+            path = Path(self.data_dir) / f"{split}.json"
+        else:
+            name = f"{split}-v{self.version}.json"
+            path = glue.fetch_official((SQUAD + name, *FILES[name]), cache, "--data-dir")
+        raw = path.read_bytes()
+        return (raw, path), hashlib.sha256(raw).hexdigest()
+
+
+class Experiment(finetune.Experiment):
+    """Questions in the place of sentences."""
+
+    def tokenize(self, split, examples):
+        raw, path = examples
+        wordpiece = self.pretrained.wordpiece
+        questions = read_questions(raw, path, self.task.version, wordpiece, is_training=split == "train")
+        return spans.make_windows(questions, wordpiece, self.config.max_length, self.config.stride)
+
+    def new_network(self):
+        return spans.QuestionAnswerer(self.pretrained.config)
+
+    def predict(self, network, tokenized):
+        return predict(network, tokenized, self.pretrained.wordpiece, self.config)
+
+    def score(self, predictions, splits):
+        texts = [next(iter(answers)) for answers, _ in predictions["dev"]]
+        null_scores = [null_score for _, null_score in predictions["dev"]]
+        metrics, thresholds = score(splits["dev"].questions, texts, null_scores, self.task.version)
+        return dict(metrics=metrics, thresholds=thresholds, is_constant=len(set(texts)) == 1)
+
+    def saved_fields(self, seed):
+        return dict(stride=self.config.stride, threshold=self.finished()[seed]["thresholds"].get("exact"))
+
+
+def predict(network, tokenized, wordpiece, config):
+    """The answers and the null score of each question, as `spans.find_answers` has them."""
+    order = []
+    outputs = []
+    for indices, output in finetune.run_network(network, tokenized.rows, config):
+        order.append(indices)
+        outputs.append(output)
+    in_file_order = np.argsort(np.concatenate(order))
+    fields = [torch.cat(field).cpu().numpy()[in_file_order] for field in zip(*outputs, strict=True)]
+    if not all(np.isfinite(field).all() for field in fields):  # the sweep continues
+        tqdm.write("the predictions are not finite; try a lower --learning-rate")
+        fields = [np.nan_to_num(field) for field in fields]
+    return spans.find_answers(tokenized.questions, tokenized.windows, spans.Output(*fields), wordpiece)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Reading
-
-
-def fetch_questions(version, split, wordpiece, cache, data_dir=None):
-    """The questions of train or dev, and the SHA-256 of data_dir's SPLIT.json or of an official file."""
-    if data_dir:
-        path = Path(data_dir) / f"{split}.json"
-    else:
-        name = f"{split}-v{version}.json"
-        path = glue.fetch_official((SQUAD + name, *FILES[name]), cache)
-    raw = path.read_bytes()
-    questions = read_questions(raw, path, version, wordpiece, is_training=split == "train")
-    return questions, hashlib.sha256(raw).hexdigest()
 
 
 def read_questions(raw, source, version, wordpiece, is_training):
@@ -54,7 +145,7 @@ def read_questions(raw, source, version, wordpiece, is_training):
     questions = []
     misplaced = []
     where = source
-    content = data.parse_json(data.decode(raw, source), source)
+    content = data.parse_json(data.decode_utf8(raw, source), source)
     for article in read_field(content, "data", list, where):
         for paragraph in read_field(article, "paragraphs", list, where):
             context = spans.make_context(read_field(paragraph, "context", str, where), wordpiece)
@@ -163,3 +254,66 @@ def normalize(text):
     """
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def predict_file(config):
+    """Print an answer and its probability for each row of a table with the columns question and context.
+
+    The probability of an answer is its share among the likeliest ones. Where the saved threshold says that
+    the text lacks the answer, nothing is printed for it, with the probability that the text lacks it.
+    """
+    folder = Path(config.model)
+    saved = finetune.read_saved_config(folder)
+    if not saved or saved["head"] != "QuestionAnswerer":
+        raise data.UserError(f"{folder} does not answer questions; --model takes what --save wrote, as "
+                             "out/squad/squad2.0")
+    wordpiece, max_length = data.read_tokenizer(folder)
+    network = spans.QuestionAnswerer(model.load_config(folder))
+    model.load_weights(network, folder)
+    network.to(config.device)
+
+    def read_row(row, where):
+        [pieces] = wordpiece.encode([glue.read_cell(row, "question", where)])
+        context = spans.make_context(glue.read_cell(row, "context", where), wordpiece)
+        if not context.pieces:
+            raise data.UserError(f"{where}, has an empty context")
+        return spans.Question(where, pieces, context, [], None)
+
+    for number, questions in enumerate(finetune.read_chunks(config.predict_file, read_row)):
+        if number == 0:
+            print("answer", "probability", sep="\t")
+        tokenized = spans.make_windows(questions, wordpiece, max_length, saved["stride"])
+        for answers, null_score in predict(network, tokenized, wordpiece, config):
+            shares = torch.tensor(list(answers.values())).softmax(0)  # [Q35]
+            text = next(iter(answers))
+            probability = float(shares[0])
+            if saved["threshold"] is not None and null_score > saved["threshold"]:
+                text = ""
+                probability = float(torch.tensor(null_score).sigmoid())
+            print(text, f"{probability:.4f}", sep="\t")
+
+
+def main(argv=None):
+    description = "Fine-tune on questions, and score. The same command resumes."
+    [config], _ = train.parse(argv, description, [SquadConfig], {})
+    config = train.resolve_device(config)
+    if config.predict_file:
+        predict_file(config)
+        return
+    if config.version not in ("1.1", "2.0"):
+        raise data.UserError(f"there is no version {config.version}; there are 1.1 and 2.0")
+    config = replace(config, stride=config.stride or min(128, config.max_length // 2))  # [Q47]
+    title = f"SQuAD {config.version}"
+    if config.data_dir:
+        title = Path(config.data_dir).resolve().name
+    metrics = ("exact", "f1") if config.version == "1.1" else ("best exact", "best f1")
+    task = Squad(title=title, metrics=metrics, version=config.version, data_dir=config.data_dir)
+    finetune.run(config, {task.name: task}, finetune.load_pretrained(config), Experiment)
+
+
+if __name__ == "__main__":
+    sys.exit(train.run_command(main))

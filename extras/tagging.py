@@ -68,7 +68,7 @@ def parse(raw, source):
     sentences = []
     pairs = []
     # Unlike in the official code, a last sentence without an empty line after it is not lost.
-    for number, line in enumerate([*data.decode(raw, source).split("\n"), ""], 1):
+    for number, line in enumerate([*data.decode_utf8(raw, source).split("\n"), ""], 1):
         columns = re.findall(r"[^ \t\r]+", line)
         if columns and columns[0] != "-DOCSTART-":
             if len(columns) == 1 or not re.fullmatch("O|[BIES]-.+", columns[-1]):
