@@ -162,7 +162,7 @@ def make_label(span, window):
 class QuestionAnswerer(nn.Module):
     """The pre-trained encoder, and a head that predicts an answer's start and, given the start, its end."""
 
-    architecture = "ElectraModel"  # saved as a plain encoder: the head in transformers is another one [Q59]
+    architecture = "ElectraModel"  # saved as a plain encoder: the head in transformers is another one
 
     def __init__(self, config):
         super().__init__()
@@ -295,7 +295,7 @@ def original_text(spelled, words, wordpiece):
     """
     tokens = wordpiece.tokenizer.pre_tokenizer.pre_tokenize_str(wordpiece.normalize(words))
     tokenized = " ".join(token for token, _ in tokens)
-    begin = tokenized.find(spelled)  # [Q39] the first occurrence
+    begin = tokenized.find(spelled)  # the first occurrence
     places = [place for place, character in enumerate(words) if character != " "]
     if begin < 0 or len(places) != len(tokenized.replace(" ", "")):
         return words

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train  # before torch, as in finetune.py
+# First, as in finetune.py.
+import train
 
 # isort: split
 import hashlib
@@ -31,7 +32,7 @@ import model
 import spans
 
 SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
-FILES = {  # size in bytes and SHA-256 [Q01]
+FILES = {  # size in bytes and SHA-256
     "train-v1.1.json": (30_288_272, "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955"),
     "dev-v1.1.json": (4_854_279, "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9"),
     "train-v2.0.json": (42_123_633, "68dcfbb971bd3e96d5b46c7177b16c1a4e7d4bdef19fb204502738552dede002"),
@@ -137,7 +138,7 @@ def predict(network, tokenized, wordpiece, config):
 
 
 def read_questions(raw, source, version, wordpiece, is_training):
-    """The questions in a file of SQuAD's format. Training leaves out those with a misplaced answer. [Q02]
+    """The questions in a file of SQuAD's format. Training leaves out those with a misplaced answer. [Q07]
 
     The file is {"data": [{"paragraphs": [{"context", "qas": [QUESTION, ...]}, ...]}, ...]}, and a question is
     {"id", "question", "answers": [{"text", "answer_start"}, ...]}, with "is_impossible" in 2.0.
@@ -288,7 +289,7 @@ def predict_file(config):
             print("answer", "probability", sep="\t")
         tokenized = spans.make_windows(questions, wordpiece, max_length, saved["stride"])
         for answers, null_score in predict(network, tokenized, wordpiece, config):
-            shares = torch.tensor(list(answers.values())).softmax(0)  # [Q35]
+            shares = torch.tensor(list(answers.values())).softmax(0)
             text = next(iter(answers))
             probability = float(shares[0])
             if saved["threshold"] is not None and null_score > saved["threshold"]:

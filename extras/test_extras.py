@@ -1,7 +1,7 @@
 """Tests of extras/: questions (squad.py, spans.py), then words (tagging.py).
 
 official/qa/edge.json and official/tagging say what was recorded of the official code. Each test of a detail
-Q01 to Q59 or T01 to T16 quotes the fact that it checks.
+Q04 to Q47 or T01 to T16 quotes the fact that it checks.
 """
 
 import doctest
@@ -11,6 +11,7 @@ import itertools
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,8 @@ import model
 import spans
 import squad
 import tagging
-from test_electra import NoSync, official_views, read_results, watch, write_files
+import train
+from test_electra import NoSync, Recorded, official_views, read_results, watch, write_files
 
 OFFICIAL = Path(__file__).parent.parent / "official"
 
@@ -93,7 +95,7 @@ def read_split(version, split, data_dir=""):
     return squad.read_questions(raw, path, version, WORDPIECE, is_training=split == "train"), sha256
 
 
-def test_Q01_official_files_are_checked(tmp_path, monkeypatch):
+def test_official_files_are_checked(tmp_path, monkeypatch):
     """SQuAD's four files have these addresses, sizes and SHA-256; "squad" is 2.0."""
     fetched = []
     raw = squad_file([("the dam", [("a", "what", [("dam", 4)])])])
@@ -109,7 +111,7 @@ def test_Q01_official_files_are_checked(tmp_path, monkeypatch):
         ("train-v2.0.json", 42123633, "68dcfbb9"), ("dev-v2.0.json", 4370528, "80a5225e")]
 
 
-def test_Q02_Q04_a_folder_is_read_and_training_takes_the_first_answer(tmp_path):
+def test_Q04_a_folder_is_read_and_training_takes_the_first_answer(tmp_path):
     """Training takes answers[0] alone; evaluation has all answers and no positions."""
     raw = squad_file([("the dam is tall", [("a", "what", [("tall", 11), ("dam", 4)]), ("b", "who", [])])])
     for split in ("train", "dev"):
@@ -299,7 +301,7 @@ def test_Q28_answerability_is_learned_from_every_row():
     assert not_here - here == pytest.approx(-0.5 * network(rows).null_logits.item(), rel=1e-4)
 
 
-def test_Q59_the_encoder_of_a_saved_network_loads_in_transformers(tmp_path):
+def test_the_encoder_of_a_saved_network_loads_in_transformers(tmp_path):
     """transformers has another head: the encoder loads there, and the whole network here."""
     transformers = pytest.importorskip("transformers")
     network = make_network().eval()
@@ -414,7 +416,7 @@ def test_Q36_the_null_score_is_the_lowest_of_the_windows(record):
 
 
 @pytest.mark.parametrize(("spelled", "words", "expected"), EDGE["final_text"])
-def test_Q38_Q39_the_way_back_to_the_text_is_the_official_one(spelled, words, expected):
+def test_Q38_the_way_back_to_the_text_is_the_official_one(spelled, words, expected):
     """Tokenized words are searched for the pieces; what cannot be aligned is answered with whole words."""
     assert spans.original_text(spelled, words, WORDPIECE) == expected
 
@@ -513,7 +515,7 @@ def ask(flags):
                f"--dropout 0 --num-train-epochs 25 --device cpu --dtype fp32 {flags}".split())
 
 
-def test_Q35_a_command_trains_scores_resumes_saves_and_predicts(own_questions, monkeypatch, capsys):
+def test_a_command_trains_scores_resumes_saves_and_predicts(own_questions, monkeypatch, capsys):
     """Finished seeds are not repeated. An answer's probability is a softmax over the n-best scores."""
     ran = []
     watch(monkeypatch, finetune.Finetuner, "run", lambda finetuner, seed, splits: ran.append(seed))
@@ -575,7 +577,22 @@ def test_a_network_that_diverged_is_scored(own_questions, monkeypatch, capsys):
     assert "the predictions are not finite" in capsys.readouterr().out
 
 
-def test_no_step_waits_for_the_device(own_questions, monkeypatch):
+def test_replayed_steps_are_plain_steps(own_questions, monkeypatch):
+    """A shape of a batch is captured once for all seeds; scores and weights are those of plain steps."""
+    ask("--seeds 2 --num-train-epochs 6 --save --out plain")
+    resolve = train.resolve_device
+    monkeypatch.setattr(train, "CudaGraphs", Recorded)
+    monkeypatch.setattr(train, "resolve_device", lambda config: replace(resolve(config), graph=True))
+    for name in "captures", "replays":
+        monkeypatch.setattr(Recorded, name, 0)
+    ask("--seeds 2 --num-train-epochs 6 --save --out replayed")
+    assert Recorded.replays > Recorded.captures > 0
+    assert read_results("plain") == read_results("replayed")
+    plain, replayed = (model.read_weights(f"{out}/own")[0] for out in ("plain", "replayed"))
+    assert all(torch.equal(plain[name], replayed[name]) for name in plain)
+
+
+def test_no_step_waits_for_the_device():
     """Nothing in a step has a size or a branch that depends on data, so that it can be a CUDA graph."""
     tokenized = spans.make_windows(read(toy_questions(), is_training=True), WORDPIECE, 48, 24)
     network = make_network(vocab_size=len(WORDPIECE.tokens))
