@@ -76,12 +76,14 @@ def make_context(text, wordpiece):
 
 def find_answer(answer, start, context, wordpiece):
     """The (first, last) piece of an answer that begins at a character, or None if it is not there."""
+    if not context.words or start + len(answer.rstrip()) > context.starts[-1] + len(context.words[-1]):
+        return None  # [Q07] beyond the context
     # [Q06] From the word of the first character to that of the last. A space belongs to the word before it.
     first_word = bisect.bisect_right(context.starts, start) - 1
     last_word = bisect.bisect_right(context.starts, start + len(answer) - 1) - 1
     found = " ".join(context.words[first_word : last_word + 1]).lower()
     wanted = " ".join(answer.split()).lower()
-    if not wanted or wanted not in found:  # [Q07]
+    if not wanted or wanted not in found:
         return None
     first = bisect.bisect_left(context.word_of, first_word)
     last = bisect.bisect_right(context.word_of, last_word) - 1

@@ -56,7 +56,7 @@ class SquadConfig(finetune.FinetuneConfig):
                                  "input: print answers"] = ""
     out: Annotated[str, "folder for results"] = "out/squad"
 
-    # What questions do not need is not a flag here.
+    # Without a text these are no flags: they are about sentences.
     task: list = ()
     regression: bool = False
     glue_dir: str = ""
@@ -70,7 +70,7 @@ class SquadConfig(finetune.FinetuneConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Squad(glue.Task):
-    """The questions of a version, official ones or a folder's. Its title is SQuAD's or the folder's name."""
+    """SQuAD, or files like SQuAD's in a folder of your own, whose name is then the title."""
 
     version: str
     data_dir: str
@@ -264,8 +264,8 @@ def normalize(text):
 def predict_file(config):
     """Print an answer and its probability for each row of a table with the columns question and context.
 
-    The probability of an answer is its share among the likeliest ones. Where the saved threshold says that
-    the text lacks the answer, nothing is printed for it, with the probability that the text lacks it.
+    The probability of an answer is its share among the likeliest ones. If the null score is above the saved
+    threshold, the answer is empty, with the probability that the context has none.
     """
     folder = Path(config.model)
     saved = finetune.read_saved_config(folder)

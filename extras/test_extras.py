@@ -141,6 +141,9 @@ def test_Q06_Q07_misplaced_answers_are_left_out_of_training(record, capsys):
     read(json.dumps(EDGE["squad"]).encode(), is_training=True)
     assert capsys.readouterr().out == ("left out 4 questions whose answer is not at its answer_start; the "
                                        "first is file.json, question no-break-space\n")
+    asked = [(str(place), "what", [("dam ", place)]) for place in (-1, 4, 9)]
+    [kept] = read(squad_file([("the dam ", asked)]), is_training=True)
+    assert (kept.id, kept.span) == ("4", (1, 1))  # the others begin before and beyond the context
 
 
 # ------------------------------------------------------------------------------------------------------------
