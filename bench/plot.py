@@ -97,7 +97,7 @@ def plot_sentence(run, text, out, seed=0):
     for column in zip(*rows[:3], strict=True):
         starts.append(starts[-1] + max(4, *map(len, column)) + 1.6)
     figure, axis = plt.subplots(figsize=(12, 2.2), layout="constrained")
-    names = "original", "masked", "generator", "replaced?"
+    names = "original", "masked", "generator", "discriminator"
     for number, (name, row) in enumerate(zip(names, rows, strict=True)):
         axis.text(-2, -number, name, ha="right", va="center", fontsize=11, color="gray")
         for column, word in enumerate(row):
@@ -106,7 +106,7 @@ def plot_sentence(run, text, out, seed=0):
             box = dict(boxstyle="round,pad=0.25", facecolor=color if shade else "white", linewidth=0)
             middle = (starts[column] + starts[column + 1]) / 2
             axis.text(middle, -number, word, ha="center", va="center", fontsize=11, bbox=box)
-    axis.set(xlim=(-11, starts[-1]), ylim=(-3.6, 0.6))
+    axis.set(xlim=(-13, starts[-1]), ylim=(-3.6, 0.6))
     axis.axis("off")
     figure.savefig(out, dpi=150)
     print(f"wrote {out}")

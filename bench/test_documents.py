@@ -173,13 +173,12 @@ def test_the_figures_of_the_gpu_are_those_of_the_runs():
     log = (HERE / "LOG.md").read_text(encoding="utf-8")
     steps, dev, run, mlm = (json.loads((HERE / f"bench/results/h100/{name}.json").read_text(encoding="utf-8"))
                             for name in ("steps", "small_20k_dev", "small_20k", "small_20k_mlm"))
-    shown = {"transformers eager": "transformers' modules", "ours compiled": "compiled",
-             "ours compiled, one CUDA graph, in the real loop": "this code"}
-    for name, title in shown.items():
+    for name in "transformers eager", "ours compiled", "ours compiled, one CUDA graph, in the real loop":
         row = steps["small"]["variants"][name]
-        cells = f"| {row['ms']:.1f} | {row['steps_per_s']:.1f} | {row['tokens_per_s']:,.0f} |"
-        assert re.search(rf"{title}.*{re.escape(cells)}\n", README)
-        assert cells.strip("|") in log.replace("*", "")
+        assert f"{row['ms']:.1f} ms" in README
+        cells = f" {row['ms']:.1f} | {row['steps_per_s']:.1f} | {row['tokens_per_s']:,.0f} "
+        assert cells in log.replace("*", "")
+    assert f"{row['tokens_per_s']:,.0f} tokens/s" in README
     metrics = "cola matthews", "mrpc accuracy", "stsb spearman", "sst2 accuracy"
     arms = dict(random="random weights", mlm="20,000 steps", electra="ELECTRA, 20,000 steps")
     for arm, title in arms.items():
