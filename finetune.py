@@ -832,6 +832,24 @@ class Predictor:
 def predict_file(config):
     """Print a table of predictions for a file of any size, in its order."""
     predictor = Predictor(config.model, config)
+    use_utf8()
+    for number, chunk in enumerate(read_chunks(config, glue.read_sentences)):
+        if number == 0:
+            print("prediction", *predictor.labels, sep="\t")
+        for label, probabilities in predictor.predict(chunk):
+            if not predictor.labels:  # in a regression it is a number
+                label = f"{label:{glue.Task.number_format}}"
+            print(label, *(f"{probability:.4f}" for probability in probabilities.values()), sep="\t")
+
+
+def use_utf8():
+    """What is printed into a file or a pipe is UTF-8 in any locale."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8", errors="strict")
+
+
+def read_chunks(config, read_row):
+    """Yield lists of what `read_row(row, where)` gives for each row of --predict-file."""
     if config.predict_file == "-":
         source = "standard input"
         file = sys.stdin.buffer
@@ -840,21 +858,14 @@ def predict_file(config):
         if not Path(source).is_file():
             raise data.UserError(f"{source} is not a file; --predict-file takes one, or - for standard input")
         file = open(source, "rb")
-    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
-        sys.stdout.reconfigure(encoding="utf-8", errors="strict")  # a file or a pipe, whatever the locale
     with file:
-        rows = glue.read_table(file, source, config.format)
-        texts = (glue.read_sentences(row, where) for where, row in rows)
-        chunk = list(itertools.islice(texts, CHUNK))
+        rows = (read_row(row, where) for where, row in glue.read_table(file, source, config.format))
+        chunk = list(itertools.islice(rows, CHUNK))
         if not chunk:
             raise glue.no_rows(source)
-        print("prediction", *predictor.labels, sep="\t")
         while chunk:
-            for label, probabilities in predictor.predict(chunk):
-                if not predictor.labels:  # in a regression it is a number
-                    label = f"{label:{glue.Task.number_format}}"
-                print(label, *(f"{probability:.4f}" for probability in probabilities.values()), sep="\t")
-            chunk = list(itertools.islice(texts, CHUNK))
+            yield chunk
+            chunk = list(itertools.islice(rows, CHUNK))
 
 
 # ------------------------------------------------------------------------------------------------------------

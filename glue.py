@@ -270,11 +270,11 @@ def read_mrpc(split, cache):
 
 
 @functools.cache  # a file is checked once, not for each of its splits
-def fetch_official(download, cache):
-    """The path of an official file: downloaded, unless it is there, and checked."""
+def fetch_official(download, cache, flag="--glue-dir"):
+    """The path of an official file: downloaded, unless it is there, and checked. The flag replaces it."""
     address, size, sha256 = download
     path = Path(cache) / "glue" / address.rsplit("/", 1)[1]
-    advice = f"put {path.name} into {path.parent}, or use --glue-dir"
+    advice = f"put {path.name} into {path.parent}, or use {flag}"
     data.make_once(path, lambda: data.download(path, address, advice, size, sha256))
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:

@@ -203,20 +203,22 @@ def test_the_figures_of_the_gpu_are_those_of_the_runs():
 
 
 def test_details_in_code_in_the_table_and_in_tests_are_the_same():
-    """Each of the 35 details has a tagged line, a row in DETAILS.md with the official line, and a test."""
+    """Each detail, D01 to D35 and extras', has a tagged line, a test, and a row with the official line."""
     code = {name: (HERE / name).read_text(encoding="utf-8") for name in FILES}
-    in_code = set(re.findall(r"\[(D\d\d)\]", "".join(code.values())))
-    rows = dict(re.findall(r"^\| (D\d\d) \|(.*)", DETAILS, re.MULTILINE))
+    code |= {path.name: path.read_text(encoding="utf-8") for path in (HERE / "extras").glob("*.py")}
     tests = {name for name in dir(test_electra) if name.startswith("test_D")}
-    in_tests = {tag for name in tests for tag in re.findall(r"D\d\d", name)}
-    assert in_code == set(rows) == in_tests == {f"D{number:02d}" for number in range(1, 36)}
+    tests |= set(re.findall(r"^def (test_[QT]\d\w+)", code.pop("test_extras.py"), re.MULTILINE))
+    in_code = set(re.findall(r"\[([DQT]\d\d)\]", "".join(code.values())))
+    rows = dict(re.findall(r"^\| ([DQT]\d\d) \|(.*)", DETAILS, re.MULTILINE))
+    in_tests = {tag for name in tests for tag in re.findall(r"[DQT]\d\d", name)}
+    assert in_code == set(rows) == in_tests >= {f"D{number:02d}" for number in range(1, 36)}
     official = "https://github.com/google-research/electra/blob/8a46635f32083ada044d7e9ad09604742600ee7b/"
     links = dict(re.findall(rf"^\[(.+)\]: {official}(.+)$", DETAILS, re.MULTILINE))
     for tag, row in rows.items():
         [link] = re.findall(r"\[(\w+\.py:\d+)\]", row)
         file, line = link.split(":")
         assert links[link].rpartition("/")[2] == f"{file}#L{line}", tag
-        named = re.findall(r"test_D\w+", row)
+        named = re.findall(r"test_[DQT]\w+", row)
         assert named and {name for name in tests if tag in name} == set(named), tag
         [(file, function)] = re.findall(r"`(\w+\.py)`, `([\w.]+)`", row)
         assert re.search(rf"(def|class) {function.split('.')[-1]}\b", code[file]), (tag, function)
@@ -227,8 +229,10 @@ def test_imports_only_go_up_the_list_and_five_packages_are_enough():
     pins = (HERE / "requirements.txt").read_text().split()
     packages = {pin.split("==")[0] for pin in pins if "==" in pin}
     assert packages == {"torch", "numpy", "tokenizers", "requests", "tqdm"}
-    may_import = dict(model=set(), data=set(), train={"model", "data"}, glue={"data"},
-                      finetune={"model", "data", "train", "glue"})
+    may_import = {"model": set(), "data": set(), "train": {"model", "data"}, "glue": {"data"},
+                  "finetune": {"model", "data", "train", "glue"}, "extras/spans": {"model"},
+                  "extras/squad": {"data", "finetune", "glue", "model", "spans", "train"},
+                  "extras/tagging": {"data", "finetune", "model"}}
     for module, allowed in may_import.items():
         code = (HERE / f"{module}.py").read_text(encoding="utf-8")
         imported = set(re.findall(r"^ *from (\w+)[\w.]* import ", code, re.MULTILINE))
