@@ -42,7 +42,6 @@ import tarfile
 import tempfile
 import threading
 import time
-import zipfile
 import zlib
 from collections import deque
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -205,7 +204,7 @@ def digest(value):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which text, and how it becomes rows. An annotated field is a flag, and the text is its help."""
+    """Which text, and how it becomes rows. Annotated fields are flags, as in model.ElectraConfig."""
 
     data: Annotated[list, "files, folders, addresses of text, openwebtext, or python-docs"] = ("openwebtext",)
     one_document_per_file: Annotated[bool, "each .txt is one document; else blank lines separate "
@@ -215,15 +214,9 @@ class DataConfig:
     vocab: Annotated[str, "a vocab.txt; train:SIZE, trained on the text; or bert, downloaded once"] = "bert"
     do_lower_case: Annotated[bool, "lower-case the text"] = True
     strip_accents: Annotated[bool, "strip accents from lower-cased text"] = True
-    max_length: Annotated[int, "tokens in a row, [CLS] and [SEP] included"] = 128
-    seed: Annotated[int, "seed of all randomness"] = 0
+    max_length: Annotated[int, "tokens in a row, [CLS] and [SEP] included", 8, 1_000_000] = 128
+    seed: Annotated[int, "seed of all randomness", 0, 2**32 - 1] = 0
     cache: Annotated[str, "folder for prepared text and downloads"] = "cache"
-
-    def __post_init__(self):
-        if self.max_length < 8:
-            raise UserError(f"max_length is {self.max_length}; a row needs at least 8 tokens")
-        if self.seed < 0:
-            raise UserError(f"seed is {self.seed}; it must be 0 or more")
 
 
 def prepare(config, progress=True):
@@ -662,22 +655,24 @@ def deal_out(lines, target, max_length, uniform):
 # Shards: rows <-> disk
 
 
+DELETE = "delete its folder, and it is made again"  # the advice about a damaged cache
+
+
 class Shards:
     """The shards on disk that were made from one text with one vocabulary.
 
     shard-N.npz holds the rows for training, the held-out rows and the `info` of build_shard: counts, and the
-    position in the text after the shard. A file named `complete` says that there will be no more.
+    position in the text after the shard. `complete` lists them all, and says that there will be no more.
     """
 
     def __init__(self, config, wordpiece):
         self.config = config
         self.wordpiece = wordpiece
-        self.infos = []  # the info of each shard that is known so far
+        self.infos = []  # of each shard that is known so far: its info, and the file's "sha256"
         self.is_complete = False
         self.identities = identify_text(config)
-        self.fingerprint = {  # all that the rows depend on
-            "format": [2, SHARD_CHARACTERS, HELDOUT_SHARE],
-            "files": digest(self.identities),
+        self.fingerprint = {  # all that the rows depend on, apart from the text
+            "format": [3, SHARD_CHARACTERS, HELDOUT_SHARE],
             "one_document_per_file": config.one_document_per_file,
             "split_long_lines": config.split_long_lines,
             "vocab": wordpiece.sha256[:12],
@@ -686,28 +681,41 @@ class Shards:
             "max_length": config.max_length,
             "seed": config.seed,
         }
-        self.folder = Path(config.cache) / f"{source_name(config)}-{digest(self.fingerprint)}"
+        key = digest([self.fingerprint, self.identities])
+        self.folder = Path(config.cache) / f"{source_name(config)}-{key}"
         self.refresh()
 
     def refresh(self):
         """Look for shards that another process has added."""
-        # `complete` comes first: if it is there, so is the last shard.
-        self.is_complete = (self.folder / "complete").exists()
+        if self.is_complete:
+            return
+        complete = self.folder / "complete"
+        if complete.exists():
+            self.infos = parse_json(read_sealed(complete, DELETE), complete)["shards"]
+            names = os.listdir(self.folder)
+            for number in range(len(self.infos)):
+                if self.path(number).name not in names:
+                    raise UserError(f"{self.path(number)} is missing; {DELETE}")
+            self.is_complete = True
+            return
         while self.path(len(self.infos)).exists():
-            info = self.load("info", len(self.infos))
-            self.infos.append(json.loads(str(info)))
+            arrays, sha256 = self.read(len(self.infos))
+            self.infos.append(json.loads(str(arrays["info"])) | dict(sha256=sha256))
 
     def path(self, number):
         return self.folder / f"shard-{number:06d}.npz"
 
+    def read(self, number):
+        """(arrays by their names, SHA-256) of a shard file."""
+        content = read_sealed(self.path(number), DELETE)
+        return np.load(io.BytesIO(content)), hashlib.sha256(content).hexdigest()
+
     def load(self, name, number):
-        """The `train` or `heldout` rows of a shard, uint16 (rows, max_length), or its `info` as JSON."""
-        try:
-            with open(self.path(number), "rb") as file, np.load(file) as shard:
-                return shard[name]
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{self.path(number)} is damaged ({error}); delete its folder, and it is made "
-                            "again") from None
+        """The `train` or `heldout` rows of a shard, uint16 (rows, max_length)."""
+        arrays, sha256 = self.read(number)
+        if sha256 != self.infos[number]["sha256"]:
+            raise UserError(f"{self.path(number)} was replaced by another shard; {DELETE}")
+        return arrays[name]
 
     def load_heldout(self, limit):
         """The first `limit` held-out rows, int64, or all if there are fewer."""
@@ -727,14 +735,22 @@ class Shards:
 
     def add(self, train, heldout, info):
         """Write the next shard."""
-        with atomic_write(self.path(len(self.infos))) as file:
-            np.savez(file, train=train, heldout=heldout, info=json.dumps(info))
-        self.infos.append(info)
+        file = io.BytesIO()
+        np.savez(file, train=train, heldout=heldout, info=json.dumps(info))
+        write_sealed(self.path(len(self.infos)), file.getvalue())
+        self.infos.append(info | dict(sha256=hashlib.sha256(file.getvalue()).hexdigest()))
 
     def mark_complete(self):
         """Say that there will be no more shards."""
-        (self.folder / "complete").touch()
+        write_sealed(self.folder / "complete", json.dumps(dict(shards=self.infos)).encode())
         self.is_complete = True
+
+    def history(self, number):
+        """16 hex digits of the SHA-256 of each of the first `number` shards, or of all if there are fewer.
+
+        A run that has used `number` shards can go on with any text that has the same history.
+        """
+        return "".join(info["sha256"][:16] for info in self.infos[:number])
 
     def total(self, name):
         """The sum of a count over all shards."""
@@ -811,6 +827,11 @@ class GrowingShards(Shards):
         """Block until there are `count` shards, or until the text is complete."""
         self.wait_until(lambda: len(self.infos) >= count, signals)
 
+    def history(self, number, signals=()):
+        """`Shards.history`. Blocks until there are `number` shards, or until the text is complete."""
+        self.wait_for_shards(number, signals)
+        return super().history(number)
+
     def heldout(self, limit, signals=()):
         """The first `limit` held-out rows, int64, or all if the whole text has fewer. Blocks until then."""
         self.wait_until(lambda: self.total("heldout_rows") >= limit, signals)
@@ -881,6 +902,9 @@ class Order:
         self.rows = np.zeros((0, shards.config.max_length), dtype=np.uint16)  # read, but not yet used up
         self.end = 0  # place in the sequence after the last of `rows`
         self.epoch = 0  # of the last of `rows`
+        # The rows so far depend on the first so many shards, or on all if there are fewer: a text that ends
+        # before them must still end there.
+        self.num_shards_used = 0
 
     def batch(self, step):
         """(epoch, ids (batch_size, max_length) int64) of a step. Steps must not decrease.
@@ -889,6 +913,8 @@ class Order:
         """
         begin = step * self.batch_size  # place in the sequence of the step's first row
         while self.end < begin + self.batch_size:
+            if self.signals:  # a resume at a far step skips many groups
+                raise Stopped("")
             epoch, number, members = next(self.groups)
             size = sum(self.shards.infos[member]["rows"] for member in members)
             self.end += size
@@ -918,6 +944,7 @@ class Order:
         """The shards at the places from `begin` to `end` of an epoch, fewer or none where the text ends."""
         if epoch == 0:
             self.shards.wait_for_shards(end, self.signals)
+            self.num_shards_used = end
             return list(range(begin, min(end, len(self.shards.infos))))
         permuted = rng(self.seed, "shards", epoch).permutation(len(self.shards.infos))
         return permuted[begin:end].tolist()
