@@ -745,13 +745,6 @@ class Shards:
         write_sealed(self.folder / "complete", json.dumps(dict(shards=self.infos)).encode())
         self.is_complete = True
 
-    def history(self, number):
-        """16 hex digits of the SHA-256 of each of the first `number` shards, or of all if there are fewer.
-
-        A run that has used `number` shards can go on with any text that has the same history.
-        """
-        return "".join(info["sha256"][:16] for info in self.infos[:number])
-
     def total(self, name):
         """The sum of a count over all shards."""
         return sum(info[name] for info in self.infos)
@@ -828,9 +821,19 @@ class GrowingShards(Shards):
         self.wait_until(lambda: len(self.infos) >= count, signals)
 
     def history(self, number, signals=()):
-        """`Shards.history`. Blocks until there are `number` shards, or until the text is complete."""
+        """16 hex digits of the SHA-256 of each of the first `number` shards, or of all if there are fewer.
+
+        A run that has used so many shards can go on with any text that has the same history. Blocks until
+        they are there.
+        """
         self.wait_for_shards(number, signals)
-        return super().history(number)
+        return "".join(info["sha256"][:16] for info in self.infos[:number])
+
+    def changed_file(self, history):
+        """The file or address in which, or after which, the text differs from that of another history."""
+        number = len(os.path.commonprefix([history, self.history(len(self.infos))])) // 16  # same shards
+        file_number = self.infos[number - 1]["end"][0] if number else 0
+        return find_files(self.config)[file_number]
 
     def heldout(self, limit, signals=()):
         """The first `limit` held-out rows, int64, or all if the whole text has fewer. Blocks until then."""
@@ -1200,6 +1203,9 @@ def find_files(config):
             raise UserError(f"there is no {name}; --data takes paths, addresses, openwebtext or python-docs")
     if not files:
         raise UserError(f"{config.data[0]} holds no .txt, .jsonl, .json or .tar file, plain, .gz or .xz")
+    for name in files:
+        if is_file(name) and not os.path.isfile(name):  # a pipe or a device: reading it could wait for ever
+            raise UserError(f"{name} is not a regular file; copy what it gives to one")
     return files
 
 
@@ -1284,6 +1290,10 @@ class ChunkStream(io.RawIOBase):
         buffer[:size] = self.rest[:size]
         self.rest = self.rest[size:]
         return size
+
+
+def is_file(name):
+    return name != "python-docs" and not is_address(name)
 
 
 def is_address(name):
