@@ -232,8 +232,6 @@ def prepare(config, progress=True):
             for train, heldout, info in build_shards(units, shards.wordpiece, config):
                 shards.add(train, heldout, info)
                 bar.update(len(train))
-        if identify_text(config) != shards.identities:
-            raise UserError("the text changed while it was being read; run the same command again")
         if shards.total("rows") == 0:
             raise no_text(config)
         shards.mark_complete()
@@ -681,9 +679,28 @@ class Shards:
             "max_length": config.max_length,
             "seed": config.seed,
         }
-        key = digest([self.fingerprint, self.identities])
-        self.folder = Path(config.cache) / f"{source_name(config)}-{key}"
+        self.folder = self.find_folder()
         self.refresh()
+
+    def find_folder(self):
+        """The folder for these shards. That of a copy of the text, or of another path to it, is found, too.
+
+        A folder's name ends with a hash of the files' names and sizes and one of their times. Where only the
+        times differ, the SHA-256 of each file decides.
+        """
+        key = digest([self.fingerprint, [identity[:2] for identity in self.identities]])
+        times = digest([identity[2:] for identity in self.identities])
+        folders = sorted(Path(self.config.cache).glob(f"*-{key}-*"))
+        for folder in folders:
+            if folder.name.endswith(times) or (folder / f"same-{times}").exists():
+                return folder
+        complete = [folder / "complete" for folder in folders if (folder / "complete").exists()]
+        hashes = hash_files(self.config) if complete else None
+        for path in complete:
+            if read_complete(path)["files"] == hashes:
+                (path.parent / f"same-{times}").touch()  # the files need not be hashed again
+                return path.parent
+        return Path(self.config.cache) / f"{source_name(self.config)}-{key}-{times}"
 
     def refresh(self):
         """Look for shards that another process has added."""
@@ -691,7 +708,7 @@ class Shards:
             return
         complete = self.folder / "complete"
         if complete.exists():
-            self.infos = parse_json(read_sealed(complete, DELETE), complete)["shards"]
+            self.infos = read_complete(complete)["shards"]
             names = os.listdir(self.folder)
             for number in range(len(self.infos)):
                 if self.path(number).name not in names:
@@ -741,8 +758,11 @@ class Shards:
         self.infos.append(info | dict(sha256=hashlib.sha256(file.getvalue()).hexdigest()))
 
     def mark_complete(self):
-        """Say that there will be no more shards."""
-        write_sealed(self.folder / "complete", json.dumps(dict(shards=self.infos)).encode())
+        """Say that there will be no more shards, if the text is still the one that was read."""
+        listing = dict(shards=self.infos, files=hash_files(self.config))
+        if identify_text(self.config) != self.identities:
+            raise UserError("the text changed while it was being read; run the same command again")
+        write_sealed(self.folder / "complete", json.dumps(listing).encode())
         self.is_complete = True
 
     def total(self, name):
@@ -769,6 +789,11 @@ class Shards:
             text += ("\nwarning: rows are mostly padding. A blank line ends a document: if it should not, "
                      "use --one-document-per-file, else lower --max-length")
         return text
+
+
+def read_complete(path):
+    """What `complete` holds: "shards", their infos, and "files", the SHA-256 of each file of the text."""
+    return parse_json(read_sealed(path, DELETE), path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1185,8 +1210,25 @@ ATTEMPTS_WITHOUT_ANSWER = 7  # if the server has never answered; they take a min
 
 
 def identify_text(config):
-    """What must stay the same for the shards of a text to remain valid."""
-    return [identify(name) for name in find_files(config)]
+    """[its name and, for a file, its size and modification time] for each file and address of the corpus.
+
+    Names of files are relative to the folder that holds them all, so that it can be moved.
+    """
+    files = find_files(config)
+    parents = [os.path.dirname(os.path.abspath(name)) for name in files if is_file(name)]
+    return [identify(name, os.path.commonpath(parents or ["/"])) for name in files]
+
+
+def hash_files(config):
+    """The SHA-256 of each file of the corpus, and "" for each address."""
+    hashes = []
+    for name in find_files(config):
+        if is_file(name):
+            with open(name, "rb") as file:
+                hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+        else:
+            hashes.append("")
+    return hashes
 
 
 def find_files(config):
@@ -1250,20 +1292,21 @@ def kind_of(name):
     return "", compression
 
 
-def identify(name):
-    """A file's identity is its name, size and modification time; an address's is the address."""
+def identify(name, folder):
+    """[name relative to `folder`, size, modification time] of a file, or [name, versions if it has some]."""
     if name == "python-docs":
         versions = [importlib.metadata.version(package) for package in ("torch", "numpy")]
-        return [name, platform.python_version(), *versions]
+        return [name, [platform.python_version(), *versions]]
     if is_address(name):
         return [name]
     status = os.stat(name)
-    return [name, status.st_size, status.st_mtime_ns]
+    return [os.path.relpath(name, folder), status.st_size, status.st_mtime_ns]
 
 
 def source_name(config):
-    """The name of the first source, fit for the name of a file."""
-    return re.sub(r"[^\w.-]", "_", Path(config.data[0]).name) or "text"
+    """The name of the first source, without a query and fit for the name of a file."""
+    name = Path(urlsplit(config.data[0]).path).name
+    return re.sub(r"[^\w.-]", "_", name)[:40] or "text"
 
 
 def open_source(name):

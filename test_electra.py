@@ -1325,7 +1325,7 @@ def test_python_docs_are_sentences_of_prose():
 def test_openwebtext_is_21_pinned_tars_of_the_hub(monkeypatch):
     """HF_ENDPOINT changes where it is read from, and not what it is."""
     files = data.find_files(DataConfig())
-    assert len(files) == 21 and data.identify(files[3]) == [files[3]]
+    assert len(files) == 21 and data.identify_text(DataConfig())[3] == [files[3]]
     monkeypatch.setenv("HF_ENDPOINT", "http://mirror")
     assert data.url_of(files[3]) == ("http://mirror/datasets/Skylion007/openwebtext/resolve/"
                                      "39d1a6d3f3a4c838b27bbc65bfb14a2f6f727740/subsets/urlsf_subset03.tar")
