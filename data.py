@@ -15,7 +15,7 @@ The disk holds one array, uint16 (rows, max_length), zero-padded, in shards: att
 follow from the ids. The same text, vocabulary and seed give the same bytes, however often the run is killed,
 and the rows of a step are a function of (seed, step).
 
-train.py runs this file as a child process (`python data.py CONFIG`), and `prepare` divides the work among
+train.py runs this file as a child process (`python data.py child`), and `prepare` divides the work among
 processes that run it as `python data.py worker`.
 """
 
@@ -42,8 +42,9 @@ import tarfile
 import tempfile
 import threading
 import time
+import unicodedata
 import zlib
-from collections import deque
+from collections import Counter, deque
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -291,16 +292,17 @@ def read_source(name, config):
         yield from read_file(stream, path, name, one_document)
 
 
-DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, tarfile.TarError)
+DAMAGE = (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError)
 
 
 def read_file(stream, path, source, one_document):
     """Yield the documents of a file. Its kind follows from `path`; errors name `source`."""
     kind, compression = kind_of(path)
     if not kind:
-        raise UserError(f"{source} cannot be read; .txt, .jsonl, .json and .tar can, plain, .gz or .xz")
+        raise UserError(f"{source} cannot be read; .txt, .jsonl, .json, .parquet and .tar can, plain, .gz, "
+                        ".xz or .zst")
     try:
-        with decompress(stream, compression) as file:
+        with decompress(stream, compression, source) as file:
             if kind == ".txt":
                 yield from read_txt(file, source, one_document)
             elif kind == ".tar":
@@ -308,19 +310,34 @@ def read_file(stream, path, source, one_document):
                     yield from read_file(content, name, f"{name} in {source}", one_document)
                 if compression:
                     read_to_the_end(file)
+            elif kind == ".parquet":
+                yield from read_parquet(file, source)
             else:
                 yield from read_jsonl(file, source)
-    except DAMAGE as error:
+    except (*DAMAGE, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # of the disk; those of decompressors have no number
+            raise
         raise UserError(f"{source} is damaged or cut short ({error}); make or fetch it again") from error
 
 
-def decompress(stream, compression):
+def decompress(stream, compression, source):
     """A context manager that gives the content of a stream as a file."""
     if compression == ".gz":
         return gzip.open(stream)
     if compression == ".xz":
         return lzma.open(stream)
+    if compression == ".zst":
+        return io.BufferedReader(import_pyarrow(source).CompressedInputStream(stream, "zstd"))
     return nullcontext(stream)
+
+
+def import_pyarrow(source):
+    """pyarrow, which only .parquet and .zst need."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{source} is read with pyarrow: pip install pyarrow") from None
+    return pyarrow
 
 
 def read_to_the_end(file):
@@ -369,6 +386,24 @@ def read_jsonl(file, source):
         if not isinstance(text, str):
             raise UserError(f'{source}, line {number}, is not a JSON object with a string under "text"')
         yield without_surrogates(text)
+
+
+def read_parquet(file, source):
+    """Yield the documents of a parquet file: the column "text"."""
+    pyarrow = import_pyarrow(source)
+    with tempfile.TemporaryFile() as copy:  # reading begins at the end, which a stream cannot
+        shutil.copyfileobj(file, copy)
+        try:
+            table = pyarrow.parquet.ParquetFile(copy)
+            if "text" not in table.schema_arrow.names:
+                raise UserError(f"{source} has no column text")
+            for batch in table.iter_batches(batch_size=1000, columns=["text"]):
+                for text in batch["text"].to_pylist():
+                    if not isinstance(text, str):
+                        raise UserError(f"{source} has a row whose text is {text!r:.40}, and not a string")
+                    yield text
+        except pyarrow.ArrowException as error:
+            raise EOFError(error) from error
 
 
 # Five plain words or more, from a capital letter to a full stop.
@@ -478,11 +513,11 @@ def start_worker():
                 worker.stdin.close()
 
 
-def send(worker, message):
-    """Send a message to a worker."""
-    with suppress(BrokenPipeError):  # the worker has ended, which `receive` reports
-        pickle.dump(message, worker.stdin)
-        worker.stdin.flush()
+def send(process, message):
+    """Send a message to a worker or to the child process of GrowingShards."""
+    with suppress(BrokenPipeError):  # it has ended, which `receive` or `child_error` reports
+        pickle.dump(message, process.stdin)
+        process.stdin.flush()
 
 
 def receive(worker):
@@ -511,8 +546,11 @@ def build_shard(unit, wordpiece, config):
     """(rows for training, held-out rows, info) of a unit. `info` is what shard-N.npz says of itself."""
     number, texts, position = unit
     train, heldout, kept, dropped = build_rows(tokenize(texts, wordpiece), number, wordpiece, config)
+    unk = wordpiece.tokens.index(UNK)
     info = dict(documents=len(texts), tokens_kept=kept, tokens_dropped=dropped, end=position,
-                rows=len(train), heldout_rows=len(heldout))
+                rows=len(train), heldout_rows=len(heldout),
+                tokens_unknown=int(np.sum(train == unk) + np.sum(heldout == unk)),
+                marks_stripped=count_marks(texts) if wordpiece.strip_accents else 0)
     return train, heldout, info
 
 
@@ -520,6 +558,11 @@ def build_shard(unit, wordpiece, config):
 # Rows: a document -> WordPiece ids -> rows of two segments
 
 HELDOUT_SHARE = 100  # one document in 100 is held out
+# Stripping accents removes all characters of the category Mn. Up to U+036F they belong to Latin, Greek and
+# Cyrillic, and from U+FE00 on mostly to emoji. Between are vowel signs of Hindi, Thai and Arabic, voicing
+# marks of Japanese and the like.
+MARKS = [chr(code) for code in range(0x370, 0xFE00) if unicodedata.category(chr(code)) == "Mn"]
+ANY_MARK = re.compile(f"[{''.join(MARKS)}]")
 
 
 def tokenize(texts, wordpiece):
@@ -531,6 +574,11 @@ def tokenize(texts, wordpiece):
     for text, lines in zip(texts, documents, strict=True):
         tokenized.append((is_heldout(text), [next(ids) for _ in lines]))
     return tokenized
+
+
+def count_marks(texts):
+    """The number of MARKS in texts, also in characters that Unicode takes apart into a letter and a mark."""
+    return sum(len(ANY_MARK.findall(unicodedata.normalize("NFD", text))) for text in texts)
 
 
 def is_heldout(text):
@@ -770,25 +818,32 @@ class Shards:
         return sum(info[name] for info in self.infos)
 
     def describe(self):
-        """What the shards hold, with a warning if much of the text is lost, or rows are mostly padding."""
-        documents = self.total("documents")
-        rows = self.total("rows")
-        heldout = self.total("heldout_rows")
+        """What the shards hold, and a line for each warning."""
         kept = self.total("tokens_kept")
-        dropped = self.total("tokens_dropped")
-        lost = dropped / max(1, kept + dropped)
+        lost = self.total("tokens_dropped") / max(1, kept + self.total("tokens_dropped"))
+        unknown = self.total("tokens_unknown") / max(1, kept)
         state = "" if self.is_complete else ", still growing"
-        text = (f"{self.folder}{state}: {documents:,} documents, {rows:,} rows to train on, {heldout:,} held "
-                f"out; {lost:.0%} of the tokens overflow and are dropped")
+        text = (f"{self.folder}{state}: {self.total('documents'):,} documents, {self.total('rows'):,} rows "
+                f"to train on, {self.total('heldout_rows'):,} held out; {lost:.0%} of the tokens overflow "
+                f"and are dropped, {unknown:.1%} of the rest are [UNK]{describe_unread(self.config)}")
+        return "\n".join([text, *self.list_warnings(kept, lost, unknown)])
+
+    def list_warnings(self, kept, lost, unknown):
+        """Yield a warning if much of the text is lost, unknown or padding."""
         if lost > 0.4:
-            text += ("\nwarning: that is a lot. ELECTRA takes a line for a sentence or a paragraph: raise "
-                     "--max-length")
-            if not self.config.split_long_lines:
-                text += ", or use --split-long-lines"
-        if kept < 0.4 * (rows + heldout) * self.config.max_length:
-            text += ("\nwarning: rows are mostly padding. A blank line ends a document: if it should not, "
-                     "use --one-document-per-file, else lower --max-length")
-        return text
+            option = "" if self.config.split_long_lines else ", or use --split-long-lines"
+            yield ("warning: many tokens are dropped. ELECTRA takes a line for a sentence or a paragraph: "
+                   f"raise --max-length{option}")
+        if unknown > 0.05:
+            yield ("warning: many tokens are [UNK]. The vocabulary may be of another language, case or use "
+                   "of accents; a line of vocab.txt may hold more than a token; or words may have over 200 "
+                   "characters, as in text without spaces")
+        elif kept < 0.4 * (self.total("rows") + self.total("heldout_rows")) * self.config.max_length:
+            yield ("warning: rows are mostly padding. A blank line ends a document: if it should not, use "
+                   "--one-document-per-file, else lower --max-length")
+        if self.total("marks_stripped") > 0.05 * kept:
+            yield ("warning: vowel signs or voicing marks are stripped like accents, which changes words of "
+                   "Hindi, Thai, Arabic, Japanese and others: use --no-strip-accents")
 
 
 def read_complete(path):
@@ -829,13 +884,14 @@ class GrowingShards(Shards):
         if self.is_complete:
             yield
             return
-        command = [sys.executable, __file__, json.dumps(asdict(self.config))]
+        command = [sys.executable, __file__, "child"]
         with (tempfile.TemporaryFile() as output,
               subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output,
                                start_new_session=True) as child):  # only the parent gets Ctrl-C
             self.child = child
             self.child_output = output
             try:
+                send(child, asdict(self.config))
                 yield
             finally:
                 child.kill()
@@ -889,12 +945,13 @@ class GrowingShards(Shards):
         return message or f"preparing the text ended with status {status}; run the same command again"
 
 
-def run_as_child(settings):
-    """The child process. Returns its exit status."""
+def run_as_child():
+    """Receive a config from standard input, and prepare its text. Returns the exit status."""
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    config = DataConfig(**pickle.load(sys.stdin.buffer))
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        prepare(DataConfig(**json.loads(settings)), progress=False)
+        prepare(config, progress=False)
     except (UserError, OSError) as error:
         print(error)
         return 1
@@ -902,7 +959,7 @@ def run_as_child(settings):
 
 
 def end_with_parent():
-    os.read(0, 1)  # the parent writes nothing, so this returns when the parent ends and the pipe closes
+    os.read(0, 1)  # the parent writes no more, so this returns when the parent ends and the pipe closes
     os._exit(1)
 
 
@@ -1220,14 +1277,11 @@ def identify_text(config):
 
 
 def hash_files(config):
-    """The SHA-256 of each file of the corpus, and "" for each address."""
+    """The SHA-256 of each file of the corpus. Addresses have none."""
     hashes = []
-    for name in find_files(config):
-        if is_file(name):
-            with open(name, "rb") as file:
-                hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-        else:
-            hashes.append("")
+    for name in filter(is_file, find_files(config)):
+        with open(name, "rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
     return hashes
 
 
@@ -1238,13 +1292,14 @@ def find_files(config):
         if name == "openwebtext":
             files += OPENWEBTEXT
         elif os.path.isdir(name):
-            files += sorted(walk(name))
+            files += sorted(filter(is_readable, walk(name)))
         elif name == "python-docs" or is_address(name) or os.path.exists(name):
             files.append(name)
         else:
             raise UserError(f"there is no {name}; --data takes paths, addresses, openwebtext or python-docs")
     if not files:
-        raise UserError(f"{config.data[0]} holds no .txt, .jsonl, .json or .tar file, plain, .gz or .xz")
+        raise UserError(f"{config.data[0]} holds no .txt, .jsonl, .json, .parquet or .tar file, plain, .gz, "
+                        ".xz or .zst")
     for name in files:
         if is_file(name) and not os.path.isfile(name):  # a pipe or a device: reading it could wait for ever
             raise UserError(f"{name} is not a regular file; copy what it gives to one")
@@ -1255,8 +1310,21 @@ def no_text(config):
     return UserError(f"there is no text to train on in {' '.join(config.data)}")
 
 
+def describe_unread(config):
+    """"; 8 files are not read: .bz2 5, no ending 3" of the folders of the corpus, or "" if all are read."""
+    kinds = Counter()
+    for name in filter(os.path.isdir, config.data):
+        for path in walk(name):
+            if not is_readable(path):
+                kinds[Path(path).suffix or "no ending"] += 1
+    if not kinds:
+        return ""
+    listed = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common(9))
+    return f"; {kinds.total():,} files are not read: {listed}"
+
+
 def walk(folder):
-    """The text files in a folder, through symbolic links, without hidden files and folders."""
+    """The files in a folder, through symbolic links, without hidden files and folders."""
     seen = set()
     for path, folders, names in os.walk(folder, followlinks=True):
         real_path = os.path.realpath(path)
@@ -1265,7 +1333,7 @@ def walk(folder):
             continue
         seen.add(real_path)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (os.path.join(path, name) for name in names if is_readable(name))
+        yield from (os.path.join(path, name) for name in names if not name.startswith("."))
 
 
 def is_readable(name):
@@ -1283,10 +1351,9 @@ def kind_of(name):
     if name.endswith("_data.xz"):  # the tars in the tars of OpenWebText
         return ".tar", ".xz"
     compression = ""
-    if name.endswith((".gz", ".xz")):
-        compression = name[-3:]
-        name = name[:-3]
-    for kind in ".txt", ".json", ".jsonl", ".tar":
+    if name.endswith((".gz", ".xz", ".zst")):
+        name, compression = os.path.splitext(name)
+    for kind in ".txt", ".json", ".jsonl", ".parquet", ".tar":
         if name.endswith(kind):
             return kind, compression
     return "", compression
@@ -1434,7 +1501,7 @@ def url_of(address):
 if __name__ == "__main__":
     if sys.argv[1:] == ["worker"]:
         run_as_worker()
-    elif len(sys.argv) == 2:
-        sys.exit(run_as_child(sys.argv[1]))
+    elif sys.argv[1:] == ["child"]:
+        sys.exit(run_as_child())
     else:
         sys.exit("data.py is started by train.py; to see rows: python train.py --prepare-only --show 5")
