@@ -738,17 +738,21 @@ class Shards:
         """
         key = digest([self.fingerprint, [identity[:2] for identity in self.identities]])
         times = digest([identity[2:] for identity in self.identities])
-        folders = sorted(Path(self.config.cache).glob(f"*-{key}-*"))
-        for folder in folders:
+        own = Path(self.config.cache) / f"{source_name(self.config)}-{key}-{times}"
+        if own.exists():
+            return own
+        others = sorted(own.parent.glob(f"*-{key}-*"))
+        for folder in others:
             if folder.name.endswith(times) or (folder / f"same-{times}").exists():
                 return folder
-        complete = [folder / "complete" for folder in folders if (folder / "complete").exists()]
+        complete = [folder / "complete" for folder in others if (folder / "complete").exists()]
         hashes = hash_files(self.config) if complete else None
         for path in complete:
             if read_complete(path)["files"] == hashes:
                 (path.parent / f"same-{times}").touch()  # the files need not be hashed again
                 return path.parent
-        return Path(self.config.cache) / f"{source_name(self.config)}-{key}-{times}"
+        own.mkdir(parents=True, exist_ok=True)  # the child process must find the same
+        return own
 
     def refresh(self):
         """Look for shards that another process has added."""
@@ -1273,7 +1277,8 @@ def identify_text(config):
     """
     files = find_files(config)
     parents = [os.path.dirname(os.path.abspath(name)) for name in files if is_file(name)]
-    return [identify(name, os.path.commonpath(parents or ["/"])) for name in files]
+    folder = os.path.commonpath(parents or ["/"])
+    return [identify(name, folder) for name in files]
 
 
 def hash_files(config):
