@@ -546,7 +546,7 @@ def build_shard(unit, wordpiece, config):
     """(rows for training, held-out rows, info) of a unit. `info` is what shard-N.npz says of itself."""
     number, texts, position = unit
     train, heldout, kept, dropped = build_rows(tokenize(texts, wordpiece), number, wordpiece, config)
-    unk = wordpiece.tokens.index(UNK)
+    unk = wordpiece.unk_token_id
     info = dict(documents=len(texts), tokens_kept=kept, tokens_dropped=dropped, end=position,
                 rows=len(train), heldout_rows=len(heldout),
                 tokens_unknown=int(np.sum(train == unk) + np.sum(heldout == unk)),
@@ -838,10 +838,8 @@ class Shards:
             option = "" if self.config.split_long_lines else ", or use --split-long-lines"
             yield ("warning: many tokens are dropped. ELECTRA takes a line for a sentence or a paragraph: "
                    f"raise --max-length{option}")
-        if unknown > 0.05:
-            yield ("warning: many tokens are [UNK]. The vocabulary may be of another language, case or use "
-                   "of accents; a line of vocab.txt may hold more than a token; or words may have over 200 "
-                   "characters, as in text without spaces")
+        if warning := unknown_warning(unknown):
+            yield warning
         elif kept < 0.4 * (self.total("rows") + self.total("heldout_rows")) * self.config.max_length:
             yield ("warning: rows are mostly padding. A blank line ends a document: if it should not, use "
                    "--one-document-per-file, else lower --max-length")
