@@ -1261,7 +1261,7 @@ def unknown_warning(share):
     """A warning that names the usual causes of so many [UNK], or "" if they are at most 5 %."""
     if share <= 0.05:
         return ""
-    return (f"warning: {100 * share:.0f} % of the tokens are [UNK]. Usual causes: a vocabulary of another "
+    return (f"warning: {share:.0%} of the tokens are [UNK]. Usual causes: a vocabulary of another "
             "language, case or accents; words of over 200 characters (text without spaces); lines of "
             "vocab.txt that hold more than a token")
 

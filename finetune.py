@@ -582,7 +582,7 @@ def describe(experiment, split, examples, tokenized):
     cut = np.mean(tokenized.lengths > experiment.config.max_length)
     unknown = experiment.pretrained.wordpiece.unknown_share(tokenized.rows)
     print(f"{task.title}, {split}: {len(examples):,} rows; {found}; the longest has "
-          f"{tokenized.lengths.max():,} tokens, {100 * cut:.1f} % are cut; {100 * unknown:.1f} % [UNK]")
+          f"{tokenized.lengths.max():,} tokens, {cut:.1%} are cut; {unknown:.1%} [UNK]")
     if warning := data.unknown_warning(unknown):
         print(warning)
 

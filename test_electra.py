@@ -2629,7 +2629,7 @@ def test_a_network_is_kept_and_predicts(toy_glue, capsys, monkeypatch):
         assert sum(probabilities.values()) == pytest.approx(1)
     capsys.readouterr()
     predictor.predict([("ba zzz", "zzz do")])
-    assert capsys.readouterr().err.startswith("warning: 50 % of the tokens are [UNK]")
+    assert capsys.readouterr().err.startswith("warning: 50% of the tokens are [UNK]")
     Path("empty.tsv").write_text("A fine film.\n")
     with pytest.raises(UserError, match="empty.tsv has no rows; the first line of a table names its columns"):
         finetune.main(f"--predict-file empty.tsv --model {folder} --device cpu".split())
@@ -2699,9 +2699,9 @@ def test_what_fine_tuning_reads_is_shown_before_the_work(toy_glue, capsys):
     write_files("own", {f"{split}.tsv": f"label\tsentence\n{rows}".encode() for split, rows in files.items()})
     tune("--task own --max-length 8 --keep-predictions")
     printed = capsys.readouterr().out
-    assert ("own-own, train: 3 rows; good 2, bad 1; the longest has 10 tokens, 33.3 % are cut; 9.1 % [UNK]\n"
-            "warning: 9 % of the tokens are [UNK]. Usual causes: a vocabulary of another language") in printed
-    assert "own-own, dev: 1 rows; good 1; the longest has 3 tokens, 0.0 % are cut; 0.0 % [UNK]\n" in printed
+    assert ("own-own, train: 3 rows; good 2, bad 1; the longest has 10 tokens, 33.3% are cut; 9.1% [UNK]\n"
+            "warning: 9% of the tokens are [UNK]. Usual causes: a vocabulary of another language") in printed
+    assert "own-own, dev: 1 rows; good 1; the longest has 3 tokens, 0.0% are cut; 0.0% [UNK]\n" in printed
     assert "own-own, test: 1 rows; no labels; " in printed and printed.count("warning") == 1
     tune("--task stsb cola --num-train-epochs 1")
     assert "STS-B, train: 48 rows; labels from 0 to 5; the longest has" in capsys.readouterr().out
