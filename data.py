@@ -1211,6 +1211,7 @@ class WordPiece:
         self.cls_token_id = ids[CLS]
         self.sep_token_id = ids[SEP]
         self.mask_token_id = ids[MASK]
+        self.unk_token_id = ids[UNK]
         self.sha256 = hashlib.sha256("\n".join(tokens).encode()).hexdigest()
         # As in the official code, only words over 200 characters become [UNK] for their length.
         self.tokenizer = Tokenizer(models.WordPiece(ids, unk_token=UNK, max_input_chars_per_word=200))
@@ -1238,6 +1239,11 @@ class WordPiece:
             row += [*second, self.sep_token_id]
         return row
 
+    def unknown_share(self, rows):
+        """The share of [UNK] among the ids of text in rows, an array of ids."""
+        ids = rows[(rows != 0) & (rows != self.cls_token_id) & (rows != self.sep_token_id)]
+        return float(np.mean(ids == self.unk_token_id)) if len(ids) else 0.0
+
     def decode(self, ids):
         """Readable text, with special tokens and without padding."""
         words = [self.tokens[number] for number in ids if number != 0]  # 0 is [PAD]
@@ -1251,6 +1257,15 @@ class WordPiece:
                         strip_accents=self.strip_accents, tokenize_chinese_chars=True,
                         model_max_length=max_length)
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def unknown_warning(share):
+    """A warning that names the usual causes of so many [UNK], or "" if they are at most 5 %."""
+    if share <= 0.05:
+        return ""
+    return (f"warning: {100 * share:.0f} % of the tokens are [UNK]. Usual causes: a vocabulary of another "
+            "language, case or accents; words of over 200 characters (text without spaces); lines of "
+            "vocab.txt that hold more than a token")
 
 
 def vocab_file(tokens):

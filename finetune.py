@@ -13,11 +13,14 @@ import train
 
 # isort: split
 import hashlib
+import io
 import itertools
 import math
 import re
 import sys
 import time
+from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -45,37 +48,34 @@ class FinetuneConfig(train.StepConfig):
                           "your own"] = ("all",)
     regression: Annotated[bool, "the labels in these folders are numbers to be predicted, not "
                                 "classes"] = False
-    seeds: Annotated[int, "number of seeds: 0, 1, ..."] = 1
+    seeds: Annotated[int, "number of seeds: 0, 1, ...", 1, 1_000_000] = 1
     model: Annotated[str, "a run of train.py, a folder in HuggingFace's format, or a name on "
                           "the hub"] = "out/small"
     random_weights: Annotated[bool, "start from random weights of the model's shape, as a baseline"] = False
     glue_dir: Annotated[str, "folder laid out as the official zips are; without it the tasks are "
                              "downloaded"] = ""
-    learning_rate: Annotated[float, "peak learning rate; 0 is the size's value (see train.SIZES)"] = 0.0
+    learning_rate: Annotated[float, "peak learning rate; 0 is the size's value (see train.SIZES)", 0, 1] = 0.0
     layerwise_lr_decay: Annotated[float, "factor from each layer to the one below; 0 is the size's "
-                                         "value"] = 0.0
-    num_train_epochs: Annotated[int, "passes over the task; 0 is 10 for RTE and STS-B, 3 for the others"] = 0
-    batch_size: Annotated[int, "examples in a step"] = 32
-    max_length: Annotated[int, "tokens to which an example is cut"] = 128
-    dropout: Annotated[float, "in the encoder, whatever pre-training used"] = 0.1
-    warmup_proportion: Annotated[float, "share of the steps over which the learning rate rises from 0"] = 0.1
+                                         "value", 0, 1] = 0.0
+    num_train_epochs: Annotated[int, "passes over the task; 0 is 10 for RTE and STS-B, 3 for the others",
+                                0, 10_000] = 0
+    batch_size: Annotated[int, "examples in a step", 1, 65_536] = 32
+    max_length: Annotated[int, "tokens to which an example is cut", 8, 65_536] = 128
+    dropout: Annotated[float, "in the encoder, whatever pre-training used", 0, 0.9] = 0.1
+    warmup_proportion: Annotated[float, "share of the steps over which the learning rate rises from 0",
+                                 0, 1] = 0.1
     weight_decay: Annotated[float, "decoupled weight decay, as in the paper; the official default is "
-                                   "0.01 [D33]"] = 0.0
+                                   "0.01 [D33]", 0, 1] = 0.0
     keep_predictions: Annotated[bool, "keep every seed's predictions of the test sets"] = False
     submit: Annotated[bool, "write the test predictions of the seeds with the best dev scores as files; "
                             "GLUE as a zip"] = False
-    save: Annotated[bool, "keep the network of the seed with the best dev score in OUT/TASK"] = False
+    save: Annotated[bool, "keep the network of the seed with the best dev score in OUT/networks"] = False
     predict_file: Annotated[str, "a .tsv, .csv or .jsonl file, or - for standard input: print "
                                  "predictions for it"] = ""
+    format: Annotated[str, "tsv, csv or jsonl: what --predict-file holds; else its name's ending says "
+                           "it"] = ""
     cache: Annotated[str, "folder for downloads"] = data.DataConfig.cache
     out: Annotated[str, "folder for results"] = "out/glue"
-
-    def __post_init__(self):
-        for name in ("seeds", "batch_size"):
-            if getattr(self, name) < 1:
-                raise data.UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.max_length < 8:
-            raise data.UserError(f"max_length is {self.max_length}; an example needs at least 8 tokens")
 
     @property
     def predicts_test_sets(self):
@@ -84,7 +84,7 @@ class FinetuneConfig(train.StepConfig):
 
 # Flags that do not decide a result. (Of model, task and folders the content does.)
 NOT_SETTINGS = {"task", "seeds", "model", "random_weights", "glue_dir", "keep_predictions", "submit", "save",
-                "predict_file", "cache", "out", "device", "graph", "deterministic", "data_dir"}
+                "predict_file", "format", "cache", "out", "device", "graph", "deterministic", "data_dir"}
 
 
 def fill_in_recipe(config, task, hidden_size):
@@ -165,12 +165,6 @@ def plan_experiments(config, tasks, pretrained, kind):
     if config.glue_dir:
         needed = [(task, split) for task in tasks.values() for split in splits_to_read(task, config)]
         glue.check_glue_dir(needed, config.glue_dir)
-    if config.save:
-        for name in tasks:
-            folder = Path(config.out) / name
-            if folder.exists() and not read_saved_config(folder):
-                raise data.UserError(f"--save would overwrite {folder}, which is not a network; use "
-                                     "another --out")
     experiments = []
     for task in tasks.values():
         # Everything is read here once, so that damage is reported now, not in the middle of the night.
@@ -193,9 +187,11 @@ class Experiment:
     sha256: dict  # of the file of each split
 
     def tokenize(self, split, examples):
-        """The Tokenized examples of a split."""
-        return tokenize_examples(examples, self.pretrained.wordpiece, self.config.max_length,
-                                 both_orders=self.task.both_orders and split == "train")
+        """The Tokenized examples of a split, after one look at them."""
+        tokenized = tokenize_examples(examples, self.pretrained.wordpiece, self.config.max_length,
+                                      both_orders=self.task.both_orders and split == "train")
+        describe(self, split, examples, tokenized)
+        return tokenized
 
     def new_network(self):
         """A network with random weights, whose `losses` are trained."""
@@ -233,6 +229,10 @@ class Experiment:
         """The name of a seed's lock and predictions. Other settings have other names."""
         return f"{self.task.name}-{seed}-{data.digest(self.settings())}"
 
+    def network_path(self):
+        """The folder of the best seed's network. Other settings have other folders."""
+        return self.folder / "networks" / f"{self.task.name}-{data.digest(self.settings())}"
+
     def predictions_path(self, seed):
         tests = data.digest([self.sha256[split] for split in self.task.submissions])
         return self.folder / "predictions" / f"{self.run_name(seed)}-{tests}.npz"
@@ -242,14 +242,9 @@ class Experiment:
 
         If test sets are to be predicted, a seed without these predictions is not finished.
         """
-        path = self.folder / "results.jsonl"
-        if not path.exists():
-            return {}
         settings = self.settings()
-        *lines, _ = path.read_bytes().split(b"\n")  # a kill may have cut the last one short
         results = {}
-        for number, line in enumerate(lines, 1):
-            result = data.parse_json(line, f"{path}, line {number},")
+        for result in read_results(self.folder / "results.jsonl"):
             seed = result["seed"]
             if result["task"] != self.task.name or result["settings"] != settings:
                 continue  # of another experiment
@@ -286,13 +281,30 @@ def splits_to_read(task, config):
     return splits
 
 
+def read_results(path):
+    """The lines of results.jsonl. Each has a digest of its other entries, so that damage is found."""
+    if not path.exists():
+        return []
+    *lines, _ = path.read_bytes().split(b"\n")  # a kill may have cut the last one short
+    results = []
+    for number, line in enumerate(lines, 1):
+        result = {}
+        with suppress(data.UserError):
+            result = data.parse_json(line, path)
+        if result.pop("digest", None) != data.digest(result):
+            raise data.UserError(f"{path}, line {number}, is damaged or of an earlier version; delete this "
+                                 "line, and its seed is run again")
+        results.append(result)
+    return results
+
+
 def append_result(experiment, result):
     """Append a line to results.jsonl."""
     with (lock_outputs(experiment.folder, "results"),
           open(experiment.folder / "results.jsonl", "a+b") as file):
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)  # what a kill cut short
-        data.append_json(file, result)
+        data.append_json(file, result | dict(digest=data.digest(result)))
 
 
 def lock_outputs(folder, what):
@@ -303,8 +315,15 @@ def lock_outputs(folder, what):
 def write_predictions(experiment, seed, predictions):
     """Write a seed's test predictions, under the names of the files to submit."""
     arrays = {name: predictions[split] for split, name in experiment.task.submissions.items()}
-    with data.atomic_write(experiment.predictions_path(seed)) as file:
-        np.savez(file, **arrays)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    data.write_sealed(experiment.predictions_path(seed), content.getvalue())
+
+
+def read_predictions(experiment, seed):
+    """What `write_predictions` wrote: an array for each file to submit, by its name."""
+    advice = "delete it, and the same command makes it again"
+    return np.load(io.BytesIO(data.read_sealed(experiment.predictions_path(seed), advice)))
 
 
 def best_seed(experiment):
@@ -511,6 +530,7 @@ class Tokenized(NamedTuple):
 
     rows: np.ndarray  # uint16 (N, max_length), zero-padded
     labels: np.ndarray  # (N,)
+    lengths: np.ndarray  # (N,) tokens before the row was cut
 
 
 def tokenize_examples(examples, wordpiece, max_length, both_orders=False):
@@ -522,17 +542,13 @@ def tokenize_examples(examples, wordpiece, max_length, both_orders=False):
         firsts, seconds = firsts + seconds, seconds + firsts  # [D30] swapped before they are cut
         labels = labels + labels
     rows = np.zeros((len(firsts), max_length), dtype=np.uint16)
-    for row, first, second in zip(rows, firsts, seconds, strict=True):
-        ids = build_row(first, second, wordpiece, max_length)
-        row[: len(ids)] = ids
-    return Tokenized(rows, np.array(labels))
-
-
-def build_row(first, second, wordpiece, max_length):
-    """A sentence, or a pair, cut to max_length with its special tokens, as a list of ids."""
-    num_special = 3 if second else 2
-    first, second = truncate(first, second, max_length - num_special)
-    return wordpiece.add_special_tokens(first, second)
+    lengths = np.zeros(len(firsts), dtype=np.int64)
+    for number, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
+        num_special = 3 if second else 2
+        lengths[number] = len(first) + len(second) + num_special
+        ids = wordpiece.add_special_tokens(*truncate(first, second, max_length - num_special))
+        rows[number, : len(ids)] = ids
+    return Tokenized(rows, np.array(labels), lengths)
 
 
 def truncate(first, second, length):
@@ -549,6 +565,26 @@ def truncate(first, second, length):
         else:
             second.pop()
     return first, second
+
+
+def describe(experiment, split, examples, tokenized):
+    """Print a line about a split: labels, lengths, and how much of it the vocabulary lacks."""
+    task = experiment.task
+    labels = [example.label for example in examples]
+    if labels[0] is None:
+        found = "no labels"
+    elif task.is_regression:
+        low, high = (glue.unscale(label, task.label_range) for label in (min(labels), max(labels)))
+        found = f"labels from {low:g} to {high:g}"
+    else:
+        counts = Counter(task.labels[label] for label in labels).most_common()
+        found = glue.join_few([f"{name} {count:,}" for name, count in counts])
+    cut = np.mean(tokenized.lengths > experiment.config.max_length)
+    unknown = experiment.pretrained.wordpiece.unknown_share(tokenized.rows)
+    print(f"{task.title}, {split}: {len(examples):,} rows; {found}; the longest has "
+          f"{tokenized.lengths.max():,} tokens, {100 * cut:.1f} % are cut; {100 * unknown:.1f} % [UNK]")
+    if warning := data.unknown_warning(unknown):
+        print(warning)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -675,9 +711,9 @@ def submit(experiments, config):
         task = experiment.task
         seed = best_seed(experiment)
         best.append(f"{task.title} {seed}")
-        with np.load(experiment.predictions_path(seed)) as predictions:
-            for name in task.submissions.values():
-                files[name] = glue.submission_file(task, predictions[name])
+        predictions = read_predictions(experiment, seed)
+        for name in task.submissions.values():
+            files[name] = glue.submission_file(task, predictions[name])
     tasks = {experiment.task.name for experiment in experiments}
     is_whole = tasks >= glue.TASKS.keys()
     folder = Path(config.out)
@@ -702,9 +738,9 @@ def save_best(experiments):
     for experiment in experiments:
         task = experiment.task
         seed = best_seed(experiment)
-        folder = experiment.folder / task.name
+        folder = experiment.network_path()
         saved = read_saved_config(folder)
-        if not saved or saved["result"] != experiment.run_name(seed):
+        if not saved or saved.get("result") != experiment.run_name(seed):
             finetuner = Finetuner(experiment)
             finetuner.run(seed, tokenize_splits(experiment))
             save_network(experiment, seed, finetuner.network)
@@ -712,9 +748,9 @@ def save_best(experiments):
 
 
 def save_network(experiment, seed, network):
-    """Write encoder, head, names of the labels and tokenizer of a task to its folder."""
+    """Write encoder, head, names of the labels and tokenizer to the network's folder."""
     with (lock_outputs(experiment.folder, "network"),
-          data.atomic_folder(experiment.folder / experiment.task.name) as folder):
+          data.atomic_folder(experiment.network_path()) as folder):
         model.save_pretrained(network, folder, head=type(network).__name__,
                               result=experiment.run_name(seed), **experiment.saved_fields(seed))
         experiment.pretrained.wordpiece.save(folder, experiment.config.max_length)
@@ -729,6 +765,20 @@ def read_saved_config(folder):
     return content if "head" in content else None
 
 
+def read_labels(saved, path):
+    """The names of the classes and None or, in a regression, [] and the lowest and highest label."""
+    try:
+        names = saved["id2label"]
+        labels = [str(names[str(number)]) for number in range(len(names))]  # the keys have any order
+        if labels:
+            return labels, None
+        low, high = map(float, saved["label_range"])
+        return [], (low, high)
+    except (KeyError, TypeError, ValueError):
+        raise data.UserError(f"{path} is damaged: it has no id2label or label_range; delete its folder, and "
+                             "--save makes it again") from None
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Predictions of a saved network: in Python and with --predict-file
 
@@ -736,7 +786,7 @@ def read_saved_config(folder):
 class Predictor:
     """A fine-tuned network in a folder that --save wrote.
 
-        predictor = Predictor("out/glue/mrpc")
+        predictor = Predictor("out/glue/networks/mrpc-0123456789ab")
         [(label, probabilities)] = predictor.predict([("He left early.", "He went away early.")])
 
     The encoder in that folder loads in transformers, too. The head does not: theirs has another layer.
@@ -747,12 +797,14 @@ class Predictor:
         saved = read_saved_config(folder)
         if not saved or saved["head"] != "Classifier":
             raise data.UserError(f"{folder} has no classifier; --model takes what --save wrote, as "
-                                 "out/glue/mrpc")
+                                 "out/glue/networks/mrpc-*")
         self.config = config or FinetuneConfig(device="cpu", dtype="fp32")
-        self.labels = list(saved["id2label"].values())
-        self.label_range = saved["label_range"]
-        self.wordpiece, self.max_length = data.read_tokenizer(folder)
-        self.network = Classifier(model.load_config(folder), len(self.labels) or 1)  # 1 in a regression
+        self.labels, self.label_range = read_labels(saved, folder / "config.json")
+        model_config = model.load_config(folder)
+        positions = model_config.max_position_embeddings
+        self.wordpiece, trained_length = data.read_tokenizer(folder)
+        self.max_length = min(trained_length or positions, positions)
+        self.network = Classifier(model_config, len(self.labels) or 1)  # 1 in a regression
         model.load_weights(self.network, folder)
         self.network.to(self.config.device)
 
@@ -765,6 +817,8 @@ class Predictor:
         if not examples:
             return []
         rows = tokenize_examples(examples, self.wordpiece, self.max_length).rows
+        if warning := data.unknown_warning(self.wordpiece.unknown_share(rows)):
+            print(warning, file=sys.stderr)
         logits = torch.from_numpy(compute_logits(self.network, rows, self.config))
         if not self.labels:
             return [(glue.unscale(number, self.label_range), {}) for number in logits[:, 0].tolist()]
@@ -783,9 +837,14 @@ def predict_file(config):
         file = sys.stdin.buffer
     else:
         source = config.predict_file
+        if not Path(source).is_file():
+            raise data.UserError(f"{source} is not a file; --predict-file takes one, or - for standard input")
         file = open(source, "rb")
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8", errors="strict")  # a file or a pipe, whatever the locale
     with file:
-        texts = (glue.read_sentences(row, where) for where, row in glue.read_table(file, source))
+        rows = glue.read_table(file, source, config.format)
+        texts = (glue.read_sentences(row, where) for where, row in rows)
         chunk = list(itertools.islice(texts, CHUNK))
         if not chunk:
             raise glue.no_rows(source)

@@ -9,9 +9,9 @@ import csv
 import functools
 import hashlib
 import io
-import itertools
 import math
 import re
+import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,11 @@ class Task:
     both_orders: bool = False  # [D30] trained on both orders of the sentences
 
     number_format = ".6g"  # of a regression's predictions
+
+    @functools.cached_property
+    def class_numbers(self):
+        """The number of each class by its name."""
+        return {label: number for number, label in enumerate(self.labels)}
 
     @property
     def is_regression(self):
@@ -326,9 +331,16 @@ def read_label(task, text, where):
     if task.is_regression:
         low, high = task.label_range
         return (read_number(text, where) - low) / (high - low)
-    if text not in task.labels:
-        raise data.UserError(f"{where}: the label is {text!r} and not one of {', '.join(task.labels)}")
-    return task.labels.index(text)
+    if text not in task.class_numbers:
+        raise data.UserError(f"{where}: the label is {text!r} and not one of {join_few(task.labels)}")
+    return task.class_numbers[text]
+
+
+def join_few(texts, most=10):
+    """The first few texts of a list, and the number of others."""
+    joined = ", ".join(texts[:most])
+    others = len(texts) - most
+    return f"{joined} and {others:,} others" if others > 0 else joined
 
 
 def read_number(text, where):
@@ -353,7 +365,7 @@ def unscale(numbers, label_range):
 
 @dataclass(frozen=True, kw_only=True)
 class OwnTask(Task):
-    """A folder of your own files. Its title is the name of the folder."""
+    """A folder of your own files. Its title begins with "own-", so that no task of GLUE has it."""
 
     files: dict  # path by split
 
@@ -375,7 +387,7 @@ class OwnTask(Task):
 def own_task(folder, is_regression):
     """The task that a folder describes: train and dev, and perhaps test, as .tsv, .csv or .jsonl."""
     files = find_own_files(folder)
-    title = folder.resolve().name
+    title = f"own-{folder.resolve().name}"
     first_seen = find_labels(files["train"])
     if is_regression:
         labels = sorted({read_number(text, where) for text, where in first_seen.items()})
@@ -383,6 +395,9 @@ def own_task(folder, is_regression):
         for text, where in first_seen.items():
             check_class(text, where)
         labels = sorted(first_seen, key=class_order)
+        if all(map(NUMBER.fullmatch, labels)) and any("." in text for text in labels):
+            print(f"{title}: labels such as {labels[0]} are names of classes; with --regression they are "
+                  "numbers")
     if len(labels) < 2:
         raise data.UserError(f"{files['train']} needs at least two different labels")
     if is_regression:
@@ -412,26 +427,23 @@ def find_labels(path):
     first_seen = {}
     with open(path, "rb") as file:
         for where, row in read_table(file, path):
-            first_seen.setdefault(read_cell(row, "label", where), f"{where}, column label")
+            first_seen.setdefault(read_own_label(row, where), f"{where}, column label")
     return first_seen
 
 
-WHOLE_NUMBER = re.compile(r"[-+]?\d+")
 NUMBER = re.compile(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?")
 
 
 def check_class(text, where):
-    """Check that a label can be the name of a class: words and whole numbers can."""
+    """Check that a label can be the name of a class."""
     if not text or re.search(r"[\t\r\n]", text):
         raise data.UserError(f"{where}: the label is {text!r}; it must be a word, without tab or line break")
-    if NUMBER.fullmatch(text) and not WHOLE_NUMBER.fullmatch(text):
-        raise data.UserError(f"{where}: the label is {text}, a number; use --regression")
 
 
 def class_order(text):
-    """The key that sorts whole numbers by value and words by letters."""
-    if WHOLE_NUMBER.fullmatch(text):
-        return int(text), text
+    """The key that sorts numbers by value and words by letters."""
+    if NUMBER.fullmatch(text):
+        return float(text), text
     return 0, text
 
 
@@ -441,7 +453,7 @@ def parse_own(task, split, raw, source):
     for where, row in read_table(io.BytesIO(raw), source):
         label = None
         if split not in task.submissions:
-            label = read_label(task, read_cell(row, "label", where), f"{where}, column label")
+            label = read_label(task, read_own_label(row, where), f"{where}, column label")
         first, second = read_sentences(row, where)
         examples.append(Example(first, second, label))
     if not examples:
@@ -455,15 +467,20 @@ def no_rows(source):
 
 def read_sentences(row, where):
     """The one or two sentences of a row, under `sentence` or `sentence1` and `sentence2`."""
-    if "sentence1" in row:
-        first = read_cell(row, "sentence1", where)
-    elif "sentence" in row:
-        first = read_cell(row, "sentence", where)
-    else:
-        raise data.UserError(f"{where}, has no column sentence, or sentence1 and sentence2; there are "
-                             f"{', '.join(map(str, row))}")
-    second = read_cell(row, "sentence2", where) if "sentence2" in row else ""
-    return first, second
+    if "sentence1" in row and "sentence2" in row:
+        return read_cell(row, "sentence1", where), read_cell(row, "sentence2", where)
+    if "sentence" in row and "sentence2" not in row:
+        return read_cell(row, "sentence", where), ""
+    raise data.UserError(f"{where}, has no column sentence, or sentence1 and sentence2; there are "
+                         f"{', '.join(map(str, row))}")
+
+
+def read_own_label(row, where):
+    """The label of a row as text. JSON's booleans are the classes true and false."""
+    label = row.get("label")
+    if isinstance(label, bool):
+        return str(label).lower()
+    return read_cell(row, "label", where).strip()
 
 
 def read_cell(row, column, where):
@@ -471,39 +488,33 @@ def read_cell(row, column, where):
     if column not in row:
         raise data.UserError(f"{where}, has no column {column}; there are {', '.join(map(str, row))}")
     value = row[column]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    is_text = isinstance(value, str | int) and not isinstance(value, bool)
+    is_finite = isinstance(value, float) and math.isfinite(value)
+    if not is_text and not is_finite:
         raise data.UserError(f"{where}, column {column}, is {value!r}, neither text nor a number")
     return data.without_surrogates(str(value))
 
 
-def read_table(file, source):
-    """Yield ("SOURCE, line N", {column: value}) for each row of a binary .tsv, .csv or .jsonl file."""
+def read_table(file, source, kind=""):
+    """Yield ("SOURCE, line N", {column: value}) for each row of a binary file.
+
+    `kind` is tsv, csv or jsonl; without it the name's ending says it. Each line, or row of CSV, is a row: an
+    empty one is an empty cell if there is one column, and else an error.
+    """
+    kind = kind or Path(source).suffix.lower().removeprefix(".")
     lines = (data.decode_utf8(line, f"{source}, line {number},") for number, line in enumerate(file, 1))
-    kind = Path(source).suffix.lower()
-    if kind not in (".jsonl", ".csv", ".tsv"):  # for example, of standard input
-        first = next(lines, "")
-        kind = guess_kind(first)
-        lines = itertools.chain([first], lines)
-    if kind == ".jsonl":
+    if kind == "jsonl":
         return read_objects(lines, source)
-    if kind == ".csv":
+    if kind == "csv":
         return name_fields(split_csv(lines, source))
-    return name_fields(split_tsv(lines, source))
-
-
-def guess_kind(first_line):
-    """The kind of a table from its first line: .jsonl begins with "{", .tsv has tabs, .csv commas."""
-    if first_line.startswith("{"):
-        return ".jsonl"
-    if "," in first_line and "\t" not in first_line:
-        return ".csv"
-    return ".tsv"
+    if kind == "tsv":
+        return name_fields(split_tsv(lines, source))
+    raise data.UserError(f"{source} has no known format; --format takes tsv, csv or jsonl")
 
 
 def read_objects(lines, source):
     for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield f"{source}, line {number}", data.parse_json(line, f"{source}, line {number},")
+        yield f"{source}, line {number}", data.parse_json(line, f"{source}, line {number},")
 
 
 def split_tsv(lines, source):
@@ -513,23 +524,30 @@ def split_tsv(lines, source):
 
 
 def split_csv(lines, source):
-    """Yield ("SOURCE, line N", fields) for each row. A quoted field may have several lines."""
-    reader = csv.reader(lines)
+    """Yield ("SOURCE, line N", fields) for each row, N its first line: quoted fields may have more."""
+    csv.field_size_limit(sys.maxsize)  # the default is 131,072 characters
+    reader = csv.reader(lines, strict=True)
+    first_line = 1
     try:
         for fields in reader:
-            yield f"{source}, line {reader.line_num}", fields
+            yield f"{source}, line {first_line}", fields or [""]
+            first_line = reader.line_num + 1
     except csv.Error as error:
-        raise data.UserError(f"{source}, line {reader.line_num}, is not CSV: {error}") from None
+        raise data.UserError(f"{source}, line {first_line}, is not CSV: a quote opens here and is not closed "
+                             f"at the end of its cell ({error})") from None
 
 
 def name_fields(rows):
     """Yield ("SOURCE, line N", {column: field}) for each row but the first, which names the columns."""
-    _, header = next(rows, ("", []))
+    first_where, header = next(rows, ("", []))
+    named = [name for name in header if name]  # spreadsheets append empty columns
+    if len(set(named)) < len(named):
+        raise data.UserError(f"{first_where}, names a column twice; there are {', '.join(named)}")
     for where, fields in rows:
-        if fields in ([], [""]):  # an empty line
-            continue
         if len(fields) != len(header):
             raise data.UserError(f"{where}, has {len(fields)} fields, and the first line {len(header)}")
+        if fields == header:
+            raise data.UserError(f"{where}, repeats the first line, which names the columns; delete it")
         yield where, dict(zip(header, fields, strict=True))
 
 
@@ -568,13 +586,12 @@ def f1(predictions, labels):
 
 def matthews(predictions, labels):
     """Matthews' correlation for any number of classes: Pearson's of one-hot predictions and labels."""
-    classes = np.union1d(predictions, labels)
-    predicted = (predictions[:, None] == classes).astype(np.float64)  # (N, classes)
-    actual = (labels[:, None] == classes).astype(np.float64)
-    predicted = predicted - predicted.mean(0)
-    actual = actual - actual.mean(0)
-    norm = np.sqrt((predicted**2).sum() * (actual**2).sum())
-    return float((predicted * actual).sum() / norm) if norm else 0.0
+    num_classes = 1 + max(predictions.max(), labels.max())
+    predicted = np.bincount(predictions, minlength=num_classes) / len(predictions)  # share of each class
+    actual = np.bincount(labels, minlength=num_classes) / len(labels)
+    covariance = np.mean(predictions == labels) - predicted @ actual
+    norm = np.sqrt((1 - predicted @ predicted) * (1 - actual @ actual))
+    return float(covariance / norm) if norm else 0.0
 
 
 def spearman(predictions, labels):

@@ -439,8 +439,14 @@ def read_results(folder="out/glue"):
     """The results by (task, seed), without what is never the same twice."""
     lines = (Path(folder) / "results.jsonl").read_text().splitlines()
     entries = [{key: value for key, value in json.loads(line).items()
-                if key not in ("seconds", "examples_per_second", "finished")} for line in lines]
+                if key not in ("seconds", "finished", "digest")} for line in lines]
     return {(entry["task"], entry["seed"]): entry for entry in entries}
+
+
+def find_network(task, out="out/glue"):
+    """The one folder that --save made for a task."""
+    [folder] = Path(out, "networks").glob(f"{task}-*")
+    return str(folder)
 
 
 def write_task(folder, kind="tsv", label=("bad", "good", "fair").__getitem__, count=48):
@@ -720,9 +726,9 @@ def test_D05_D30_pairs_are_swapped_and_then_the_longer_sentence_is_cut_first():
         assert "|".join(map("".join, finetune.truncate(*pair.split("|"), length))) == expected
     a, b, c = 5, 13, 21  # ba, do, ku; [CLS] is 2 and [SEP] is 3
     examples = [glue.Example("ba do ku ba do ku ba", "", 0), glue.Example("ba ba ba", "do do ku", 1)]
-    rows, labels = finetune.tokenize_examples(examples, WordPiece(SMALL_VOCAB), 8)
+    rows, labels, _ = finetune.tokenize_examples(examples, WordPiece(SMALL_VOCAB), 8)
     assert rows.tolist() == [[2, a, b, c, a, b, c, 3], [2, a, a, a, 3, b, b, 3]]
-    rows, labels = finetune.tokenize_examples(examples[1:], WordPiece(SMALL_VOCAB), 8, both_orders=True)
+    rows, labels, _ = finetune.tokenize_examples(examples[1:], WordPiece(SMALL_VOCAB), 8, both_orders=True)
     assert rows.tolist() == [[2, a, a, a, 3, b, b, 3], [2, b, b, c, 3, a, a, 3]]
     assert labels.tolist() == [1, 1]
     assert [name for name, task in glue.TASKS.items() if task.both_orders] == ["mrpc", "stsb"]
@@ -2591,42 +2597,50 @@ def test_a_network_is_kept_and_predicts(toy_glue, capsys, monkeypatch):
     write_task("own", "csv")
     flags = "--task own --seeds 3 --num-train-epochs 12 --learning-rate 1e-3 "
     tune(flags + "--submit")
-    scores = [read_results()["own", seed]["metrics"]["accuracy"] for seed in range(3)]
-    assert set(read_results()["own", 0]["metrics"]) == {"accuracy", "macro f1", "matthews"}
+    scores = [read_results()["own-own", seed]["metrics"]["accuracy"] for seed in range(3)]
+    assert set(read_results()["own-own", 0]["metrics"]) == {"accuracy", "macro f1", "matthews"}
     best, ran = int(np.argmax(scores)), []
     watch(monkeypatch, finetune.Finetuner, "run", lambda finetuner, seed, *_: ran.append(seed))
     tune(flags + "--save")  # only the best is run again, since it was not kept
     tune(flags + "--save")
     assert ran == [best] and scores[best] > 0.8
-    assert f"out/glue/own holds the network of seed {best}, own's best on dev" in capsys.readouterr().out
+    folder = find_network("own-own")
+    assert f"{folder} holds the network of seed {best}, own-own's best on dev" in capsys.readouterr().out
     tune(flags + "--save --out other")
-    kept = [model.read_weights(f"{out}/own")[0]["classifier.weight"] for out in ("out/glue", "other")]
+    kept = [model.read_weights(find_network("own-own", out))[0]["classifier.weight"]
+            for out in ("out/glue", "other")]
     assert torch.equal(*kept) and ran == [best, 0, 1, 2]
 
     lines = Path("own/test.csv").read_text().splitlines()
     monkeypatch.setattr(finetune, "CHUNK", 10)
     capsys.readouterr()
-    finetune.main("--predict-file own/test.csv --model out/glue/own --device cpu".split())
+    finetune.main(f"--predict-file own/test.csv --model {folder} --device cpu".split())
     header, *printed = capsys.readouterr().out.splitlines()
     assert header.split("\t") == ["prediction", "bad", "fair", "good"] and len(printed) == len(lines) - 1
-    submitted = Path("out/glue/submission/own.tsv").read_text().splitlines()[1:]
+    submitted = Path("out/glue/submission/own-own.tsv").read_text().splitlines()[1:]
     assert [line.split("\t")[0] for line in printed] == [line.split("\t")[1] for line in submitted]
-    predictor = finetune.Predictor("out/glue/own")
+    config = json.loads(Path(folder, "config.json").read_text())
+    config["id2label"] = dict(reversed(config["id2label"].items()))  # the keys count, not their order
+    Path(folder, "config.json").write_text(json.dumps(config))
+    predictor = finetune.Predictor(folder)
     for line, (label, probabilities) in zip(
             printed, predictor.predict(lines[1:]), strict=True):
         assert line.split("\t") == [label, *(f"{value:.4f}" for value in probabilities.values())]
         assert sum(probabilities.values()) == pytest.approx(1)
+    capsys.readouterr()
+    predictor.predict([("ba zzz", "zzz do")])
+    assert capsys.readouterr().err.startswith("warning: 50 % of the tokens are [UNK]")
     Path("empty.tsv").write_text("A fine film.\n")
     with pytest.raises(UserError, match="empty.tsv has no rows; the first line of a table names its columns"):
-        finetune.main("--predict-file empty.tsv --model out/glue/own --device cpu".split())
+        finetune.main(f"--predict-file empty.tsv --model {folder} --device cpu".split())
     assert capsys.readouterr().out == ""
     stdin = "".join(json.dumps(dict(sentence=line)) + "\n" for line in lines[1:]).encode()
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
-    finetune.main("--predict-file - --model out/glue/own --device cpu".split())
+    finetune.main(f"--predict-file - --format jsonl --model {folder} --device cpu".split())
     assert capsys.readouterr().out.splitlines()[1:] == printed
 
     transformers = pytest.importorskip("transformers")
-    encoder = transformers.AutoModel.from_pretrained("out/glue/own").eval()
+    encoder = transformers.AutoModel.from_pretrained(folder).eval()
     assert encoder.config.id2label == {0: "bad", 1: "fair", 2: "good"}
     ids = torch.tensor([[2, 7, 8, 3]])
     with torch.no_grad():
@@ -2634,14 +2648,74 @@ def test_a_network_is_kept_and_predicts(toy_glue, capsys, monkeypatch):
         assert torch.allclose(encoder(ids).last_hidden_state, ours, atol=1e-5)
 
 
+@pytest.fixture
+def predictor(monkeypatch):
+    """A network that takes every sentence for of one class, whose name is not ASCII."""
+    monkeypatch.setattr(finetune, "Predictor", lambda *_: SimpleNamespace(
+        labels=["é"], predict=lambda texts: [("é", {"é": 1.0})] * len(texts)))
+
+
+@pytest.mark.parametrize("name, content, count", [
+    ("a.tsv", "sentence\nba\n\ndo\n\n", 4),
+    ("a.tsv", "id\tsentence\n1\tba", 1),
+    ("a.csv", 'sentence\n"ba, ""do"""\n\n"ba\ndo"\n', 3),
+    ("a.csv", f"sentence,x\n{'ba ' * 50_000},\nba,\n", 2),
+    ("- --format csv", 'sentence\n"ba, do"\n"ba\ndo"\n', 2),
+    ("a.txt --format jsonl", '{"sentence": 1.5}\n{"sentence": ""}', 2),
+    ("a.tsv", "id\tsentence\n1\tba\n\n", "a.tsv, line 3, has 1 fields, and the first line 2"),
+    ("a.jsonl", '{"sentence": "ba"}\n\n', "a.jsonl, line 2, is damaged: it is not a JSON object"),
+    ("a.csv", 'id,sentence\n1,ba\n2,"ba\n3,ba\n', "a.csv, line 3, is not CSV: a quote opens here"),
+    ("-", "sentence\nba, do\n", "standard input has no known format; --format takes tsv, csv or jsonl"),
+    ("nowhere.tsv", None, "nowhere.tsv is not a file; --predict-file takes one, or - for standard input"),
+])
+def test_a_row_in_is_a_row_out(tmp_path, monkeypatch, capsys, predictor, name, content, count):
+    """Every row has its prediction, or the table is refused under the number of the line."""
+    monkeypatch.chdir(tmp_path)
+    if content:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content.encode())))
+        Path(name.split()[0]).write_text(content)
+    if isinstance(count, str):
+        with pytest.raises(UserError, match=count):
+            finetune.main(f"--predict-file {name}".split())
+    else:
+        finetune.main(f"--predict-file {name}".split())
+        assert capsys.readouterr().out.splitlines() == ["prediction\té", *["é\t1.0000"] * count]
+
+
+def test_predictions_in_a_file_are_utf8_in_any_locale(tmp_path, monkeypatch, predictor):
+    """Only a terminal may get ? for a letter that it does not know."""
+    Path(tmp_path, "a.tsv").write_text("sentence\nba\n")
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, "ascii", errors="replace"))
+    finetune.main(["--predict-file", str(tmp_path / "a.tsv")])
+    sys.stdout.flush()
+    assert output.getvalue().decode() == "prediction\té\né\t1.0000\n"
+
+
+def test_what_fine_tuning_reads_is_shown_before_the_work(toy_glue, capsys):
+    """For each split: rows, labels, the longest row and those that are cut, the share of [UNK]."""
+    files = dict(train="good\tba do ku\n bad\tba zzz\ngood\tba ba ba ba ba ba ba ba\n", dev="good\tba\n",
+                 test="x\tba\n")
+    write_files("own", {f"{split}.tsv": f"label\tsentence\n{rows}".encode() for split, rows in files.items()})
+    tune("--task own --max-length 8 --keep-predictions")
+    printed = capsys.readouterr().out
+    assert ("own-own, train: 3 rows; good 2, bad 1; the longest has 10 tokens, 33.3 % are cut; 9.1 % [UNK]\n"
+            "warning: 9 % of the tokens are [UNK]. Usual causes: a vocabulary of another language") in printed
+    assert "own-own, dev: 1 rows; good 1; the longest has 3 tokens, 0.0 % are cut; 0.0 % [UNK]\n" in printed
+    assert "own-own, test: 1 rows; no labels; " in printed and printed.count("warning") == 1
+    tune("--task stsb cola --num-train-epochs 1")
+    assert "STS-B, train: 48 rows; labels from 0 to 5; the longest has" in capsys.readouterr().out
+
+
 def test_own_numbers_are_scaled_by_their_range_and_back(toy_glue, capsys):
     """--regression learns numbers of any range and predicts in that range."""
     write_task("own", "jsonl", label=lambda number: 100.0 * number - 50)
     tune("--task own --regression --num-train-epochs 20 --learning-rate 1e-3 --submit --save")
-    assert read_results()["own", 0]["metrics"]["spearman"] > 0.8
-    finetune.main("--predict-file own/test.jsonl --model out/glue/own --device cpu".split())
+    assert read_results()["own-own", 0]["metrics"]["spearman"] > 0.8
+    finetune.main(f"--predict-file own/test.jsonl --model {find_network('own-own')} --device cpu".split())
     predicted = [float(line) for line in capsys.readouterr().out.split("prediction\n")[1].splitlines()]
-    submitted = [line.split("\t")[1] for line in Path("out/glue/submission/own.tsv").read_text().splitlines()]
+    lines = Path("out/glue/submission/own-own.tsv").read_text().splitlines()
+    submitted = [line.split("\t")[1] for line in lines]
     assert np.clip(predicted, -50, 150) == pytest.approx([float(text) for text in submitted[1:]], abs=1e-3)
     assert min(predicted) < 0 < 100 < max(predicted)
 
@@ -2678,7 +2752,7 @@ def test_replayed_fine_tuning_is_plain_fine_tuning(toy_glue, monkeypatch, reques
     assert Recorded.replays == sum(max(0, count - train.WARM_UP_CALLS) for count in counts)
     plain, replayed = (read_results(out) for out in ("plain", "replayed"))
     assert plain == replayed
-    plain, replayed = (model.read_weights(f"{out}/mrpc")[0] for out in ("plain", "replayed"))
+    plain, replayed = (model.read_weights(find_network("mrpc", out))[0] for out in ("plain", "replayed"))
     assert all(torch.equal(plain[name], replayed[name]) for name in plain)
 
 
@@ -2711,7 +2785,7 @@ def test_fine_tuning_replays_the_plain_steps(toy_glue):
     tune(flags + "graph")
     plain, graph = (read_results(out) for out in ("plain", "graph"))
     assert {key: plain[key]["metrics"] for key in plain} == {key: graph[key]["metrics"] for key in graph}
-    plain, graph = (model.read_weights(f"{out}/mrpc")[0] for out in ("plain", "graph"))
+    plain, graph = (model.read_weights(find_network("mrpc", out))[0] for out in ("plain", "graph"))
     assert all(torch.equal(plain[name], graph[name]) for name in plain)
 
 
@@ -2779,28 +2853,37 @@ def test_mrpcs_dev_set_is_cut_out_by_its_ids(corpus, monkeypatch):
 
 
 def test_own_tasks_are_read_from_every_kind_of_file(tmp_path, monkeypatch):
-    """The same rows as .tsv, .csv and .jsonl make the same task; a GLUE name beats a folder of that name."""
+    """The same rows as .tsv, .csv and .jsonl make the same task, which is never taken for one of GLUE."""
     monkeypatch.chdir(tmp_path)
     files = {
-        "tsv": '\ufeffid\tsentence1\tsentence2\tlabel\r\n1\tHe said "no.\t\t10\r\n\r\n'
-               "2\té,\tb\t9\r\n",
+        "tsv": '\ufeffid\tsentence1\tsentence2\tlabel\r\n1\tHe said "no.\t\t10\r\n'
+               "2\té,\tb\t 9 \r\n",
         "csv": 'label,sentence1,sentence2\n10,"He said ""no.",\n9,"é,",b\n',
-        "jsonl": '{"sentence1": "He said \\"no.", "sentence2": "", "label": 10}\n\n'
+        "jsonl": '{"sentence1": "He said \\"no.", "sentence2": "", "label": 10}\n'
                  '{"sentence2": "b", "label": "9", "sentence1": "\\u00e9,"}\n',
     }
     for kind, content in files.items():
         write_files(kind, {f"{split}.{kind}": content.encode() for split in ("train", "dev")})
         [(name, task)] = glue.find_tasks([f"./{kind}"]).items()
-        assert name == kind and task.labels == ("9", "10") and task.submissions == {}
+        assert name == f"own-{kind}" and task.labels == ("9", "10") and task.submissions == {}
         assert task.read("dev")[0] == [('He said "no.', "", 1), ("é,", "b", 0)]
         [task] = glue.find_tasks([kind], is_regression=True).values()
         assert task.read("train")[0] == [('He said "no.', "", 1.0), ("é,", "b", 0.0)]
+    for texts, labels in [(["1.0", "0.0"], ("0.0", "1.0")), (["2.10", "2.1", "10"], ("2.1", "2.10", "10"))]:
+        rows = "".join(f"ba\t{text} \n" for text in texts)
+        (tmp_path / "tsv" / "train.tsv").write_text(f"sentence\tlabel\n{rows}")
+        assert glue.find_tasks(["tsv"])["own-tsv"].labels == labels
+    (tmp_path / "jsonl" / "train.jsonl").write_text(
+        '{"sentence": "ba", "label": true}\n{"sentence": "ba", "label": false}\n')
+    assert glue.find_tasks(["jsonl"])["own-jsonl"].labels == ("false", "true")
     (tmp_path / "csv" / "train.csv").write_text('sentence,label\n"two\nlines",x\nb,y\n')
     [task] = glue.find_tasks(["csv"]).values()
     assert task.read("train")[0][0] == ("two\nlines", "", 0)
     write_task("mrpc")
     assert glue.find_tasks(["mrpc"]) == {"mrpc": glue.TASKS["mrpc"]}
-    assert glue.find_tasks(["./mrpc", "cola"])["mrpc"].files
+    both = glue.find_tasks(["mrpc", "./mrpc"])
+    assert both["mrpc"] == glue.TASKS["mrpc"] and both["own-mrpc"].files
+    assert glue.find_tasks(["all", "./mrpc"]).keys() == {*glue.TASKS, "own-mrpc"}
 
 
 # ------------------------------------------------------------------------------------------------------------

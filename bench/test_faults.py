@@ -57,6 +57,7 @@ from test_electra import (
     contents,
     data_config,
     fail_at,
+    find_network,
     launch,
     make_openwebtext,
     make_tar,
@@ -591,7 +592,9 @@ CUT_SHORT = struct.pack("<Q", 61) + b'{"a": {"dtype": "F32", "shape": [2], "data
     ("--task squad", {}, "there is no task squad; there are cola, sst2, mrpc, .* wnli, all, and folders"),
     ("--model nowhere", {}, "there is no model in nowhere; pre-train one with .*google/electra-small"),
     ("--max-length 65", {}, "out/small/discriminator has 64 positions; use --max-length 64 or less"),
-    ("--seeds 0", {}, "seeds is 0"), ("--max-length 2", {}, "max_length is 2"),
+    ("--seeds 0", {}, "seeds is 0; it must be between 1 and"), ("--max-length 2", {}, "max_length is 2"),
+    ("--learning-rate -1", {}, "learning_rate is -1.0; it must be between 0 and 1"),
+    ("--warmup-proportion nan", {}, "warmup_proportion is nan"), ("--dropout 0.99", {}, "dropout is 0.99"),
     ("--task cola rte wnli --glue-dir part", {}, "no part/RTE/train.tsv, .* part/WNLI/dev.tsv; --gl"),
     ("--predict-file a.tsv --model out/small/discriminator", {}, "has no classifier; --model takes"),
     ("", {"config.json": None}, "there is no model in out/small; pre-train one"),
@@ -632,12 +635,26 @@ def test_bad_input_to_fine_tuning(toy_glue, flags, changes, message):
     ({"train.tsv": "sentence\nba\n"}, "own/train.tsv, line 2, has no column label; there are"),
     ({"train.tsv": "sentence\tlabel\nba\tx\tx\n"}, "own/train.tsv, line 2, has 3 fields, and the first"),
     ({"train.tsv": "sentence\tlabel\nba\tx\n"}, "own/train.tsv needs at least two different labels"),
-    ({"train.tsv": "sentence\tlabel\nba\t1\nba\t2.5\n"},
-     "own/train.tsv, line 3, column label: the label is 2.5, a number; use --regression"),
+    ({"train.tsv": "label\tlabel\tsentence\n1\t2\tba\n"},
+     "own/train.tsv, line 1, names a column twice; there are label, label, sentence"),
+    ({"train.tsv": "sentence\tlabel\nba\tgood\nsentence\tlabel\n"},
+     "own/train.tsv, line 3, repeats the first line"),
+    ({"dev.tsv": "sentence\tlabel\nba\tbad\n\nba\tbad\n"},
+     "own/dev.tsv, line 3, has 1 fields, and the first line 2"),
+    ({"train.tsv": None, "train.csv": 'label,sentence\n"go""od","ba\ndo"\nbad,"ba\ngood,do\n'},
+     "own/train.csv, line 4, is not CSV: a quote opens here and is not closed"),
+    ({"dev.tsv": None, "dev.csv": 'sentence,label\n"ba\nba,bad\n"do",good\n'},
+     "own/dev.csv, line 2, is not CSV: a quote opens here and is not closed"),
     ({"dev.tsv": "sentence\tlabel\nba\todd\n"},
      "own/dev.tsv, line 2, column label: the label is 'odd' and not one of bad, fair, good"),
     ({"dev.tsv": None, "dev.jsonl": '{"sentence": null, "label": "bad"}'},
      "own/dev.jsonl, line 1, column sentence, is None, neither text nor a number"),
+    ({"dev.tsv": None, "dev.jsonl": '{"sentence": NaN, "label": "bad"}'},
+     "own/dev.jsonl, line 1, column sentence, is nan, neither text nor a number"),
+    ({"train.tsv": None, "train.jsonl": '{"sentence": "ba", "label": Infinity}'},
+     "own/train.jsonl, line 1, column label, is inf, neither text nor a number"),
+    ({"dev.tsv": None, "dev.jsonl": '{"sentence": "ba", "label": "bad"}\n\n'},
+     "own/dev.jsonl, line 2, is damaged"),
     ({"dev.tsv": None, "dev.jsonl": "[1]"}, "own/dev.jsonl, line 1, is damaged: it is not a JSON object"),
     ({"dev.tsv": "sentence\tlabel\n"}, "own/dev.tsv has no rows"),
 ])
@@ -678,21 +695,59 @@ def test_another_run_in_the_folder_is_left_alone_unless_restarted(corpus):
     assert read_log()[0]["settings"]["seed"] == 1 and kept() != before
 
 
-def test_what_is_kept_replaces_nothing_else(toy_glue, monkeypatch):
-    """--save refuses a folder that it did not write; files that change during a sweep end it."""
-    write_task("mine/own")
-    with pytest.raises(UserError, match="--save would overwrite mine/own, which is not a network"):
-        tune("--task mine/own --out mine --save")
-    assert Path("mine/own/train.tsv").exists()
-    watch(monkeypatch, finetune, "tokenize_splits", lambda _: Path("mine/own/dev.tsv").write_text("changed"))
-    with pytest.raises(UserError, match="mine/own/dev.tsv has no rows"):
-        tune("--task mine/own")
-    write_task("mine/own")
-    monkeypatch.undo()
-    monkeypatch.chdir(toy_glue)
-    watch(monkeypatch, finetune, "tokenize_splits", lambda _: write_task("mine/own", count=20))
-    with pytest.raises(UserError, match="the files of own have changed; run the same command again"):
-        finetune.main("--task mine/own --max-length 32".split())
+def test_the_files_of_a_sweep_belong_to_it_alone(toy_glue, monkeypatch):
+    """A folder's name meets no file of the sweep; --save replaces no network of other settings."""
+    for name in "networks", "predictions", "rte":
+        write_task(f"out/glue/{name}")
+    tune("--task rte out/glue/networks out/glue/predictions out/glue/rte --save --keep-predictions")
+    names = ["rte", "own-networks", "own-predictions", "own-rte"]
+    assert [name for name, _ in read_results()] == names
+    kept = {name: Path(find_network(name), "config.json").read_bytes() for name in names}
+    assert len({*kept.values()}) == 4 and Path("out/glue/predictions/train.tsv").exists()
+    tune("--task rte --save --dropout 0.2")
+    assert len(list(Path("out/glue/networks").glob("rte-*/config.json"))) == 2
+
+    write_task("own")
+    watch(monkeypatch, finetune, "tokenize_splits", lambda _: write_task("own", count=20))
+    with pytest.raises(UserError, match="the files of own-own have changed; run the same command again"):
+        finetune.main("--task own --max-length 32".split())
+
+
+DAMAGE = {
+    "cut": lambda raw: raw[:-9] + b"\n",
+    "flipped": lambda raw: raw[:99] + bytes([raw[99] ^ 1]) + raw[100:],
+    "JSON": lambda raw: b"[1]\n",
+    "binary": lambda raw: b"\xff\x00\n" + raw,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("victim, message", [
+    ("results.jsonl", "results.jsonl, line 1, is damaged or of an earlier version; delete this line"),
+    ("predictions/*.npz", "npz is damaged; delete it, and the same command makes it again"),
+])
+def test_damage_to_what_a_sweep_wrote_is_found_and_mended(toy_glue, victim, message, damage):
+    """It is refused by name, and what the sentence advises leads to the same results."""
+    tune("--task wnli --submit")
+    before = read_results()
+    [path] = Path("out/glue").glob(victim)
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    with pytest.raises(UserError, match=message):
+        tune("--task wnli --submit")
+    path.unlink()
+    tune("--task wnli --submit")
+    assert read_results()["wnli", 0] == before["wnli", 0] and path.exists()
+
+
+@pytest.mark.parametrize("saved", [
+    {}, dict(id2label=None), dict(id2label=["bad", "good"]), dict(id2label={"1": "bad", "2": "good"}),
+    dict(id2label={}, label_range=None), dict(id2label={}, label_range=[1]),
+    dict(id2label={}, label_range=["low", "high"]),
+])
+def test_labels_of_a_saved_network_are_refused_if_damaged(saved):
+    """The sentence names the file and what makes it good."""
+    with pytest.raises(UserError, match="out/config.json is damaged: .* --save makes it again"):
+        finetune.read_labels(saved, "out/config.json")
 
 
 def test_ranks_that_cannot_work_together_say_why(corpus, monkeypatch):
