@@ -308,7 +308,7 @@ def test_the_encoder_of_a_saved_network_loads_in_transformers(tmp_path):
     """transformers has another head: the encoder loads there, and the whole network here."""
     transformers = pytest.importorskip("transformers")
     network = make_network().eval()
-    model.save_pretrained(network, tmp_path)
+    write_files(tmp_path, model.pretrained_files(network))
     loaded = transformers.AutoModel.from_pretrained(tmp_path).eval()
     rows = torch.tensor([[2, 9, 3, *range(10, 40), 3]])
     attention_mask, token_type_ids = model.attention_mask_and_token_types(rows, 3)
@@ -508,8 +508,7 @@ def own_questions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     network = make_network(vocab_size=len(WORDPIECE.tokens), cls_token_id=WORDPIECE.cls_token_id,
                            sep_token_id=WORDPIECE.sep_token_id)
-    model.save_pretrained(network, "out/small/discriminator")
-    WORDPIECE.save(Path("out/small/discriminator"), 48)
+    train.write_network(Path("out/small/discriminator"), network, WORDPIECE, 48)
     write_files("own", {"train.json": toy_questions(), "dev.json": toy_questions()})
 
 
