@@ -313,7 +313,7 @@ def read_file(stream, path, source, one_document):
                 yield from read_jsonl(file, source)
     except (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
         if isinstance(error, OSError) and error.errno:  # an error of the disk; damage has no number
-            raise
+            raise OSError(error.errno, error.strerror, error.filename or source) from None
         raise UserError(f"{source} is damaged or cut short ({error}); make or fetch it again") from error
 
 
