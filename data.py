@@ -290,9 +290,6 @@ def read_source(name, config):
         yield from read_file(stream, path, name, one_document)
 
 
-DAMAGE = (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError)
-
-
 def read_file(stream, path, source, one_document):
     """Yield the documents of a file. Its kind follows from `path`; errors name `source`."""
     kind, compression = kind_of(path)
@@ -312,9 +309,9 @@ def read_file(stream, path, source, one_document):
                 yield from read_parquet(file, source)
             else:
                 yield from read_jsonl(file, source)
-    except (*DAMAGE, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # of the disk; those of decompressors have no number
-            raise
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
+        if isinstance(error, OSError) and error.errno:  # an error of the disk; damage has no number
+            raise OSError(error.errno, error.strerror, error.filename or source) from None
         raise UserError(f"{source} is damaged or cut short ({error}); make or fetch it again") from error
 
 
@@ -697,7 +694,6 @@ def deal_out(lines, target, max_length, uniform):
 
 # ------------------------------------------------------------------------------------------------------------
 # Shards: rows <-> disk
-
 
 DELETE = "delete its folder, and it is made again"  # the advice about a damaged cache
 
@@ -1330,11 +1326,8 @@ def no_text(config):
 
 def describe_unread(config):
     """"; 8 files are not read: .bz2 5, no ending 3" of the folders of the corpus, or "" if all are read."""
-    kinds = Counter()
-    for name in filter(os.path.isdir, config.data):
-        for path in walk(name):
-            if not is_readable(path):
-                kinds[Path(path).suffix or "no ending"] += 1
+    paths = itertools.chain.from_iterable(walk(name) for name in config.data if os.path.isdir(name))
+    kinds = Counter(Path(path).suffix or "no ending" for path in paths if not is_readable(path))
     if not kinds:
         return ""
     listed = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common(9))
@@ -1421,6 +1414,7 @@ class ChunkStream(io.RawIOBase):
 
 
 def is_file(name):
+    """Whether a name in `find_files` is that of a file."""
     return name != "python-docs" and not is_address(name)
 
 

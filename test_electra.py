@@ -1317,6 +1317,14 @@ def test_parquet_and_zst_are_read_if_there_is_pyarrow(corpus, monkeypatch):
         Path(name).write_bytes(content)
         with pytest.raises(UserError, match=message):
             read_texts(name)
+
+    def fill_the_disk(*files):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfileobj", fill_the_disk)
+        with pytest.raises(OSError, match="No space left on device: 'a.parquet'"):
+            read_texts("a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     for name in "a.parquet", "a.txt.zst":
