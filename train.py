@@ -1092,8 +1092,8 @@ def check_configs(config, data_config, electra_config):
     """Refuse configs that cannot be trained or evaluated, and warn of a warm-up that is most of the run."""
     if config.num_warmup_steps > MAX_WARMUP_SHARE * config.num_train_steps and not config.eval_only:
         print(f"warning: the learning rate rises for {config.num_warmup_steps:,} of "
-              f"{config.num_train_steps:,} steps; for a short run, --num-warmup-steps "
-              f"{config.num_train_steps // 20} is usual")
+              f"{config.num_train_steps:,} steps; a short run needs fewer: --num-warmup-steps "
+              f"{config.num_train_steps // 20}")
     positions = electra_config.max_position_embeddings
     if data_config.max_length > positions:
         raise data.UserError(f"max_length {data_config.max_length} is beyond the model's {positions} "
