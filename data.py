@@ -5,11 +5,11 @@
     documents        names -> files -> one string for each document
     workers          the next stage, on several cores
     rows             a document -> ids -> rows of two segments
-    shards           rows <-> disk; a child process may still be adding to them
+    shards           rows <-> disk
+    growing shards   a child process adds shards while this process trains
     order            (seed, step) -> the rows of a training step
 
-The helpers they call follow: vocabularies and model folders, the source of the bytes, files that survive a
-kill.
+Helpers for files stand first. Model folders, vocabularies and the source of the bytes come last.
 
 The disk holds one array, uint16 (rows, max_length), zero-padded, in shards: attention mask and token types
 follow from the ids. The same text, vocabulary and seed give the same bytes, however often the run is killed,
@@ -48,12 +48,16 @@ from collections import deque
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import urlsplit
 
 import numpy as np
 import requests
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
+
+# Without this, tokenizers uses a single core beside child processes.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS
@@ -63,19 +67,157 @@ class UserError(ValueError):
     """An error that the user can fix. The message is a sentence that says how."""
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Files that survive a kill: helpers, also for train.py, glue.py and finetune.py
+
+SEAL_BYTES = 32  # of a SHA-256
+
+@contextmanager
+def atomic_write(path):
+    """Open a binary file that takes the place of `path` once it is complete and synced to disk.
+
+    The caller holds a lock: two processes must not write to the same temporary file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_sealed(path, content):
+    """Write bytes and then their SHA-256. Readers of zips, as torch.load is, ignore what follows the end."""
+    with atomic_write(path) as file:
+        file.write(content)
+        file.write(hashlib.sha256(content).digest())
+
+
+def read_sealed(path, advice):
+    """The bytes that `write_sealed` wrote. A file that was cut or changed is refused with this advice."""
+    raw = path.read_bytes()
+    content = raw[:-SEAL_BYTES]
+    if hashlib.sha256(content).digest() != raw[-SEAL_BYTES:]:
+        raise UserError(f"{path} is damaged; {advice}")
+    return content
+
+
+@contextmanager
+def atomic_folder(folder):
+    """Yield the path for a new folder that takes the place of `folder` once it is filled."""
+    new = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    yield new
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
+
+
+def make_once(path, make):
+    """Call `make()` unless `path` exists. Only one process does it at a time."""
+    if path.exists():
+        return
+    with lock(path.with_suffix(".lock"), f"waiting for another process to make {path}"):
+        if not path.exists():  # the other process may have made it
+            make()
+
+
+@contextmanager
+def lock(path, message):
+    """Hold a lock, which the kernel releases when the process ends.
+
+    If another process holds it: print `message`, and wait.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        if not acquire(file):
+            tqdm.write(message, file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def try_lock(path):
+    """Hold a lock, as `lock` does, but never wait. Yields False if another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        yield acquire(file)
+
+
+def acquire(file):
+    """Lock an open file. Returns False if another process holds the lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def append_json(file, entry):
+    """Append a line of JSON to an open binary file, and flush it to disk."""
+    file.write(json.dumps(entry).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def read_json(path):
+    """The JSON object in a file."""
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(text, source):
+    """The JSON object in `text`. Errors name `source`."""
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise UserError(f"{source} is damaged: it is not a JSON object") from None
+
+
+def decode_utf8(raw, source):
+    """The text of some bytes, without a byte order mark. Errors name `source`."""
+    try:
+        return raw.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is not UTF-8 at byte {error.start}; convert it, for example with "
+                        "iconv") from None
+
+
+def without_surrogates(text):
+    """`text` with ? for each half of a surrogate pair. JSON can hold such halves, and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def digest(value):
+    """A short hash of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The pipeline
+
+
 @dataclass(frozen=True)
 class DataConfig:
-    """Which text, and how it becomes rows. A field with a comment is a flag, and the comment is its help."""
+    """Which text, and how it becomes rows. An annotated field is a flag, and the text is its help."""
 
-    data: list = ("openwebtext",)  # files, folders, addresses of text, openwebtext, or python-docs
-    one_document_per_file: bool = False  # each .txt is one document; else blank lines separate documents
-    split_long_lines: bool = False  # cut lines that are longer than a row; else their ends are lost
-    vocab: str = "bert"  # a vocab.txt; train:SIZE, trained on the text; or bert, downloaded once
-    do_lower_case: bool = True  # lower-case the text
-    strip_accents: bool = True  # strip accents from lower-cased text
-    max_length: int = 128  # tokens in a row, [CLS] and [SEP] included
-    seed: int = 0  # seed of all randomness
-    cache: str = "cache"  # folder for prepared text and downloads
+    data: Annotated[list, "files, folders, addresses of text, openwebtext, or python-docs"] = ("openwebtext",)
+    one_document_per_file: Annotated[bool, "each .txt is one document; else blank lines separate "
+                                           "documents"] = False
+    split_long_lines: Annotated[bool, "cut lines that are longer than a row; else their ends are "
+                                      "lost"] = False
+    vocab: Annotated[str, "a vocab.txt; train:SIZE, trained on the text; or bert, downloaded once"] = "bert"
+    do_lower_case: Annotated[bool, "lower-case the text"] = True
+    strip_accents: Annotated[bool, "strip accents from lower-cased text"] = True
+    max_length: Annotated[int, "tokens in a row, [CLS] and [SEP] included"] = 128
+    seed: Annotated[int, "seed of all randomness"] = 0
+    cache: Annotated[str, "folder for prepared text and downloads"] = "cache"
 
     def __post_init__(self):
         if self.max_length < 8:
@@ -88,21 +230,20 @@ def prepare(config, progress=True):
     """Turn text into shards of rows. After a kill it resumes; a finished shard is never made again."""
     shards = Shards(config, load_wordpiece(config))
     with lock(shards.folder / "lock", f"waiting for another process to prepare {shards.folder}"):
-        shards.refresh()
+        shards.refresh()  # the other process may have added some
         if shards.is_complete:
             return shards
-        units = enumerate(read_units(config, shards.end), len(shards.infos))
-        with tqdm(desc="preparing", unit=" rows", disable=None if progress else True) as bar:
-            for number, train, heldout, info in build_shards(units, shards.wordpiece, config):
-                shards.write_shard(number, train, heldout, info)
+        units = read_units(config, start=shards.next_position, first_number=len(shards.infos))
+        hidden = None if progress else True  # None: shown on a terminal
+        with tqdm(desc="preparing", unit=" rows", disable=hidden) as bar:
+            for train, heldout, info in build_shards(units, shards.wordpiece, config):
+                shards.add(train, heldout, info)
                 bar.update(len(train))
-        if shards.identities != identify_text(config):
+        if identify_text(config) != shards.identities:
             raise UserError("the text changed while it was being read; run the same command again")
-        shards.refresh()
-        if not any(info["rows"] for info in shards.infos):
-            raise UserError(f"there is no text to train on in {' '.join(config.data)}")
-        (shards.folder / "complete").touch()
-        shards.refresh()
+        if shards.total("rows") == 0:
+            raise no_text(config)
+        shards.mark_complete()
     return shards
 
 
@@ -111,69 +252,73 @@ def prepare(config, progress=True):
 
 SHARD_CHARACTERS = 2_000_000  # characters of text per shard, about 3,000 rows of 128
 MAX_DOCUMENT = 10_000_000  # characters; a longer document of a .txt is split
-# The files that can be read. An OpenWebText tar holds tars that are named _data.xz.
-KINDS = re.compile(r"(\.txt|\.jsonl?|\.tar|_data(?=\.xz))(\.gz|\.xz)?$", re.IGNORECASE)
-DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, tarfile.TarError)
 
 
-def read_units(config, start):
-    """Yield (texts, position after them) for each unit of documents, which becomes a shard."""
+def read_units(config, start, first_number):
+    """Yield (number, texts, position after them) for each unit: the documents that become a shard."""
+    number = first_number
     texts = []
     size = 0
     for text, position in read_documents(config, start):
         texts.append(text)
         size += len(text)
         if size >= SHARD_CHARACTERS:
-            yield texts, position
+            yield number, texts, position
+            number += 1
             texts = []
             size = 0
     if texts:
-        yield texts, position
+        yield number, texts, position
 
 
 def read_documents(config, start=(0, 0)):
     """Yield (text, position after it) for each document from position `start` on.
 
-    A position is (number of the file, number of its documents so far). Resuming reads a file from its
+    A position is a tuple: number of the file, number of its documents so far. Resuming reads a file from its
     beginning again.
     """
-    for number, name in enumerate(find_files(config)):
-        if number < start[0]:
+    for file_number, name in enumerate(find_files(config)):
+        if file_number < start[0]:
             continue
         for count, text in enumerate(read_source(name, config), 1):
             text = text.replace("\r\n", "\n").strip()
-            if text and (number, count) > tuple(start):
-                yield text, (number, count)
+            position = (file_number, count)
+            if text and position > start:
+                yield text, position
 
 
 def read_source(name, config):
-    """Yield the documents of a file or an address."""
+    """Yield the documents of a file or an address. Some may be empty."""
     if name == "python-docs":
         yield from python_docs()
         return
-    path = urlsplit(name).path if is_address(name) else name
+    path = name
+    if is_address(name):
+        path = urlsplit(name).path
+    one_document = config.one_document_per_file or name in OPENWEBTEXT
     with open_source(name) as stream:
-        yield from read_file(stream, path, name, config.one_document_per_file or name in OPENWEBTEXT)
+        yield from read_file(stream, path, name, one_document)
+
+
+DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, tarfile.TarError)
 
 
 def read_file(stream, path, source, one_document):
-    """Yield the documents of a file of any kind, including nested archives. Errors name `source`."""
-    match = KINDS.search(path)
-    if not match:
+    """Yield the documents of a file. Its kind follows from `path`; errors name `source`."""
+    kind, compression = kind_of(path)
+    if not kind:
         raise UserError(f"{source} cannot be read; .txt, .jsonl, .json and .tar can, plain, .gz or .xz")
-    kind = match[1].lower()
-    compression = (match[2] or "").lower()
     try:
         with decompress(stream, compression) as file:
             if kind == ".txt":
                 yield from read_txt(file, source, one_document)
-            elif kind in (".json", ".jsonl"):
-                yield from read_jsonl(file, source)
-            else:
-                for name, content in read_tar(file):
+            elif kind == ".tar":
+                for name, content in read_tar(file):  # a member may be an archive in its turn
                     yield from read_file(content, name, f"{name} in {source}", one_document)
                 if compression:
                     read_to_the_end(file)
+            else:
+                yield from read_jsonl(file, source)
     except DAMAGE as error:
         raise UserError(f"{source} is damaged or cut short ({error}); make or fetch it again") from error
 
@@ -198,25 +343,25 @@ def read_tar(file):
     with tarfile.open(fileobj=file, mode="r|") as tar:
         while member := tar.next():
             tar.members.clear()  # it would grow with the archive
-            is_hidden = Path(member.name).name.startswith(".")  # macOS adds ._NAME for each NAME
-            if member.isfile() and KINDS.search(member.name) and not is_hidden:
+            if member.isfile() and is_readable(member.name):
                 yield member.name, tar.extractfile(member)
 
 
 def read_txt(file, source, one_document):
     """Yield the parts of a text file between blank lines or, with `one_document`, all of it."""
     if one_document:
-        yield decode(file.read(), source)
+        yield decode_utf8(file.read(), source)
         return
     lines = []
     size = 0
     for number, raw in enumerate(file, 1):  # bytes: only "\n" ends a line
-        line = decode(raw, f"{source}, line {number},")
-        if not line.strip() or size >= MAX_DOCUMENT:
+        line = decode_utf8(raw, f"{source}, line {number},")
+        is_blank = not line.strip()
+        if is_blank or size >= MAX_DOCUMENT:
             yield "".join(lines)
             lines = []
             size = 0
-        lines.append(line)
+        lines.append(line)  # a blank one, too: `read_documents` strips it
         size += len(line)
     yield "".join(lines)
 
@@ -228,10 +373,11 @@ def read_jsonl(file, source):
             continue
         try:
             text = json.loads(line)["text"]
-            yield text.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
-        except (ValueError, TypeError, KeyError, AttributeError):
-            message = f'{source}, line {number}, is not a JSON object with a string under "text"'
-            raise UserError(message) from None
+        except (ValueError, TypeError, KeyError):
+            text = None
+        if not isinstance(text, str):
+            raise UserError(f'{source}, line {number}, is not a JSON object with a string under "text"')
+        yield without_surrogates(text)
 
 
 # Five plain words or more, from a capital letter to a full stop.
@@ -246,7 +392,8 @@ def python_docs():
     """
     roots = [sysconfig.get_path("stdlib")]
     for package in ("torch", "numpy"):
-        roots.append(importlib.util.find_spec(package).submodule_search_locations[0])
+        spec = importlib.util.find_spec(package)
+        roots.append(spec.submodule_search_locations[0])  # its folder
     skipped = {"site-packages", "test", "tests", "idle_test"}
     documents = []
     for root in roots:
@@ -263,69 +410,72 @@ def python_docs():
 def find_sentences(source):
     """The sentences of prose in the docstrings and comments of a Python file, each once."""
     blocks = re.findall(r'"""(.*?)"""', source, re.DOTALL)
+    # Lines of comments become "#text". A run of such lines is a block.
     comments = re.sub(r"^[ \t]*#+ ?", "#", source, flags=re.MULTILINE)
-    blocks += [block.replace("#", "") for block in re.findall(r"(?:^#.*\n)+", comments, re.MULTILINE)]
-    paragraphs = [paragraph for block in blocks for paragraph in re.split(r"\n\s*\n", block)]
-    texts = [" ".join(re.sub("[`*]", "", paragraph).split()) for paragraph in paragraphs]
-    sentences = [sentence for text in texts for sentence in re.split(r"(?<=[.?!]) ", text)]
-    return list(dict.fromkeys(filter(SENTENCE.fullmatch, sentences)))
+    for block in re.findall(r"(?:^#.*\n)+", comments, re.MULTILINE):
+        blocks.append(block.replace("#", ""))
+    found = []
+    for block in blocks:
+        for paragraph in re.split(r"\n\s*\n", block):
+            text = " ".join(re.sub("[`*]", "", paragraph).split())
+            found += filter(SENTENCE.fullmatch, re.split(r"(?<=[.?!]) ", text))
+    return list(dict.fromkeys(found))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Workers: units of documents -> shards, on several cores
 
-CORES = os.cpu_count()
-if hasattr(os, "sched_getaffinity"):  # not on macOS
+try:
     CORES = len(os.sched_getaffinity(0))
+except AttributeError:  # macOS
+    CORES = os.cpu_count()
 WORKERS = min(8, CORES)  # processes that turn text into rows; a single reader can keep about 8 busy
 
 
 def build_shards(units, wordpiece, config):
-    """Yield (number, rows for training, held-out rows, info) of each unit, in order.
+    """Yield (rows for training, held-out rows, info) of each unit that read_units yields, in order.
 
-    `units` yields (number, (texts, position after them)). The workers take turns, and each has one unit at a
-    time, so memory does not grow with the text.
+    The workers take turns, and each has one unit at a time, so memory does not grow with the text.
     """
     if WORKERS < 2:
         for unit in units:
             yield build_shard(unit, wordpiece, config)
         return
+    errors = []
+    units = until_error(units, errors)
     with ExitStack() as stack:
-        idle = [stack.enter_context(start_worker()) for _ in range(WORKERS)]
-        for worker in idle:
+        workers = [stack.enter_context(start_worker()) for _ in range(WORKERS)]
+        for worker in workers:
             send(worker, (wordpiece.tokens, asdict(config)))
         busy = deque()  # the workers that have a unit, in the order of their units
-        error = None
-        for unit in until_error(units):
-            if isinstance(unit, Exception):
-                error = unit
-            elif idle:
-                worker = idle.pop()
+        for worker in workers:
+            unit = next(units, None)
+            if unit is not None:
                 send(worker, unit)
                 busy.append(worker)
-            else:
-                worker = busy.popleft()
-                shard = receive(worker)
-                send(worker, unit)  # before the shard is written: a worker that waits is a core that waits
-                busy.append(worker)
-                yield shard
+        for unit in units:
+            worker = busy.popleft()
+            shard = receive(worker)
+            send(worker, unit)  # before the shard is written: a worker that waits is a core that waits
+            busy.append(worker)
+            yield shard
         for worker in busy:
             yield receive(worker)
-        if error:
-            raise error
+    if errors:
+        raise errors[0]
 
 
-def until_error(units):
-    """Yield the units. An error is yielded last, so that the shards before it are still written."""
+def until_error(units, errors):
+    """Yield the units before an error, and append it to `errors`: their shards are still written."""
     try:
         yield from units
     except (UserError, OSError) as error:
-        yield error
+        errors.append(error)
 
 
 @contextmanager
 def start_worker():
-    """A process that runs `work`. It ends when its standard input closes, so it cannot outlive its parent."""
+    """A process that runs `run_as_worker`. It ends when its parent does, since its standard input closes."""
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}  # one core each
     with subprocess.Popen([sys.executable, __file__, "worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           env=environment, start_new_session=True) as worker:  # only the parent gets Ctrl-C
@@ -353,8 +503,8 @@ def receive(worker):
                         "command again") from None
 
 
-def work():
-    """The worker's loop: receive a unit of documents, send back its shard."""
+def run_as_worker():
+    """Receive units from standard input, and send back their shards, until the parent ends."""
     with suppress(EOFError, pickle.UnpicklingError, BrokenPipeError):  # the parent has ended
         tokens, settings = pickle.load(sys.stdin.buffer)
         config = DataConfig(**settings)
@@ -367,10 +517,12 @@ def work():
 
 
 def build_shard(unit, wordpiece, config):
-    """(number, rows for training, held-out rows, info) of a unit."""
-    number, (texts, end) = unit
-    train, heldout, counts = build_rows(tokenize(texts, wordpiece), number, wordpiece, config)
-    return number, train, heldout, counts | {"end": end}
+    """(rows for training, held-out rows, info) of a unit. `info` is what shard-N.npz says of itself."""
+    number, texts, position = unit
+    train, heldout, kept, dropped = build_rows(tokenize(texts, wordpiece), number, wordpiece, config)
+    info = dict(documents=len(texts), tokens_kept=kept, tokens_dropped=dropped, end=position,
+                rows=len(train), heldout_rows=len(heldout))
+    return train, heldout, info
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -384,17 +536,20 @@ def tokenize(texts, wordpiece):
     documents = [[line for line in text.split("\n") if line.strip()] for text in texts]
     # All lines are encoded in one call, which is parallel, and then dealt out to their documents.
     ids = iter(wordpiece.encode([line for lines in documents for line in lines]))
-    return [(is_heldout(text), list(itertools.islice(ids, len(lines))))
-            for text, lines in zip(texts, documents, strict=True)]
+    tokenized = []
+    for text, lines in zip(texts, documents, strict=True):
+        tokenized.append((is_heldout(text), [next(ids) for _ in lines]))
+    return tokenized
 
 
 def is_heldout(text):
     """Whether a document is held out. A hash decides, so duplicates are never split."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % HELDOUT_SHARE == 0
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return number % HELDOUT_SHARE == 0
 
 
 def build_rows(documents, number, wordpiece, config):
-    """The rows of a unit, uint16 (rows, max_length), for training and held out, and counts for the shard.
+    """(rows for training, held-out rows, tokens kept, tokens dropped) of a unit. Rows are uint16.
 
     The random numbers of a document follow from the seed, the unit's number and the document's index in it.
     """
@@ -405,7 +560,7 @@ def build_rows(documents, number, wordpiece, config):
     dropped = 0
     for index, (is_held_out, lines) in enumerate(documents):
         rows = heldout if is_held_out else train
-        uniform = random.Random(f"{config.seed} {number} {index}").random
+        uniform = random.Random(f"{config.seed} {number} {index}").random  # draws from [0, 1)
         if config.split_long_lines:
             lines = [piece for line in lines for piece in split_line(line, length)]
         for first, second, overflow in segment(lines, length, uniform):
@@ -413,24 +568,29 @@ def build_rows(documents, number, wordpiece, config):
             rows.append(row + [0] * (length - len(row)))
             kept += len(first) + len(second)
             dropped += overflow
-    counts = dict(documents=len(documents), tokens_kept=kept, tokens_dropped=dropped)
-    return to_array(train, length), to_array(heldout, length), counts
+    return to_array(train, length), to_array(heldout, length), kept, dropped
 
 
 def to_array(rows, length):
-    return np.array(rows, dtype=np.uint16).reshape(-1, length)  # works for an empty list, too
+    return np.array(rows, dtype=np.uint16).reshape(-1, length)  # reshape: an empty list has shape (0,)
 
 
 def split_line(line, max_length):
-    """Cut a line that is longer than a row into quarters of a row, of which whole rows can be made.
+    """Cut a line that is longer than a row into rows, and each row into quarters.
 
     >>> split_line([1, 2, 3, 4, 5, 6, 7, 8, 9], 8), split_line([1, 2, 3], 8)
     ([[1, 2], [3, 4], [5, 6], [7, 8], [9]], [[1, 2, 3]])
     """
     if len(line) <= max_length:
         return [line]
-    cuts = [number * max_length // 4 for number in range(4 * len(line) // max_length + 2)]
-    return [line[start:stop] for start, stop in itertools.pairwise(cuts) if start < len(line)]
+    pieces = []
+    for start in range(0, len(line), max_length):
+        row = line[start : start + max_length]
+        for quarter in range(4):
+            piece = row[quarter * max_length // 4 : (quarter + 1) * max_length // 4]
+            if piece:  # the last row may be shorter
+                pieces.append(piece)
+    return pieces
 
 
 def segment(lines, max_length, uniform):
@@ -440,8 +600,10 @@ def segment(lines, max_length, uniform):
     Called once per document, so that no example crosses the end of one. [D01]
 
     Lines are collected until they hold `target` ids, usually max_length, and then dealt out to two segments.
-    Here the first segment should stay below (12 - 3) // 2 = 4 ids, and [12] joins it after the second segment
-    has begun:
+    In the example max_length is 12, so the first segment should stay below (12 - 3) // 2 = 4 ids. After the
+    first four lines there are 12 ids. [1, 2] goes to the first segment; [3, 4, 5] would make it too long and
+    begins the second; [12] fits into the first and still joins it. A row has room for 9 ids beside [CLS] and
+    two [SEP], so 3 are dropped. The last line becomes an example of its own.
 
     >>> list(segment([[1, 2], [3, 4, 5], [6, 7, 8, 9, 10, 11], [12], [13]], 12, lambda: 0.5))
     [([1, 2, 12], [3, 4, 5, 6, 7, 8], 3), ([13], [], 0)]
@@ -453,12 +615,12 @@ def segment(lines, max_length, uniform):
         collected.append(line)
         length += len(line)
         if length >= target:
-            yield split(collected, target, max_length, uniform)
+            yield deal_out(collected, target, max_length, uniform)
             collected = []
             length = 0
             target = draw_target(max_length, uniform)
     if length:
-        yield split(collected, target, max_length, uniform)
+        yield deal_out(collected, target, max_length, uniform)
 
 
 def draw_target(max_length, uniform):
@@ -472,7 +634,7 @@ def draw_target(max_length, uniform):
     return max_length
 
 
-def split(lines, target, max_length, uniform):
+def deal_out(lines, target, max_length, uniform):
     """Deal lines out to two segments that meet near the middle, and drop what overflows a row."""
     half = (target - 3) // 2
     if uniform() < 0.1:
@@ -480,10 +642,12 @@ def split(lines, target, max_length, uniform):
     first = []
     second = []
     for line in lines:
-        # [D02] A line that fits goes to `first` even after `second` has begun: line order can change.
-        goes_first = not first or len(first) + len(line) < half
-        if not goes_first and not second and len(first) < half:  # it crosses the middle
+        if not first or len(first) + len(line) < half:
+            goes_first = True  # [D02] even after `second` has begun: line order can change
+        elif not second and len(first) < half:  # the line crosses the middle
             goes_first = uniform() < 0.5
+        else:
+            goes_first = False
         if goes_first:
             first += line
         else:
@@ -498,29 +662,20 @@ def split(lines, target, max_length, uniform):
 # Shards: rows <-> disk
 
 
-class Stopped(UserError):
-    """Waiting for text ended: preparing it failed, or a signal arrived.
-
-    The message is the child's error, or empty after a signal.
-    """
-
-
 class Shards:
-    """The shards made from one text with one vocabulary. A child process may be adding to them.
+    """The shards on disk that were made from one text with one vocabulary.
 
-    shard-N.npz holds the rows for training, the held-out rows and, in `info`, counts and the position in the
-    text at which the shard ends. A file named `complete` says that there will be no more.
+    shard-N.npz holds the rows for training, the held-out rows and the `info` of build_shard: counts, and the
+    position in the text after the shard. A file named `complete` says that there will be no more.
     """
 
     def __init__(self, config, wordpiece):
         self.config = config
         self.wordpiece = wordpiece
-        self.infos = []  # the info of each shard that the last refresh has found
+        self.infos = []  # the info of each shard that is known so far
         self.is_complete = False
-        self.child = None  # the process that prepares the text, if this one has started it
-        self.child_output = None
         self.identities = identify_text(config)
-        self.fingerprint = {
+        self.fingerprint = {  # all that the rows depend on
             "format": [2, SHARD_CHARACTERS, HELDOUT_SHARE],
             "files": digest(self.identities),
             "one_document_per_file": config.one_document_per_file,
@@ -534,21 +689,19 @@ class Shards:
         self.folder = Path(config.cache) / f"{source_name(config)}-{digest(self.fingerprint)}"
         self.refresh()
 
-    @property
-    def end(self):
-        """The position in the text (see read_documents) at which the last shard ends."""
-        return self.infos[-1]["end"] if self.infos else (0, 0)
+    def refresh(self):
+        """Look for shards that another process has added."""
+        # `complete` comes first: if it is there, so is the last shard.
+        self.is_complete = (self.folder / "complete").exists()
+        while self.path(len(self.infos)).exists():
+            info = self.load("info", len(self.infos))
+            self.infos.append(json.loads(str(info)))
 
     def path(self, number):
         return self.folder / f"shard-{number:06d}.npz"
 
-    def write_shard(self, number, train, heldout, info):
-        info = info | dict(rows=len(train), heldout_rows=len(heldout))
-        with atomic_write(self.path(number)) as file:
-            np.savez(file, train=train, heldout=heldout, info=json.dumps(info))
-
     def load(self, name, number):
-        """The `train` or `heldout` rows of a shard, uint16 (rows, max_length), or its `info`."""
+        """The `train` or `heldout` rows of a shard, uint16 (rows, max_length), or its `info` as JSON."""
         try:
             with open(self.path(number), "rb") as file, np.load(file) as shard:
                 return shard[name]
@@ -556,51 +709,36 @@ class Shards:
             raise UserError(f"{self.path(number)} is damaged ({error}); delete its folder, and it is made "
                             "again") from None
 
-    def refresh(self):
-        """Look for shards that were added."""
-        self.is_complete = (self.folder / "complete").exists()  # first, or the last shard could be missed
-        while self.path(len(self.infos)).exists():
-            info = self.load("info", len(self.infos))
-            self.infos.append(json.loads(str(info)))
-
-    def wait_until(self, is_there, signals=()):
-        """Block until `is_there()` or until the text is complete.
-
-        Raises Stopped if the child process has failed, or as soon as the list `signals` is not empty.
-        """
-        with tqdm(desc="waiting for text", bar_format="{desc}, {elapsed}", delay=1, leave=False,
-                  disable=None) as bar:
-            while True:
-                error = self.child_error()  # before refresh(), which then sees everything the child wrote
-                self.refresh()
-                if is_there() or self.is_complete:
-                    return
-                if error or signals:
-                    raise Stopped(error)
-                bar.update(0)
-                time.sleep(0.05)
-
-    def child_error(self):
-        """The error message of a child that has ended, or "" while it runs or if there is none."""
-        if self.child is None or self.child.poll() is None:
-            return ""
-        self.child_output.seek(0)
-        message = self.child_output.read().decode(errors="replace").strip()
-        status = self.child.returncode
-        return message or f"preparing the text ended with status {status}; run the same command again"
-
-    def wait_for(self, number, signals=()):
-        """Block until there are `number` shards, or until the text is complete."""
-        self.wait_until(lambda: len(self.infos) >= number, signals)
-
-    def heldout(self, limit, signals=()):
-        """The first `limit` held-out rows, int64, all if there are fewer. Blocks until they are there."""
-        self.wait_until(lambda: self.total("heldout_rows") >= limit, signals)
+    def load_heldout(self, limit):
+        """The first `limit` held-out rows, int64, or all if there are fewer."""
         rows = np.zeros((0, self.config.max_length), dtype=np.uint16)
-        for number, info in enumerate(self.infos):
-            if len(rows) < limit and info["heldout_rows"]:
-                rows = np.concatenate([rows, self.load("heldout", number)])
+        for number in range(len(self.infos)):
+            if len(rows) >= limit:
+                break
+            rows = np.concatenate([rows, self.load("heldout", number)])
         return rows[:limit].astype(np.int64)
+
+    @property
+    def next_position(self):
+        """The position in the text (see read_documents) at which the next shard begins."""
+        if not self.infos:
+            return (0, 0)
+        return tuple(self.infos[-1]["end"])
+
+    def add(self, train, heldout, info):
+        """Write the next shard."""
+        with atomic_write(self.path(len(self.infos))) as file:
+            np.savez(file, train=train, heldout=heldout, info=json.dumps(info))
+        self.infos.append(info)
+
+    def mark_complete(self):
+        """Say that there will be no more shards."""
+        (self.folder / "complete").touch()
+        self.is_complete = True
+
+    def total(self, name):
+        """The sum of a count over all shards."""
+        return sum(info[name] for info in self.infos)
 
     def describe(self):
         """What the shards hold, with a warning if much of the text is lost, or rows are mostly padding."""
@@ -623,49 +761,100 @@ class Shards:
                      "use --one-document-per-file, else lower --max-length")
         return text
 
-    def total(self, name):
-        return sum(info[name] for info in self.infos)
+
+# ------------------------------------------------------------------------------------------------------------
+# Growing shards: a child process prepares the text while this process trains
 
 
-@contextmanager
-def prepare_in_child(shards):
-    """Prepare the text of these shards in a child process for as long as the context lasts.
+class Stopped(UserError):
+    """Waiting for text ended: preparing it failed, or a signal arrived.
 
-    The child exits when its standard input closes, so it cannot outlive its parent. Its error goes to stdout,
-    which is captured; downloads and what it waits for show on the terminal.
+    The message is the child's error, or empty after a signal.
     """
-    if shards.is_complete:
-        yield
-        return
-    command = [sys.executable, __file__, json.dumps(asdict(shards.config))]
-    with (tempfile.TemporaryFile() as output,
-          subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output,
-                           start_new_session=True) as child):  # only the parent gets Ctrl-C
-        shards.child = child
-        shards.child_output = output
-        try:
+
+
+class GrowingShards(Shards):
+    """Shards to which a child process may still be adding, of this process or of another one.
+
+    Its methods wait for shards. They raise Stopped if the child of this process has failed, or as soon as the
+    list `signals` is not empty.
+    """
+
+    def __init__(self, config, wordpiece):
+        super().__init__(config, wordpiece)
+        self.child = None
+        self.child_output = None
+
+    @contextmanager
+    def prepare_in_child(self):
+        """Run `prepare` in a child process for as long as the context lasts.
+
+        The child exits when its standard input closes, so it cannot outlive its parent. Its error goes to
+        stdout, which is captured; downloads and what it waits for show on the terminal.
+        """
+        if self.is_complete:
             yield
-        finally:
-            child.kill()
-            shards.child = None
+            return
+        command = [sys.executable, __file__, json.dumps(asdict(self.config))]
+        with (tempfile.TemporaryFile() as output,
+              subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output,
+                               start_new_session=True) as child):  # only the parent gets Ctrl-C
+            self.child = child
+            self.child_output = output
+            try:
+                yield
+            finally:
+                child.kill()
+                self.child = None
+
+    def wait_for_shards(self, count, signals=()):
+        """Block until there are `count` shards, or until the text is complete."""
+        self.wait_until(lambda: len(self.infos) >= count, signals)
+
+    def heldout(self, limit, signals=()):
+        """The first `limit` held-out rows, int64, or all if the whole text has fewer. Blocks until then."""
+        self.wait_until(lambda: self.total("heldout_rows") >= limit, signals)
+        return self.load_heldout(limit)
+
+    def wait_until(self, is_there, signals):
+        """Block until `is_there()`, or until the text is complete."""
+        with tqdm(desc="waiting for text", bar_format="{desc}, {elapsed}", delay=1, leave=False,
+                  disable=None) as bar:
+            while True:
+                error = self.child_error()
+                self.refresh()  # after child_error: an ended child adds no more
+                if is_there() or self.is_complete:
+                    return
+                if error or signals:
+                    raise Stopped(error)
+                bar.update(0)  # shows the time
+                time.sleep(0.05)
+
+    def child_error(self):
+        """The error message of a child that has ended, or "" while it runs or if there is none."""
+        if self.child is None or self.child.poll() is None:
+            return ""
+        self.child_output.seek(0)
+        message = self.child_output.read().decode(errors="replace").strip()
+        status = self.child.returncode
+        return message or f"preparing the text ended with status {status}; run the same command again"
 
 
-def run_as_child():
+def run_as_child(settings):
     """The child process. Returns its exit status."""
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-
-    def end_with_parent():
-        while os.read(0, 1):
-            pass
-        os._exit(1)
-
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        prepare(DataConfig(**json.loads(sys.argv[1])), progress=False)
+        prepare(DataConfig(**json.loads(settings)), progress=False)
     except (UserError, OSError) as error:
         print(error)
         return 1
     return 0
+
+
+def end_with_parent():
+    os.read(0, 1)  # the parent writes nothing, so this returns when the parent ends and the pipe closes
+    os._exit(1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -678,7 +867,9 @@ class Order:
     """The endless sequence of rows that training reads. The rows of a step are a function of (seed, step).
 
     Shards form groups of 1, 2, 4, ... 128, and the rows of a group are shuffled. In epoch 0 shards come in
-    their own order, so that training begins with the first; later epochs permute them.
+    their own order, so that training begins when the first is there; later epochs permute them. For example,
+    five shards of 100 rows: the sequence begins with the 100 rows of shard 0; the next 200 rows are those of
+    shards 1 and 2, mixed; the next 200, which end epoch 0, are those of shards 3 and 4.
     """
 
     def __init__(self, shards, batch_size, signals=()):
@@ -687,50 +878,55 @@ class Order:
         self.seed = shards.config.seed
         self.signals = signals
         self.groups = self.list_groups()
-        self.rows = np.zeros((0, shards.config.max_length), dtype=np.uint16)  # from the last step's on
-        self.epoch = 0  # of the last of these rows
-        self.end = 0  # place of the last of them in the whole sequence, from 1
+        self.rows = np.zeros((0, shards.config.max_length), dtype=np.uint16)  # read, but not yet used up
+        self.end = 0  # place in the sequence after the last of `rows`
+        self.epoch = 0  # of the last of `rows`
 
     def batch(self, step):
         """(epoch, ids (batch_size, max_length) int64) of a step. Steps must not decrease.
 
         Blocks until the rows are prepared. Raises Stopped if they will not be, or if there is a signal.
         """
-        start = step * self.batch_size
-        assert start >= self.end - len(self.rows)
-        while self.end < start + self.batch_size:
-            self.epoch, number, members = next(self.groups)
+        begin = step * self.batch_size  # place in the sequence of the step's first row
+        while self.end < begin + self.batch_size:
+            epoch, number, members = next(self.groups)
             size = sum(self.shards.infos[member]["rows"] for member in members)
             self.end += size
-            if self.end > start:  # otherwise skip the group: it lies before the resumed step
-                order = rng(self.seed, "rows", self.epoch, number).permutation(size)
+            self.epoch = epoch
+            if self.end > begin:  # else the group lies before the step at which a run resumes: skip it
                 rows = np.concatenate([self.shards.load("train", member) for member in members])
-                self.rows = np.concatenate([self.rows, rows[order]])
-        first = len(self.rows) - (self.end - start)  # the rows before it belong to earlier steps
-        self.rows = self.rows[first:]
+                shuffled = rows[rng(self.seed, "rows", epoch, number).permutation(size)]
+                self.rows = np.concatenate([self.rows, shuffled])
+        remaining = self.end - begin  # rows from `begin` on; those before it belong to earlier steps
+        assert remaining <= len(self.rows), "the step is earlier than the last one"
+        self.rows = self.rows[-remaining:]
         return self.epoch, self.rows[: self.batch_size].astype(np.int64)
 
     def list_groups(self):
-        """Yield (epoch, number of the group, its shards) for ever."""
+        """Yield (epoch, number of the group in it, its shards) for ever."""
         for epoch in itertools.count():
-            start = 0
-            for number in itertools.count():
-                stop = start + min(2**number, MAX_GROUP)
-                if epoch == 0:
-                    self.shards.wait_for(stop, self.signals)
-                num_shards = len(self.shards.infos)
-                if start >= num_shards:
-                    break
-                members = list(range(num_shards))
-                if epoch > 0:
-                    members = rng(self.seed, "shards", epoch).permutation(num_shards).tolist()
-                yield epoch, number, members[start:stop]
-                start = stop
+            number = 0
+            begin = 0
+            size = 1
+            while members := self.list_shards(epoch, begin, begin + size):
+                yield epoch, number, members
+                number += 1
+                begin += size
+                size = min(2 * size, MAX_GROUP)
+
+    def list_shards(self, epoch, begin, end):
+        """The shards at the places from `begin` to `end` of an epoch, fewer or none where the text ends."""
+        if epoch == 0:
+            self.shards.wait_for_shards(end, self.signals)
+            return list(range(begin, min(end, len(self.shards.infos))))
+        permuted = rng(self.seed, "shards", epoch).permutation(len(self.shards.infos))
+        return permuted[begin:end].tolist()
 
 
 def rng(seed, purpose, *numbers):
     """A NumPy random generator that is a function of its arguments."""
-    return np.random.default_rng([seed, *purpose.encode(), *numbers])
+    letters = purpose.encode()  # as numbers
+    return np.random.default_rng([seed, *letters, *numbers])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -744,8 +940,9 @@ def find_model(name, cache, networks=("discriminator", "generator")):
     for folder in folders:
         if (folder / "config.json").is_file():
             return folder
-    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("out/")
-    if not is_hub_name or Path(name).exists():
+    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None  # OWNER/NAME
+    is_local = name.startswith("out/") or Path(name).exists()  # out/: a run that is yet to be made
+    if is_local or not is_hub_name:
         raise UserError(f"there is no model in {name}; pre-train one with `python train.py --size small`, or "
                         "give google/electra-small-discriminator or another name on the hub")
     folder = Path(cache) / "models" / name.replace("/", "--")
@@ -781,17 +978,18 @@ def read_tokenizer(folder):
     settings = {}
     if path.exists():
         settings = read_json(path)
-    if vocab.suffix == ".json":
+    if vocab.suffix == ".json":  # its rules outweigh those of tokenizer_config.json
         rules = read_json(vocab).get("normalizer") or {}
         settings |= dict(do_lower_case=rules.get("lowercase"), strip_accents=rules.get("strip_accents"),
                          tokenize_chinese_chars=rules.get("handle_chinese_chars"))
     do_lower_case = settings.get("do_lower_case", True)
     strip_accents = settings.get("strip_accents")
+    if strip_accents is None:  # as in BERT
+        strip_accents = do_lower_case
     if not settings.get("tokenize_chinese_chars", True) or (strip_accents and not do_lower_case):
         raise UserError(f"{path} asks for rules that this tokenizer lacks: it can lower-case, and strip "
                         "accents from lower-cased text")
-    wordpiece = WordPiece(tokens, do_lower_case, strip_accents in (None, True))
-    return wordpiece, settings.get("model_max_length")
+    return WordPiece(tokens, do_lower_case, strip_accents), settings.get("model_max_length")
 
 
 def find_vocab(folder):
@@ -811,13 +1009,11 @@ BERT_VOCAB = dict(  # BERT's uncased vocabulary, which is ELECTRA's
     sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 )
 VOCAB_DOCUMENTS = 100_000  # documents used to train a vocabulary
-NOT_PRINTABLE_ASCII = re.compile(r"[^ -~]+")
 
 
 def load_wordpiece(config):
     """The WordPiece that config.vocab names: a file, BERT's, or one trained on the text."""
     find_files(config)  # a missing one is reported before anything is downloaded
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it turns itself off beside child processes
     tokens = read_vocab(make_vocab(config))
     return WordPiece(tokens, config.do_lower_case, config.strip_accents)
 
@@ -846,14 +1042,17 @@ def make_vocab(config):
 def train_vocab(config, size, path):
     """Train a vocabulary of at most `size` tokens on the beginning of the text, and write it to `path`."""
     documents = itertools.islice(read_documents(config), VOCAB_DOCUMENTS)
-    tokenizer = blank_tokenizer(config.do_lower_case, config.do_lower_case and config.strip_accents)
+    lines = (line for text, _ in documents for line in text.split("\n"))
+    wordpiece = WordPiece(SPECIAL_TOKENS, config.do_lower_case, config.strip_accents)
+    tokenizer = wordpiece.tokenizer
+    tokenizer.normalizer = wordpiece.normalizer
     # Letters, which take two tokens each (x and ##x), may fill half of the vocabulary.
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL_TOKENS, show_progress=False,
                                         limit_alphabet=max(1, size // 4))
-    tokenizer.train_from_iterator((line for text, _ in documents for line in text.split("\n")), trainer)
+    tokenizer.train_from_iterator(lines, trainer)
     ids = tokenizer.get_vocab()
     if len(ids) == len(SPECIAL_TOKENS):
-        raise UserError(f"there is no text to train on in {' '.join(config.data)}")
+        raise no_text(config)
     if len(ids) < size:
         tqdm.write(f"the text yields a vocabulary of {len(ids):,} and not {size:,}", file=sys.stderr)
     with atomic_write(path) as file:
@@ -864,19 +1063,22 @@ def read_vocab(path):
     """The tokens of a vocab.txt, one on each line, or of a tokenizer.json, in the order of their ids."""
     if not path.is_file():
         raise UserError(f"there is no vocabulary {path}; --vocab takes a vocab.txt, train:SIZE or bert")
-    text = decode(path.read_bytes(), path)
+    text = decode_utf8(path.read_bytes(), path)
     if path.suffix == ".json":
         ids = parse_json(text, path).get("model", {}).get("vocab", {})
         if not isinstance(ids, dict) or sorted(ids.values()) != list(range(len(ids))):
             raise UserError(f"{path} is not a WordPiece tokenizer, as ELECTRA's and BERT's are")
-        tokens = sorted(ids, key=ids.get) or [""]
+        tokens = sorted(ids, key=ids.get)
     else:
         tokens = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-    if tokens[0] != PAD or not set(SPECIAL_TOKENS) <= set(tokens):
+    if tokens[:1] != [PAD] or not set(SPECIAL_TOKENS) <= set(tokens):
         raise UserError(f"the vocabulary {path} must begin with {PAD} and hold {', '.join(SPECIAL_TOKENS)}")
     if len(set(tokens)) < len(tokens) or len(tokens) > 65_535:
         raise UserError(f"the vocabulary {path} must hold at most 65,535 tokens, each once; rows are uint16")
     return tokens
+
+
+NOT_PRINTABLE_ASCII = re.compile(r"[^ -~]+")
 
 
 class WordPiece:
@@ -894,11 +1096,11 @@ class WordPiece:
         self.sep_token_id = ids[SEP]
         self.mask_token_id = ids[MASK]
         self.sha256 = hashlib.sha256("\n".join(tokens).encode()).hexdigest()
-        self.tokenizer = blank_tokenizer(self.do_lower_case, self.strip_accents)
-        self.normalizer = self.tokenizer.normalizer
-        self.tokenizer.normalizer = None  # our `normalize` calls it, only on the characters that need it
         # As in the official code, only words over 200 characters become [UNK] for their length.
-        self.tokenizer.model = models.WordPiece(ids, unk_token=UNK, max_input_chars_per_word=200)
+        self.tokenizer = Tokenizer(models.WordPiece(ids, unk_token=UNK, max_input_chars_per_word=200))
+        self.tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self.normalizer = normalizers.BertNormalizer(  # for `normalize`
+            lowercase=self.do_lower_case, strip_accents=self.strip_accents)
 
     def encode(self, lines):
         """A list of lines -> a list of lists of ids, without special tokens."""
@@ -907,9 +1109,11 @@ class WordPiece:
         return [encoding.ids for encoding in encodings]
 
     def normalize(self, line):
-        # Printable ASCII needs nothing but lower-casing, and the other characters do not depend on it.
+        """What `normalizer` makes of a line, a third faster: printable ASCII needs only lower-casing."""
         line = NOT_PRINTABLE_ASCII.sub(lambda match: self.normalizer.normalize_str(match[0]), line)
-        return line.lower() if self.do_lower_case else line
+        if self.do_lower_case:
+            line = line.lower()
+        return line
 
     def add_special_tokens(self, first, second):
         """[CLS] first [SEP] second [SEP], or [CLS] first [SEP] if there is no second, as a list of ids."""
@@ -920,7 +1124,8 @@ class WordPiece:
 
     def decode(self, ids):
         """Readable text, with special tokens and without padding."""
-        return " ".join(self.tokens[number] for number in ids if number).replace(" ##", "")
+        words = [self.tokens[number] for number in ids if number != 0]  # 0 is [PAD]
+        return " ".join(words).replace(" ##", "")
 
     def save(self, folder, max_length):
         """Write vocab.txt and tokenizer_config.json. `max_length` is the length trained on."""
@@ -937,14 +1142,6 @@ def vocab_file(tokens):
     return "".join(f"{token}\n" for token in tokens).encode()
 
 
-def blank_tokenizer(do_lower_case, strip_accents):
-    """A tokenizer with the rules of BERT and an empty vocabulary."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=do_lower_case, strip_accents=strip_accents)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return tokenizer
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Source: names, folders and addresses -> files -> bytes
 
@@ -952,8 +1149,9 @@ def blank_tokenizer(do_lower_case, strip_accents):
 OPENWEBTEXT = [f"hub:/datasets/Skylion007/openwebtext/resolve/39d1a6d3f3a4c838b27bbc65bfb14a2f6f727740"
                f"/subsets/urlsf_subset{number:02d}.tar" for number in range(21)]
 TIMEOUT = 30  # seconds without an answer
-BACKOFF = 0.5  # seconds before a new attempt, doubled each time, at most a minute
-PATIENCE = 600  # seconds of waiting before giving up; a tenth of it if the server has never answered
+BACKOFF = 0.5  # seconds, doubled before each new attempt, at most a minute
+ATTEMPTS = 16  # in a row; they take ten minutes
+ATTEMPTS_WITHOUT_ANSWER = 7  # if the server has never answered; they take a minute
 
 
 def identify_text(config):
@@ -978,23 +1176,52 @@ def find_files(config):
     return files
 
 
+def no_text(config):
+    return UserError(f"there is no text to train on in {' '.join(config.data)}")
+
+
 def walk(folder):
     """The text files in a folder, through symbolic links, without hidden files and folders."""
     seen = set()
     for path, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(path) in seen:  # a link that leads back up
-            folders.clear()
+        real_path = os.path.realpath(path)
+        if real_path in seen:  # a link leads back up
+            folders.clear()  # os.walk goes no deeper
             continue
-        seen.add(os.path.realpath(path))
+        seen.add(real_path)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        names = [name for name in names if KINDS.search(name) and not name.startswith(".")]
-        yield from (os.path.join(path, name) for name in names)
+        yield from (os.path.join(path, name) for name in names if is_readable(name))
+
+
+def is_readable(name):
+    """Whether a file of a folder or an archive is read. Hidden ones are not: macOS adds ._NAME for NAME."""
+    return kind_of(name)[0] != "" and not os.path.basename(name).startswith(".")
+
+
+def kind_of(name):
+    """The kind and the compression of a file, by its name. The kind is "" if the file cannot be read.
+
+    >>> kind_of("a.jsonl"), kind_of("B.TXT.gz"), kind_of("c.zip")
+    (('.jsonl', ''), ('.txt', '.gz'), ('', ''))
+    """
+    name = name.lower()
+    if name.endswith("_data.xz"):  # the tars in the tars of OpenWebText
+        return ".tar", ".xz"
+    compression = ""
+    if name.endswith((".gz", ".xz")):
+        compression = name[-3:]
+        name = name[:-3]
+    for kind in ".txt", ".json", ".jsonl", ".tar":
+        if name.endswith(kind):
+            return kind, compression
+    return "", compression
 
 
 def identify(name):
     """A file's identity is its name, size and modification time; an address's is the address."""
     if name == "python-docs":
-        return [name, platform.python_version(), *map(importlib.metadata.version, ("torch", "numpy"))]
+        versions = [importlib.metadata.version(package) for package in ("torch", "numpy")]
+        return [name, platform.python_version(), *versions]
     if is_address(name):
         return [name]
     status = os.stat(name)
@@ -1002,6 +1229,7 @@ def identify(name):
 
 
 def source_name(config):
+    """The name of the first source, fit for the name of a file."""
     return re.sub(r"[^\w.-]", "_", Path(config.data[0]).name) or "text"
 
 
@@ -1013,7 +1241,7 @@ def open_source(name):
 
 
 class ChunkStream(io.RawIOBase):
-    """A file object over an iterator of byte chunks."""
+    """A file object over an iterator of byte chunks, since archives are read from files."""
 
     def __init__(self, chunks):
         self.chunks = chunks
@@ -1048,7 +1276,7 @@ def download(path, address, advice, size=None, sha256=None):
             file.write(chunk)
             found.update(chunk)
             bar.update(len(chunk))
-        if sha256 not in (None, found.hexdigest()):
+        if sha256 is not None and found.hexdigest() != sha256:
             raise UserError(f"{url_of(address)} has SHA-256 {found.hexdigest()} instead of {sha256}; try "
                             f"again, or {advice}")
 
@@ -1059,7 +1287,6 @@ def fetch(address, advice="use --data PATH or --data python-docs"):
     position = 0
     etag = ""
     failures = 0  # in a row
-    waited = 0.0
     while True:
         try:
             with requests.get(url, headers=range_headers(position, etag), stream=True,
@@ -1069,24 +1296,28 @@ def fetch(address, advice="use --data PATH or --data python-docs"):
                 for chunk in response.iter_content(1 << 14):  # raises if the body ends early
                     position += len(chunk)
                     failures = 0
-                    waited = 0.0
                     yield chunk
                 return
         except requests.RequestException as error:
-            answer = error.response
-            reason = type(error).__name__ if answer is None else f"it answers {answer.status_code}"
-            patience = PATIENCE
-            if position == 0 and answer is None:  # perhaps there is no such server
-                patience = PATIENCE / 10
-            if waited >= patience:
-                raise UserError(f"{url} cannot be read: {reason}, {failures + 1} times in a row; the same "
-                                f"command resumes later; or {advice}") from None
-        failures += 1
-        seconds = min(60, BACKOFF * 2**failures)
-        waited += seconds
-        message = f"{url}: {reason}, at byte {position:,}; trying again in {seconds:.0f} s"
-        tqdm.write(message, file=sys.stderr)
-        time.sleep(seconds)
+            failures += 1
+            wait_or_give_up(error, failures, url, position, advice)
+
+
+def wait_or_give_up(error, failures, url, position, advice):
+    """Wait before the next attempt. Raises UserError after too many failures in a row."""
+    attempts = ATTEMPTS
+    if error.response is not None:
+        reason = f"it answers {error.response.status_code}"
+    else:
+        reason = type(error).__name__
+        if position == 0:  # perhaps there is no such server
+            attempts = ATTEMPTS_WITHOUT_ANSWER
+    if failures >= attempts:
+        raise UserError(f"{url} cannot be read: {reason}, {failures} times in a row; the same command "
+                        f"resumes later; or {advice}") from None
+    seconds = min(60, BACKOFF * 2**failures)
+    tqdm.write(f"{url}: {reason}, at byte {position:,}; trying again in {seconds:.0f} s", file=sys.stderr)
+    time.sleep(seconds)
 
 
 def range_headers(position, etag):
@@ -1100,7 +1331,7 @@ def range_headers(position, etag):
 
 
 def check_status(response, url, position, advice):
-    """Raise an error that makes `fetch` retry, or a UserError."""
+    """Raise requests.HTTPError if it is worth another attempt, and UserError if it is not."""
     status = response.status_code
     if status == 429 or status >= 500:
         response.raise_for_status()
@@ -1113,107 +1344,17 @@ def check_status(response, url, position, advice):
 
 
 def url_of(address):
+    """The URL of an address, which may begin with hub:."""
     if not address.startswith("hub:"):
         return address
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     return hub + address.removeprefix("hub:")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files that survive a kill: helpers, also for train.py, glue.py and finetune.py
-
-
-@contextmanager
-def atomic_write(path):
-    """Open a binary file that takes the place of `path` once it is complete and synced to disk.
-
-    The caller holds a lock: two processes must not write to the same temporary file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_folder(folder):
-    """Yield the path for a new folder that takes the place of `folder` once it is filled."""
-    new = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(new, ignore_errors=True)
-    yield new
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
-
-
-def append_json(file, entry):
-    """Append a line of JSON to an open binary file, and flush it to disk."""
-    file.write(json.dumps(entry).encode() + b"\n")
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def read_json(path):
-    """The JSON object in a file."""
-    return parse_json(path.read_bytes(), path)
-
-
-def parse_json(text, source):
-    """The JSON object in `text`."""
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError):
-        raise UserError(f"{source} is damaged: it is not a JSON object") from None
-
-
-def decode(raw, source):
-    try:
-        return raw.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not UTF-8 at byte {error.start}; convert it, for example with "
-                        "iconv") from None
-
-
-def digest(value):
-    """A short hash of a value that JSON can hold."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
-
-
-def make_once(path, make):
-    """Call `make()` unless `path` exists. Only one process does it at a time."""
-    if not path.exists():
-        with lock(path.with_suffix(".lock"), f"waiting for another process to make {path}"):
-            if not path.exists():
-                make()
-
-
-@contextmanager
-def lock(path, waiting=None):
-    """Hold a lock, which the kernel releases when the process ends. Yields True.
-
-    If another process holds it: print `waiting` and wait, or yield False if there is no message.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not waiting:
-                yield False
-                return
-            tqdm.write(waiting, file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield True
-
-
 if __name__ == "__main__":
     if sys.argv[1:] == ["worker"]:
-        work()
-    if not sys.argv[1:]:
+        run_as_worker()
+    elif len(sys.argv) == 2:
+        sys.exit(run_as_child(sys.argv[1]))
+    else:
         sys.exit("data.py is started by train.py; to see rows: python train.py --prepare-only --show 5")
-    sys.exit(run_as_child())

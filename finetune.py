@@ -5,13 +5,13 @@ finished seed is a line of out/glue/results.jsonl and is not run again. The resu
 on other seeds or tasks.
 
 The table has the mean, deviation, median and best that papers print. --submit writes files for
-gluebenchmark.com. --save keeps the best network of a task, and `Predictor` uses it.
+gluebenchmark.com. --save keeps the best network of a task, and `Predictor` uses it. `main` is at the end.
 """
 
-import os
+# First, since it sets GOMP_SPINCOUNT, which torch reads when it is imported.
+import train
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in train.py
-
+# isort: split
 import hashlib
 import itertools
 import math
@@ -20,7 +20,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from tqdm import tqdm
 import data
 import glue
 import model
-import train
 
 EVAL_BATCH_SIZE = 128  # examples in a forward pass that predicts
 CHUNK = 10_000  # examples of --predict-file that are sorted by length together
@@ -40,28 +39,36 @@ HEAD_DROPOUT = 0.1  # before the classifier; --dropout is the encoder's
 
 @dataclass(frozen=True)
 class FinetuneConfig(train.StepConfig):
-    """The recipe, and where and how it runs. A field with a comment is a flag; the comment is its help."""
+    """The recipe, and where and how it runs. An annotated field is a flag, and the text is its help."""
 
-    task: list = ("all",)  # cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, all, or folders of your own
-    regression: bool = False  # the labels in these folders are numbers to be predicted, not classes
-    seeds: int = 1  # number of seeds: 0, 1, ...
-    model: str = "out/small"  # a run of train.py, a folder in HuggingFace's format, or a name on the hub
-    random_weights: bool = False  # start from random weights of the model's shape, as a baseline
-    glue_dir: str = ""  # folder laid out as the official zips are; without it the tasks are downloaded
-    learning_rate: float = 0.0  # peak learning rate; 0 is the size's value (see train.SIZES)
-    layerwise_lr_decay: float = 0.0  # factor from each layer to the one below; 0 is the size's value
-    num_train_epochs: int = 0  # passes over the task; 0 is 10 for RTE and STS-B, 3 for the others
-    batch_size: int = 32  # examples in a step
-    max_length: int = 128  # tokens to which an example is cut
-    dropout: float = 0.1  # in the encoder, whatever pre-training used
-    warmup_proportion: float = 0.1  # share of the steps over which the learning rate rises from 0
-    weight_decay: float = 0.0  # decoupled weight decay, as in the paper; the official default is 0.01 [D33]
-    predict: bool = False  # keep predictions of the test sets
-    submit: bool = False  # write those of the seeds with the best dev scores as files; GLUE as a zip
-    save: bool = False  # keep the network of the seed with the best dev score in OUT/TASK
-    predict_file: str = ""  # a .tsv, .csv or .jsonl file, or - for standard input: print predictions for it
-    cache: str = data.DataConfig.cache  # folder for downloads
-    out: str = "out/glue"  # folder for results
+    task: Annotated[list, "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, all, or folders of "
+                          "your own"] = ("all",)
+    regression: Annotated[bool, "the labels in these folders are numbers to be predicted, not "
+                                "classes"] = False
+    seeds: Annotated[int, "number of seeds: 0, 1, ..."] = 1
+    model: Annotated[str, "a run of train.py, a folder in HuggingFace's format, or a name on "
+                          "the hub"] = "out/small"
+    random_weights: Annotated[bool, "start from random weights of the model's shape, as a baseline"] = False
+    glue_dir: Annotated[str, "folder laid out as the official zips are; without it the tasks are "
+                             "downloaded"] = ""
+    learning_rate: Annotated[float, "peak learning rate; 0 is the size's value (see train.SIZES)"] = 0.0
+    layerwise_lr_decay: Annotated[float, "factor from each layer to the one below; 0 is the size's "
+                                         "value"] = 0.0
+    num_train_epochs: Annotated[int, "passes over the task; 0 is 10 for RTE and STS-B, 3 for the others"] = 0
+    batch_size: Annotated[int, "examples in a step"] = 32
+    max_length: Annotated[int, "tokens to which an example is cut"] = 128
+    dropout: Annotated[float, "in the encoder, whatever pre-training used"] = 0.1
+    warmup_proportion: Annotated[float, "share of the steps over which the learning rate rises from 0"] = 0.1
+    weight_decay: Annotated[float, "decoupled weight decay, as in the paper; the official default is "
+                                   "0.01 [D33]"] = 0.0
+    keep_predictions: Annotated[bool, "keep every seed's predictions of the test sets"] = False
+    submit: Annotated[bool, "write the test predictions of the seeds with the best dev scores as files; "
+                            "GLUE as a zip"] = False
+    save: Annotated[bool, "keep the network of the seed with the best dev score in OUT/TASK"] = False
+    predict_file: Annotated[str, "a .tsv, .csv or .jsonl file, or - for standard input: print "
+                                 "predictions for it"] = ""
+    cache: Annotated[str, "folder for downloads"] = data.DataConfig.cache
+    out: Annotated[str, "folder for results"] = "out/glue"
 
     def __post_init__(self):
         for name in ("seeds", "batch_size"):
@@ -71,13 +78,13 @@ class FinetuneConfig(train.StepConfig):
             raise data.UserError(f"max_length is {self.max_length}; an example needs at least 8 tokens")
 
     @property
-    def keeps_predictions(self):
-        return self.predict or self.submit
+    def predicts_test_sets(self):
+        return self.keep_predictions or self.submit
 
 
-# Flags that may differ from those of a finished seed. (Of model, task and glue_dir the content is compared.)
-NOT_SETTINGS = {"task", "seeds", "model", "random_weights", "glue_dir", "predict", "submit", "save",
-                "predict_file", "cache", "out", "device", "graph", "deterministic"}
+# Flags that do not decide a result. (Of model, task and folders the content does.)
+NOT_SETTINGS = {"task", "seeds", "model", "random_weights", "glue_dir", "keep_predictions", "submit", "save",
+                "predict_file", "cache", "out", "device", "graph", "deterministic", "data_dir"}
 
 
 def fill_in_recipe(config, task, hidden_size):
@@ -85,8 +92,9 @@ def fill_in_recipe(config, task, hidden_size):
 
     A width between two sizes takes the values of the larger one.
     """
-    recipes = {row.get("hidden_size", model.ElectraConfig.hidden_size): row["finetuning"]
-               for row in train.SIZES.values()}
+    recipes = {}  # (learning rate, layer-wise decay) by width
+    for size in train.SIZES.values():
+        recipes[size.get("hidden_size", model.ElectraConfig.hidden_size)] = size["finetuning"]
     widths = [width for width in recipes if width >= hidden_size]
     learning_rate, layerwise_lr_decay = recipes[min(widths, default=max(recipes))]
     return replace(config, learning_rate=config.learning_rate or learning_rate,
@@ -107,18 +115,18 @@ def sweep(experiments):
     for experiment in experiments:
         finetuner = None  # made for the first seed that is to be run, and used for the others
         for seed in range(experiment.config.seeds):
-            with data.lock(experiment.folder / "locks" / experiment.key(seed)) as is_ours:
+            with data.try_lock(experiment.folder / "locks" / experiment.run_name(seed)) as is_ours:
                 if not is_ours:  # another process is working on it
                     continue
-                if seed in experiment.results():  # perhaps another process has just finished it
+                if seed in experiment.finished():  # perhaps another process has just finished it
                     continue
                 if finetuner is None:
-                    finetuner = Finetuner(experiment.task, experiment.pretrained, experiment.config)
-                    splits = load_splits(experiment)
-                run_seed(experiment, seed, finetuner, splits)
+                    finetuner = Finetuner(experiment)
+                    splits = tokenize_splits(experiment)
+                run_and_record(experiment, seed, finetuner, splits)
 
 
-def run_seed(experiment, seed, finetuner, splits):
+def run_and_record(experiment, seed, finetuner, splits):
     """Fine-tune a task with a seed, score it, and append its line to the results."""
     task = experiment.task
     config = experiment.config
@@ -126,20 +134,184 @@ def run_seed(experiment, seed, finetuner, splits):
     predictions = finetuner.run(seed, splits)
     seconds = round(time.perf_counter() - began, 1)
 
-    metrics = glue.score(task, predictions, {split: splits[split][1] for split in task.dev_splits})
-    if config.keeps_predictions:
+    scores = experiment.score(predictions, splits)
+    if config.predicts_test_sets:
         write_predictions(experiment, seed, predictions)
     append_result(experiment, dict(
-        task=task.name, seed=seed, metrics=metrics,
-        is_constant=bool(np.ptp(predictions[task.dev_splits[0]]) < 1e-5),
-        examples={split: len(rows) for split, (rows, _) in splits.items()}, seconds=seconds,
-        finished=time.strftime("%Y-%m-%d %H:%M:%S"), model=str(experiment.pretrained.folder),
-        device=config.device, threads=torch.get_num_threads(), torch=str(torch.__version__),
-        settings=experiment.settings()))
-    scores = ", ".join(f"{metric} {100 * value:.1f}" for metric, value in metrics.items())
-    print(f"{task.title}, seed {seed}: {scores} ({seconds:.0f} s)")
+        task=task.name,
+        seed=seed,
+        **scores,
+        examples={split: len(tokenized.rows) for split, tokenized in splits.items()},
+        seconds=seconds,
+        finished=time.strftime("%Y-%m-%d %H:%M:%S"),
+        model=str(experiment.pretrained.folder),
+        device=config.device,
+        threads=torch.get_num_threads(),
+        torch=str(torch.__version__),
+        settings=experiment.settings(),
+    ))
+    shown = ", ".join(f"{metric} {100 * value:.1f}" for metric, value in scores["metrics"].items())
+    print(f"{task.title}, seed {seed}: {shown} ({seconds:.0f} s)")
     if config.save and seed == best_seed(experiment):
-        save(experiment, seed, finetuner.network)
+        save_network(experiment, seed, finetuner.network)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Experiments, and their results on disk
+
+
+def plan_experiments(config, tasks, pretrained, kind):
+    """The Experiment of each task, after all files are checked. `kind` is Experiment or a subclass."""
+    if config.glue_dir:
+        needed = [(task, split) for task in tasks.values() for split in splits_to_read(task, config)]
+        glue.check_glue_dir(needed, config.glue_dir)
+    if config.save:
+        for name in tasks:
+            folder = Path(config.out) / name
+            if folder.exists() and not read_saved_config(folder):
+                raise data.UserError(f"--save would overwrite {folder}, which is not a network; use "
+                                     "another --out")
+    experiments = []
+    for task in tasks.values():
+        # Everything is read here once, so that damage is reported now, not in the middle of the night.
+        _, sha256 = read_splits(task, config)
+        task_config = fill_in_recipe(config, task, pretrained.config.hidden_size)
+        experiments.append(kind(task, task_config, pretrained, sha256))
+    return experiments
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A task, and everything that decides its results except the seed.
+
+    The first methods are what a kind of task decides. Here they are for sentences; extras/ has subclasses.
+    """
+
+    task: glue.Task
+    config: FinetuneConfig  # with the recipe of the task
+    pretrained: "Pretrained"
+    sha256: dict  # of the file of each split
+
+    def tokenize(self, split, examples):
+        """The Tokenized examples of a split."""
+        return tokenize_examples(examples, self.pretrained.wordpiece, self.config.max_length,
+                                 both_orders=self.task.both_orders and split == "train")
+
+    def new_network(self):
+        """A network with random weights, whose `losses` are trained."""
+        return Classifier(self.pretrained.config, len(self.task.labels) or 1)  # 1 in a regression
+
+    def predict(self, network, tokenized):
+        return predict_rows(network, tokenized.rows, self.task, self.config)
+
+    def score(self, predictions, splits):
+        """What results.jsonl has of the predictions and the Tokenized examples of each split."""
+        dev_splits = self.task.dev_splits
+        metrics = self.task.score(predictions, {split: splits[split].labels for split in dev_splits})
+        is_constant = bool(np.ptp(predictions[dev_splits[0]]) < 1e-5)  # every example has the same answer
+        return dict(metrics=metrics, is_constant=is_constant)
+
+    def saved_fields(self, seed):
+        """What `Predictor` needs to know of the seed's network, for config.json."""
+        return dict(id2label=dict(enumerate(self.task.labels)), label_range=self.task.label_range)
+
+    @property
+    def folder(self):
+        return Path(self.config.out)
+
+    def settings(self):
+        """The settings that decide a result, as stored in results.jsonl."""
+        flags = {name: value for name, value in asdict(self.config).items() if name not in NOT_SETTINGS}
+        pretrained = self.pretrained
+        wordpiece = pretrained.wordpiece
+        return flags | dict(
+            data={split: self.sha256[split] for split in ("train", *self.task.dev_splits)},
+            shape=asdict(pretrained.config), weights=pretrained.weights_sha256, vocab=wordpiece.sha256,
+            do_lower_case=wordpiece.do_lower_case, strip_accents=wordpiece.strip_accents)
+
+    def run_name(self, seed):
+        """The name of a seed's lock and predictions. Other settings have other names."""
+        return f"{self.task.name}-{seed}-{data.digest(self.settings())}"
+
+    def predictions_path(self, seed):
+        tests = data.digest([self.sha256[split] for split in self.task.submissions])
+        return self.folder / "predictions" / f"{self.run_name(seed)}-{tests}.npz"
+
+    def finished(self):
+        """The result of each finished seed, a line of results.jsonl, by seed.
+
+        If test sets are to be predicted, a seed without these predictions is not finished.
+        """
+        path = self.folder / "results.jsonl"
+        if not path.exists():
+            return {}
+        settings = self.settings()
+        *lines, _ = path.read_bytes().split(b"\n")  # a kill may have cut the last one short
+        results = {}
+        for number, line in enumerate(lines, 1):
+            result = data.parse_json(line, f"{path}, line {number},")
+            seed = result["seed"]
+            if result["task"] != self.task.name or result["settings"] != settings:
+                continue  # of another experiment
+            if seed >= self.config.seeds:
+                continue  # of an earlier command with more seeds
+            if self.config.predicts_test_sets and not self.predictions_path(seed).exists():
+                continue
+            results[seed] = result
+        return results
+
+
+def tokenize_splits(experiment):
+    """The Tokenized examples of a task by split."""
+    task = experiment.task
+    examples, sha256 = read_splits(task, experiment.config)  # again: no sweep holds all tasks in memory
+    if sha256 != experiment.sha256:
+        raise data.UserError(f"the files of {task.title} have changed; run the same command again")
+    return {split: experiment.tokenize(split, examples[split]) for split in examples}
+
+
+def read_splits(task, config):
+    """The examples of a task by split, and the SHA-256 of their files by split."""
+    examples = {}
+    sha256 = {}
+    for split in splits_to_read(task, config):
+        examples[split], sha256[split] = task.read(split, config.cache, config.glue_dir)
+    return examples, sha256
+
+
+def splits_to_read(task, config):
+    splits = ["train", *task.dev_splits]
+    if config.predicts_test_sets:
+        splits += task.submissions
+    return splits
+
+
+def append_result(experiment, result):
+    """Append a line to results.jsonl."""
+    with (lock_outputs(experiment.folder, "results"),
+          open(experiment.folder / "results.jsonl", "a+b") as file):
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)  # what a kill cut short
+        data.append_json(file, result)
+
+
+def lock_outputs(folder, what):
+    """A lock on the files that all processes of a sweep share. It waits for another process."""
+    return data.lock(folder / "locks" / "results", f"waiting to write the {what}")
+
+
+def write_predictions(experiment, seed, predictions):
+    """Write a seed's test predictions, under the names of the files to submit."""
+    arrays = {name: predictions[split] for split, name in experiment.task.submissions.items()}
+    with data.atomic_write(experiment.predictions_path(seed)) as file:
+        np.savez(file, **arrays)
+
+
+def best_seed(experiment):
+    """The finished seed with the best dev score; of equal ones, the first."""
+    results = experiment.finished()
+    metric = experiment.task.metrics[0]
+    return max(sorted(results), key=lambda seed: results[seed]["metrics"][metric])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -149,34 +321,33 @@ def run_seed(experiment, seed, finetuner, splits):
 class Finetuner:
     """Fine-tunes a task. The network, its optimizer and its CUDA graphs are made once and serve all seeds."""
 
-    def __init__(self, task, pretrained, config):
-        self.task = task
-        self.pretrained = pretrained
-        self.config = config
-        self.network = self.new_classifier().to(config.device)
-        num_layers = pretrained.config.num_hidden_layers
+    def __init__(self, experiment):
+        self.experiment = experiment
+        self.config = config = experiment.config
+        self.network = self.pretrained_network().to(config.device)
+        num_layers = experiment.pretrained.config.num_hidden_layers
         self.optimizer = train.build_optimizer(
             self.network.named_parameters(), config,
             lambda name: lr_scale(name, num_layers, config.layerwise_lr_decay))
         device = torch.device(config.device).type
         self.scaler = torch.amp.GradScaler(device, enabled=config.dtype == "fp16")
         self.scaler_state = self.scaler.state_dict()  # with which each seed begins
-        step = make_step(self.network, self.optimizer, self.scaler, task, config)
+        step = make_step(self.network, self.optimizer, self.scaler, config)
         self.take_step = train.CudaGraphs(step) if config.graph else step
 
     def run(self, seed, splits):
-        """Train with a seed on splits["train"], and return the predictions of the others, NumPy arrays (N,).
+        """Train on splits["train"] and return the predictions of the other splits, NumPy arrays (N,).
 
-        `splits` has the (rows, labels) of each split.
+        `splits` has the Tokenized examples of each split.
         """
-        task = self.task
+        task = self.experiment.task
         config = self.config
         self.reset(seed)
-        rows, labels = splits["train"]
+        rows = splits["train"].rows
         # Everything is on the device, and the host knows the lengths: no step waits for the device.
         ids, lengths = ids_and_lengths(rows, config)
-        dtype = torch.long if task.labels else torch.float32
-        labels = torch.tensor(labels, dtype=dtype, device=config.device)
+        dtype = torch.float32 if task.is_regression else torch.long
+        labels = torch.tensor(splits["train"].labels, dtype=dtype, device=config.device)
         total = num_steps(len(rows), config.batch_size, config.num_train_epochs)
         step = 0
         title = f"{task.title}, seed {seed}"
@@ -193,61 +364,38 @@ class Finetuner:
                     step += 1
                     bar.update()
         # The last step is scored: no best epoch is picked.
-        return {split: predict(self.network, split_rows, task, config)
-                for split, (split_rows, _) in splits.items() if split != "train"}
+        return {split: self.experiment.predict(self.network, tokenized)
+                for split, tokenized in splits.items() if split != "train"}
 
     def reset(self, seed):
-        """Go back to the pre-trained weights, a new classifier and empty moments, all in place."""
-        # The seed of the classifier's weights, and of dropout.
-        torch.manual_seed(int(data.rng(seed, f"{self.task.name} classifier").integers(2**63)))
-        self.network.load_state_dict(self.new_classifier().state_dict())
+        """Go back to the pre-trained weights, a new head and empty moments, all in place."""
+        # The seed of the head's weights, and of dropout.
+        torch.manual_seed(int(data.rng(seed, f"{self.experiment.task.name} classifier").integers(2**63)))
+        self.network.load_state_dict(self.pretrained_network().state_dict())
         self.network.train()
         train.reset_moments(self.optimizer)
         self.scaler.load_state_dict(self.scaler_state)
 
-    def new_classifier(self):
-        network = Classifier(self.pretrained.config, len(self.task.labels) or 1)
-        if self.pretrained.encoder_state is not None:
-            network.encoder.load_state_dict(self.pretrained.encoder_state)
+    def pretrained_network(self):
+        """The pre-trained encoder with a new head."""
+        network = self.experiment.new_network()
+        encoder_state = self.experiment.pretrained.encoder_state
+        if encoder_state is not None:
+            network.encoder.load_state_dict(encoder_state)
         return network
 
 
-def make_step(network, optimizer, scaler, task, config):
+def make_step(network, optimizer, scaler, config):
     """The function that takes an optimizer step on ids (B, L) and labels (B,)."""
 
     def step(ids, labels):
         optimizer.zero_grad(set_to_none=True)
         with train.autocast(config):
-            logits = network(ids)
-        loss = losses(logits, labels, task).sum()  # [D34] not the mean
+            loss = network.losses(ids, labels).sum()  # [D34] not the mean
         scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)
-        scaler.step(optimizer)
-        scaler.update()
+        train.update_weights(network, optimizer, scaler, config)
 
     return step
-
-
-class Classifier(nn.Module):
-    """The pre-trained encoder, then dropout and one linear layer on [CLS]. [D29]"""
-
-    # Saved as a plain encoder, which transformers can load. Its classification head has another layer.
-    architecture = "ElectraModel"
-
-    def __init__(self, config, num_outputs):
-        super().__init__()
-        self.config = config
-        self.encoder = model.Encoder(config)
-        self.dropout = nn.Dropout(HEAD_DROPOUT)
-        self.classifier = nn.Linear(config.hidden_size, num_outputs)
-        model.glorot_uniform_(self.classifier)
-
-    def forward(self, input_ids):
-        """(B, L) ids -> logits (B, num_outputs)."""
-        attention_mask, token_type_ids = model.mask_and_types(input_ids, self.config.sep_token_id)
-        hidden = self.encoder(input_ids, attention_mask, token_type_ids)  # (B, L, H)
-        return model.in_fp32(self.classifier(self.dropout(hidden[:, 0])))
 
 
 def lr_scale(name, num_hidden_layers, decay):
@@ -289,77 +437,84 @@ def batches(order, size, device):
 def cut_length(lengths, config):
     """The length of a batch's longest row; on a GPU a multiple of 16, so that few shapes are captured."""
     longest = int(lengths.max())
-    return 16 * math.ceil(longest / 16) if config.device.startswith("cuda") else longest
+    if config.device.startswith("cuda"):
+        return 16 * math.ceil(longest / 16)
+    return longest
 
 
-def losses(logits, labels, task):
-    """(B,): cross-entropy or, for STS-B, the squared error of the number itself. [D31]"""
-    if task.labels:
+@torch.no_grad()
+def run_network(network, rows, config):
+    """Yield each batch's row numbers and output, without dropout. Rows of like length share a batch."""
+    network.eval()
+    ids, lengths = ids_and_lengths(rows, config)
+    order = np.argsort(lengths, kind="stable")
+    for indices, device_indices in batches(order, EVAL_BATCH_SIZE, config.device):
+        length = cut_length(lengths[indices], config)
+        with train.autocast(config):
+            output = network(ids[device_indices, :length])
+        yield indices, output
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sentences: network, loss, predictions, and the way from examples to rows
+
+
+class Classifier(nn.Module):
+    """The pre-trained encoder, then dropout and one linear layer on [CLS]. [D29]"""
+
+    # Saved as a plain encoder, which transformers can load. Its classification head has another layer.
+    architecture = "ElectraModel"
+
+    def __init__(self, config, num_outputs):
+        super().__init__()
+        self.config = config
+        self.encoder = model.Encoder(config)
+        self.dropout = nn.Dropout(HEAD_DROPOUT)
+        self.classifier = nn.Linear(config.hidden_size, num_outputs)
+        model.glorot_uniform_(self.classifier)
+
+    def forward(self, input_ids):
+        """(B, L) ids -> logits (B, num_outputs)."""
+        attention_mask, token_type_ids = model.attention_mask_and_token_types(
+            input_ids, self.config.sep_token_id)
+        hidden = self.encoder(input_ids, attention_mask, token_type_ids)  # (B, L, H)
+        return model.in_fp32(self.classifier(self.dropout(hidden[:, 0])))
+
+    def losses(self, input_ids, labels):
+        """(B,): cross-entropy or, in a regression, the squared error of the number itself. [D31]"""
+        logits = self(input_ids)
+        if labels.is_floating_point():  # in a regression
+            return (logits.squeeze(1) - labels) ** 2
         return F.cross_entropy(logits, labels, reduction="none")
-    return (logits.squeeze(1) - labels) ** 2
 
 
-def predict(network, rows, task, config):
-    """The most likely classes or, for STS-B, the numbers, (N,)."""
+def compute_logits(network, rows, config):
+    """(N, num_outputs), in the order of the rows."""
+    order, parts = zip(*run_network(network, rows, config), strict=True)
+    logits = torch.cat(parts)
+    in_file_order = np.empty(logits.shape, dtype=np.float32)
+    in_file_order[np.concatenate(order)] = logits.cpu().numpy()
+    return in_file_order
+
+
+def predict_rows(network, rows, task, config):
+    """The most likely classes or, in a regression, the numbers, (N,)."""
     logits = compute_logits(network, rows, config)
     if not np.isfinite(logits).all():  # predict class 0 everywhere, so that the sweep continues
         tqdm.write(f"{task.title}: the predictions are not finite; try a lower --learning-rate")
         logits = np.zeros_like(logits)
-    return logits.argmax(1) if task.labels else logits[:, 0]
+    return logits[:, 0] if task.is_regression else logits.argmax(1)
 
 
-@torch.no_grad()
-def compute_logits(network, rows, config):
-    """(N, num_outputs), without dropout. Rows of like length share a batch."""
-    network.eval()
-    ids, lengths = ids_and_lengths(rows, config)
-    order = np.argsort(lengths, kind="stable")
-    parts = []
-    with train.autocast(config):
-        for indices, device_indices in batches(order, EVAL_BATCH_SIZE, config.device):
-            length = cut_length(lengths[indices], config)
-            parts.append(network(ids[device_indices, :length]))
-        logits = torch.cat(parts)
-    unsorted = np.empty(logits.shape, dtype=np.float32)
-    unsorted[order] = logits.cpu().numpy()
-    return unsorted
+class Tokenized(NamedTuple):
+    """Examples as the network takes them."""
 
-
-# ------------------------------------------------------------------------------------------------------------
-# From examples to rows
-
-
-def load_splits(experiment):
-    """The (rows, labels) of each split of a task."""
-    task = experiment.task
-    config = experiment.config
-    examples, sha256 = read_splits(task, config)  # again, so that no sweep holds all tasks in memory
-    if sha256 != experiment.sha256:
-        raise data.UserError(f"the files of {task.title} have changed; run the same command again")
-    return {split: tokenize_examples(examples[split], experiment.pretrained.wordpiece, config.max_length,
-                                     both_orders=task.both_orders and split == "train")
-            for split in examples}
-
-
-def read_splits(task, config):
-    """The examples of a task by split, and the SHA-256 of their files by split."""
-    examples = {}
-    sha256 = {}
-    for owner, split in needed_splits(task, config):
-        examples[split], sha256[split] = glue.read_examples(owner, split, config.cache, config.glue_dir)
-    return examples, sha256
-
-
-def needed_splits(task, config):
-    """(Owner, split) of each set that a task needs."""
-    needed = [(task, split) for split in ("train", *task.dev_splits)]
-    if config.keeps_predictions:
-        needed += glue.submission_splits(task)
-    return needed
+    rows: np.ndarray  # uint16 (N, max_length), zero-padded
+    labels: np.ndarray  # (N,)
 
 
 def tokenize_examples(examples, wordpiece, max_length, both_orders=False):
-    """Rows, uint16 (N, max_length), zero-padded, and labels (N,). With both_orders, swapped pairs follow."""
+    """Tokenize a list of examples. With both_orders, the swapped pairs follow."""
     firsts = wordpiece.encode([example.first for example in examples])
     seconds = wordpiece.encode([example.second for example in examples])
     labels = [example.label for example in examples]
@@ -370,7 +525,7 @@ def tokenize_examples(examples, wordpiece, max_length, both_orders=False):
     for row, first, second in zip(rows, firsts, seconds, strict=True):
         ids = build_row(first, second, wordpiece, max_length)
         row[: len(ids)] = ids
-    return rows, np.array(labels)
+    return Tokenized(rows, np.array(labels))
 
 
 def build_row(first, second, wordpiece, max_length):
@@ -416,21 +571,26 @@ def load_pretrained(config):
     wordpiece, trained_length = data.read_tokenizer(folder)
     model_config = replace(model.load_config(folder), hidden_dropout_prob=config.dropout,
                            attention_probs_dropout_prob=config.dropout, sep_token_id=wordpiece.sep_token_id)
+    check_pretrained(folder, model_config, wordpiece, trained_length, config.max_length)
+    encoder_state = load_encoder(folder, model_config)
+    if config.random_weights:
+        return Pretrained(folder, model_config, wordpiece, None, "random")
+    return Pretrained(folder, model_config, wordpiece, encoder_state, hash_tensors(encoder_state))
+
+
+def check_pretrained(folder, model_config, wordpiece, trained_length, max_length):
+    """Check that a model fits its vocabulary and --max-length, and say what may surprise."""
     if "ElectraForMaskedLM" in (data.read_json(folder / "config.json").get("architectures") or ()):
         print(f"{folder} is a generator or a masked language model; its encoder is fine-tuned")
     if len(wordpiece.tokens) != model_config.vocab_size:
         raise data.UserError(f"{folder} is inconsistent: its vocabulary has {len(wordpiece.tokens):,} "
                              f"tokens, and config.json says {model_config.vocab_size:,}")
     positions = model_config.max_position_embeddings
-    if config.max_length > positions:
+    if max_length > positions:
         raise data.UserError(f"{folder} has {positions} positions; use --max-length {positions} or less")
-    if trained_length and config.max_length > trained_length:
+    if trained_length and max_length > trained_length:
         print(f"warning: {folder} was pre-trained on rows of {trained_length} tokens, so later positions are "
               f"untrained; --max-length {trained_length} avoids them")
-    encoder_state = load_encoder(folder, model_config)
-    if config.random_weights:
-        return Pretrained(folder, model_config, wordpiece, None, "random")
-    return Pretrained(folder, model_config, wordpiece, encoder_state, hash_tensors(encoder_state))
 
 
 def load_encoder(folder, model_config):
@@ -448,97 +608,6 @@ def hash_tensors(tensors):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Experiments: what a sweep runs, and its results on disk
-
-
-def plan(config, tasks, pretrained):
-    """The Experiment of each task, after all files are checked."""
-    folder = Path(config.out)
-    if config.glue_dir:
-        glue.check_folder([needed for task in tasks.values() for needed in needed_splits(task, config)],
-                          config.glue_dir)
-    if config.save:
-        for name in tasks:
-            if (folder / name).exists() and not is_kept_network(folder / name):
-                raise data.UserError(f"--save would overwrite {folder / name}, which is not a network; use "
-                                     "another --out")
-    experiments = []
-    for task in tasks.values():
-        # Everything is read here once, so that damage is reported now, not in the middle of the night.
-        _, sha256 = read_splits(task, config)
-        task_config = fill_in_recipe(config, task, pretrained.config.hidden_size)
-        experiments.append(Experiment(task, task_config, pretrained, sha256))
-    return experiments
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A task, and everything that decides its results except the seed."""
-
-    task: glue.Task
-    config: FinetuneConfig  # with the recipe of the task
-    pretrained: Pretrained
-    sha256: dict  # of the file of each split
-
-    @property
-    def folder(self):
-        return Path(self.config.out)
-
-    def settings(self):
-        """The settings that decide a result, as stored in results.jsonl."""
-        flags = {name: value for name, value in asdict(self.config).items() if name not in NOT_SETTINGS}
-        pretrained = self.pretrained
-        wordpiece = pretrained.wordpiece
-        return flags | dict(
-            data={split: self.sha256[split] for split in ("train", *self.task.dev_splits)},
-            shape=asdict(pretrained.config), weights=pretrained.weights_sha256, vocab=wordpiece.sha256,
-            do_lower_case=wordpiece.do_lower_case, strip_accents=wordpiece.strip_accents)
-
-    def key(self, seed):
-        """The name under which the files of a seed are kept."""
-        return f"{self.task.name}-{seed}-{data.digest(self.settings())}"
-
-    def predictions_path(self, seed):
-        tests = data.digest([self.sha256[split] for _, split in glue.submission_splits(self.task)])
-        return self.folder / "predictions" / f"{self.key(seed)}-{tests}.npz"
-
-    def results(self):
-        """The line of each finished seed. If predictions are wanted, a seed without them does not count."""
-        path = self.folder / "results.jsonl"
-        if not path.exists():
-            return {}
-        settings = self.settings()
-        *lines, _ = path.read_bytes().split(b"\n")  # a kill may have cut the last one short
-        finished = {}
-        for number, line in enumerate(lines, 1):
-            entry = data.parse_json(line, f"{path}, line {number},")
-            seed = entry["seed"]
-            if entry["task"] != self.task.name or entry["settings"] != settings or seed >= self.config.seeds:
-                continue
-            if self.config.keeps_predictions and not self.predictions_path(seed).exists():
-                continue
-            finished[seed] = entry
-        return finished
-
-
-def append_result(experiment, entry):
-    """Append a line to results.jsonl."""
-    with (data.lock(experiment.folder / "locks" / "results", "waiting to write the results"),
-          open(experiment.folder / "results.jsonl", "a+b") as file):
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)  # what a kill cut short
-        data.append_json(file, entry)
-
-
-def write_predictions(experiment, seed, predictions):
-    """Save a seed's test predictions, under the names of the files to submit."""
-    arrays = {owner.submissions[split]: predictions[split]
-              for owner, split in glue.submission_splits(experiment.task)}
-    with data.atomic_write(experiment.predictions_path(seed)) as file:
-        np.savez(file, **arrays)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # The table
 
 
@@ -551,24 +620,22 @@ def format_table(results, tasks):
     width = max(10, *(len(task.title) + 1 for task in tasks.values()))
     lines = [f"{'':{width}}{'':22}{'seeds':>6}{'mean':>8}{'sd':>7}{'median':>8}{'best':>7}"]
     notes = []
-    means = {}
+    means = {}  # by task and metric, as `results`
     medians = {}
     for name, task in tasks.items():
-        entries = list(results[name].values())
-        if not entries:
+        finished = list(results[name].values())
+        if not finished:
             continue
         means[name] = {}
         medians[name] = {}
-        is_averaged = has_averages and name in glue.AVERAGED_BY_ELECTRA and not task.files
-        for metric in entries[0]["metrics"]:
-            values = 100 * np.array([entry["metrics"][metric] for entry in entries])
+        is_averaged = has_averages and name in glue.AVERAGED_BY_ELECTRA and isinstance(task, glue.GlueTask)
+        for metric in finished[0]["metrics"]:
+            values = 100 * np.array([result["metrics"][metric] for result in finished])
             means[name][metric] = np.mean(values)
             medians[name][metric] = np.median(values)
-            deviation = f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "-"
             mark = "*" if is_averaged and metric == task.metrics[0] else ""
-            lines.append(f"{task.title:{width}}{metric + mark:22}{len(values):6}{np.mean(values):8.2f}"
-                         f"{deviation:>7}{np.median(values):8.2f}{np.max(values):7.2f}")
-        constant = [str(entry["seed"]) for entry in entries if entry["is_constant"]]
+            lines.append(f"{task.title:{width}}{metric + mark:22}{format_statistics(values)}")
+        constant = [str(result["seed"]) for result in finished if result["is_constant"]]
         if constant:
             notes.append(f"{task.title}: seed {', '.join(constant)} gave every example the same answer; it "
                          "counts, too. With little data, more --num-train-epochs help")
@@ -582,8 +649,14 @@ def format_table(results, tasks):
     return "\n".join(lines + notes)
 
 
+def format_statistics(values):
+    deviation = f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "-"
+    return (f"{len(values):6}{np.mean(values):8.2f}{deviation:>7}{np.median(values):8.2f}"
+            f"{np.max(values):7.2f}")
+
+
 def format_average(title, average, needed, means, medians):
-    """The line of an average, or of the tasks that it needs."""
+    """The line of an average or, if it cannot be formed, of the tasks that are missing."""
     missing = [glue.TASKS[name].title for name in needed if name not in means]
     if missing:
         return f"{title}: needs {', '.join(missing)}"
@@ -591,70 +664,73 @@ def format_average(title, average, needed, means, medians):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# --submit and --save: outputs of the best seed
+# --submit: the test predictions of the best seeds
 
 
 def submit(experiments, config):
     """Write the predictions of each task's best seed and, with all nine of GLUE, the zip."""
     files = {}  # text by name
+    best = []  # titles and seeds
     for experiment in experiments:
-        with np.load(experiment.predictions_path(best_seed(experiment))) as predictions:
-            for owner, split in glue.submission_splits(experiment.task):
-                name = owner.submissions[split]
-                files[name] = glue.submission_file(owner, predictions[name])
+        task = experiment.task
+        seed = best_seed(experiment)
+        best.append(f"{task.title} {seed}")
+        with np.load(experiment.predictions_path(seed)) as predictions:
+            for name in task.submissions.values():
+                files[name] = glue.submission_file(task, predictions[name])
     tasks = {experiment.task.name for experiment in experiments}
     is_whole = tasks >= glue.TASKS.keys()
     folder = Path(config.out)
-    with data.lock(folder / "locks" / "results", "waiting to write the submission"):
+    with lock_outputs(folder, "submission"):
         for name, text in files.items():
             with data.atomic_write(folder / "submission" / name) as file:
                 file.write(text.encode())
         if is_whole:
             glue.write_submission(folder / "submission.zip", files)
-    seeds = ", ".join(f"{experiment.task.title} {best_seed(experiment)}" for experiment in experiments)
-    print(f"{folder / 'submission'} has the test predictions of the seeds with the best dev scores: {seeds}")
+    print(f"{folder / 'submission'} has the test predictions of the seeds with the best dev scores: "
+          f"{', '.join(best)}")
     if not is_whole and tasks & glue.TASKS.keys():
         print("submission.zip for gluebenchmark.com needs --task all")
 
 
+# ------------------------------------------------------------------------------------------------------------
+# --save: the network of the best seed
+
+
 def save_best(experiments):
-    """Keep the network of each task's best seed. If it was not kept, the seed is run again."""
+    """Save the network of each task's best seed. If the sweep did not save it, the seed is run again."""
     for experiment in experiments:
         task = experiment.task
         seed = best_seed(experiment)
-        path = experiment.folder / task.name / "config.json"
-        if not path.exists() or data.read_json(path).get("result") != experiment.key(seed):
-            finetuner = Finetuner(task, experiment.pretrained, experiment.config)
-            finetuner.run(seed, load_splits(experiment))
-            save(experiment, seed, finetuner.network)
-        print(f"{path.parent} holds the network of seed {seed}, {task.title}'s best on dev")
+        folder = experiment.folder / task.name
+        saved = read_saved_config(folder)
+        if not saved or saved["result"] != experiment.run_name(seed):
+            finetuner = Finetuner(experiment)
+            finetuner.run(seed, tokenize_splits(experiment))
+            save_network(experiment, seed, finetuner.network)
+        print(f"{folder} holds the network of seed {seed}, {task.title}'s best on dev")
 
 
-def save(experiment, seed, network):
-    """Write encoder, classifier, names of the labels and tokenizer of a task to its folder."""
-    task = experiment.task
-    with (data.lock(experiment.folder / "locks" / "results", "waiting to write the network"),
-          data.atomic_folder(experiment.folder / task.name) as folder):
-        model.save_pretrained(network, folder, id2label=dict(enumerate(task.labels)),
-                              label_range=[task.low, task.high], result=experiment.key(seed))
+def save_network(experiment, seed, network):
+    """Write encoder, head, names of the labels and tokenizer of a task to its folder."""
+    with (lock_outputs(experiment.folder, "network"),
+          data.atomic_folder(experiment.folder / experiment.task.name) as folder):
+        model.save_pretrained(network, folder, head=type(network).__name__,
+                              result=experiment.run_name(seed), **experiment.saved_fields(seed))
         experiment.pretrained.wordpiece.save(folder, experiment.config.max_length)
 
 
-def best_seed(experiment):
-    """The finished seed with the best dev score; of equal ones, the first."""
-    results = experiment.results()
-    metric = experiment.task.metrics[0]
-    return max(sorted(results), key=lambda seed: results[seed]["metrics"][metric])
+def read_saved_config(folder):
+    """The config.json that `save_network` wrote to a folder, or None if the folder is no such network."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    content = data.read_json(path)
+    return content if "head" in content else None
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A network that was kept
-
-
-def is_kept_network(folder):
-    """Whether --save wrote a folder."""
-    path = Path(folder) / "config.json"
-    return path.is_file() and "label_range" in data.read_json(path)
+# Predictions of a saved network: in Python and with --predict-file
 
 
 class Predictor:
@@ -668,15 +744,15 @@ class Predictor:
 
     def __init__(self, folder, config=None):
         folder = Path(folder)
-        if not is_kept_network(folder):
+        saved = read_saved_config(folder)
+        if not saved or saved["head"] != "Classifier":
             raise data.UserError(f"{folder} has no classifier; --model takes what --save wrote, as "
                                  "out/glue/mrpc")
-        content = data.read_json(folder / "config.json")
         self.config = config or FinetuneConfig(device="cpu", dtype="fp32")
-        self.labels = list(content["id2label"].values())
-        self.low, self.high = content["label_range"]
+        self.labels = list(saved["id2label"].values())
+        self.label_range = saved["label_range"]
         self.wordpiece, self.max_length = data.read_tokenizer(folder)
-        self.network = Classifier(model.load_config(folder), len(self.labels) or 1)
+        self.network = Classifier(model.load_config(folder), len(self.labels) or 1)  # 1 in a regression
         model.load_weights(self.network, folder)
         self.network.to(self.config.device)
 
@@ -684,14 +760,14 @@ class Predictor:
         """For each sentence or pair of sentences: (label, {label: probability}), or (number, {})."""
         examples = []
         for text in texts:
-            pair = (text, "") if isinstance(text, str) else text
-            examples.append(glue.Example(*pair, None))
+            sentences = [text] if isinstance(text, str) else text
+            examples.append(glue.Example(*sentences))
         if not examples:
             return []
-        rows, _ = tokenize_examples(examples, self.wordpiece, self.max_length)
+        rows = tokenize_examples(examples, self.wordpiece, self.max_length).rows
         logits = torch.from_numpy(compute_logits(self.network, rows, self.config))
         if not self.labels:
-            return [(self.low + (self.high - self.low) * number, {}) for number in logits[:, 0].tolist()]
+            return [(glue.unscale(number, self.label_range), {}) for number in logits[:, 0].tolist()]
         predictions = []
         for probabilities in logits.softmax(1).tolist():
             label = self.labels[int(np.argmax(probabilities))]
@@ -708,21 +784,22 @@ def predict_file(config):
     else:
         source = config.predict_file
         file = open(source, "rb")
-    has_header = False
     with file:
-        rows = glue.read_table(file, source)
-        while True:
-            chunk = [glue.read_sentences(row, where) for where, row in itertools.islice(rows, CHUNK)]
-            if not chunk:
-                break
-            if not has_header:  # printed only once there is a row
-                print("prediction", *predictor.labels, sep="\t")
-                has_header = True
+        texts = (glue.read_sentences(row, where) for where, row in glue.read_table(file, source))
+        chunk = list(itertools.islice(texts, CHUNK))
+        if not chunk:
+            raise glue.no_rows(source)
+        print("prediction", *predictor.labels, sep="\t")
+        while chunk:
             for label, probabilities in predictor.predict(chunk):
-                text = label if predictor.labels else f"{label:.6g}"
-                print(text, *(f"{probability:.4f}" for probability in probabilities.values()), sep="\t")
-    if not has_header:
-        raise glue.no_rows(source)
+                if not predictor.labels:  # in a regression it is a number
+                    label = f"{label:{glue.Task.number_format}}"
+                print(label, *(f"{probability:.4f}" for probability in probabilities.values()), sep="\t")
+            chunk = list(itertools.islice(texts, CHUNK))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
 
 
 def main(argv=None):
@@ -733,9 +810,14 @@ def main(argv=None):
         predict_file(config)
         return
     tasks = glue.find_tasks(config.task, config.regression)
-    experiments = plan(config, tasks, load_pretrained(config))
+    run(config, tasks, load_pretrained(config), Experiment)
+
+
+def run(config, tasks, pretrained, kind):
+    """Fine-tune all tasks with all seeds, print the table, and write what is to be kept of the best."""
+    experiments = plan_experiments(config, tasks, pretrained, kind)
     sweep(experiments)
-    results = {experiment.task.name: experiment.results() for experiment in experiments}
+    results = {experiment.task.name: experiment.finished() for experiment in experiments}
     print(format_table(results, tasks))
     print(f"every seed's metrics are in {Path(config.out) / 'results.jsonl'}")
     missing = [f"{task.title} seed {seed}" for name, task in tasks.items() for seed in range(config.seeds)

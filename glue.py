@@ -1,6 +1,6 @@
 """GLUE: nine tasks and a diagnostic set. Where they come from, how they are read, scored and submitted.
 
-An example is (first sentence, second sentence or "", label). Read the table of tasks, then `read_examples`.
+An example is (first sentence, second sentence or "", label). Read the table of tasks, then `GlueTask.read`.
 Each file is checked for the official number of rows, each download for its published SHA-256. `own_task`
 turns a folder of your own files into a task.
 """
@@ -10,234 +10,241 @@ import functools
 import hashlib
 import io
 import itertools
+import math
 import re
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 import data
-import train
 
-GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
-MSR = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
+# ------------------------------------------------------------------------------------------------------------
+# Tasks
 
 
 class Example(NamedTuple):
     first: str
-    second: str  # "" for a task of single sentences
-    label: float | None  # the number of the class, or a score from 0 to 1; None in a test set
+    second: str = ""  # stays "" in a task of single sentences
+    label: float | None = None  # the number of the class, or a score from 0 to 1; None in a test set
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task. Columns are counted from 0."""
+    """What fine-tuning and scoring must know. A subclass has `splits`, a `name`, and reads the examples."""
 
-    title: str  # also the name of the folder in the zip
-    rows: dict  # official number of rows of each split; the split is also the name of the file
-    metrics: tuple  # the first is the one that ELECTRA reports
-    submissions: dict  # test split -> name of the file to submit
-    source: tuple = None  # address, size in bytes and SHA-256 of the download
-    sentences: tuple = None  # columns of the one or two sentences in train and dev
-    test_sentences: tuple = None  # the same in test
-    label: int = None  # column of the label in train and dev; -1 is the last
-    labels: tuple = ("0", "1")  # names of the classes, or () for a regression: the label is a number
-    low: float = 0.0  # a regression's labels in [low, high] are scaled to [0, 1]
-    high: float = 5.0
-    submits_names: bool = False  # classes are submitted by name, not by number
+    title: str
+    metrics: tuple  # names in METRICS; the first is the one that ELECTRA reports
+    labels: tuple = ("0", "1")  # names of the classes; () in a regression, where labels are numbers
+    label_range: tuple = None  # a regression's lowest and highest label; they are scaled to 0 and 1
     num_train_epochs: int = 3  # [D32]
     both_orders: bool = False  # [D30] trained on both orders of the sentences
-    header: bool = True  # whether train and dev have one; test always has
-    skips_short_rows: bool = False  # QQP has some rows that lack fields
-    raw_rows: int = None  # training rows of the original QQP.zip, which is accepted as well
-    files: dict = None  # split -> path, for a task of your own
+
+    number_format = ".6g"  # of a regression's predictions
 
     @property
-    def name(self):
-        if self.files:
-            return self.title
-        return self.title.lower().replace("-", "")
+    def is_regression(self):
+        return not self.labels
 
     @property
     def dev_splits(self):
-        return [split for split in self.rows if split.startswith("dev")]
+        return [split for split in self.splits if split.startswith("dev")]
+
+    @property
+    def submissions(self):
+        """The name of the file to submit for each test set."""
+        names = {"test": f"{self.title}.tsv", "test_matched": "MNLI-m.tsv",
+                 "test_mismatched": "MNLI-mm.tsv", "diagnostic": "AX.tsv"}
+        return {split: name for split, name in names.items() if split in self.splits}
+
+    def score(self, predictions, labels):
+        """Metrics by name from predictions and labels by split. MNLI has "mismatched accuracy" as well."""
+        scores = {}
+        for split in self.dev_splits:
+            prefix = "mismatched " if split == "dev_mismatched" else ""
+            for metric in self.metrics:
+                scores[prefix + metric] = METRICS[metric](predictions[split], labels[split])
+        return scores
 
 
-ENTAILED = ("entailment", "not_entailment")
-NLI = ("entailment", "neutral", "contradiction")
+@dataclass(frozen=True, kw_only=True)
+class GlueTask(Task):
+    """A task of GLUE. Its title is also the name of the folder in the zip."""
+
+    download: tuple  # address, size in bytes and SHA-256
+    rows: dict  # official number of rows of each split; the split is also the name of the file
+    sentences: tuple  # columns of the one or two sentences
+    label: str  # column of the label in train and dev
+    header: tuple = None  # columns of train and dev where these files do not name them
+
+    number_format = ".3f"
+
+    @property
+    def name(self):
+        return self.title.lower().replace("-", "")
+
+    @property
+    def splits(self):
+        return tuple(self.rows)
+
+    def read(self, split, cache, glue_dir=None):
+        """The examples of a split, in file order, and the SHA-256 of its file.
+
+        The file comes from `glue_dir` if given, else it is downloaded to `cache`.
+        """
+        raw, source = read_official(self, split, cache, glue_dir)
+        return parse_official(self, split, raw, source), hashlib.sha256(raw).hexdigest()
+
+
+GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
+MSR_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
+TWO_WAY = ("entailment", "not_entailment")
+THREE_WAY = ("entailment", "neutral", "contradiction")
 TASKS = {
-    "cola": Task(
+    "cola": GlueTask(
         title="CoLA",
-        source=(GLUE + "CoLA.zip", 376_971,
-                "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
+        download=(GLUE_URL + "CoLA.zip", 376_971,
+                  "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
         rows=dict(train=8_551, dev=1_043, test=1_063),
-        sentences=(3,), test_sentences=(1,), label=1,
-        metrics=("matthews",), submissions={"test": "CoLA.tsv"},
-        header=False,
+        sentences=("sentence",), label="label", header=("source", "label", "mark", "sentence"),
+        metrics=("matthews",),
     ),
-    "sst2": Task(
+    "sst2": GlueTask(
         title="SST-2",
-        source=(GLUE + "SST-2.zip", 7_439_277,
-                "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
+        download=(GLUE_URL + "SST-2.zip", 7_439_277,
+                  "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
         rows=dict(train=67_349, dev=872, test=1_821),
-        sentences=(0,), test_sentences=(1,), label=1,
-        metrics=("accuracy",), submissions={"test": "SST-2.tsv"},
+        sentences=("sentence",), label="label",
+        metrics=("accuracy",),
     ),
-    "mrpc": Task(
+    "mrpc": GlueTask(
         title="MRPC",
-        source=(MSR + "msr_paraphrase_train.txt", 1_047_044,
-                "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
+        download=(MSR_URL + "msr_paraphrase_train.txt", 1_047_044,
+                  "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
         rows=dict(train=3_668, dev=408, test=1_725),
-        sentences=(3, 4), test_sentences=(3, 4), label=0,
-        metrics=("accuracy", "f1"), submissions={"test": "MRPC.tsv"},
+        sentences=("#1 String", "#2 String"), label="Quality",
+        metrics=("accuracy", "f1"),
         both_orders=True,
     ),
-    "stsb": Task(
+    "stsb": GlueTask(
         title="STS-B",
-        source=(GLUE + "STS-B.zip", 802_872,
-                "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),
+        download=(GLUE_URL + "STS-B.zip", 802_872,
+                  "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),
         rows=dict(train=5_749, dev=1_500, test=1_379),
-        sentences=(7, 8), test_sentences=(7, 8), label=9, labels=(),
-        metrics=("spearman", "pearson"), submissions={"test": "STS-B.tsv"},
+        sentences=("sentence1", "sentence2"), label="score", labels=(), label_range=(0.0, 5.0),
+        metrics=("spearman", "pearson"),
         num_train_epochs=10, both_orders=True,
     ),
-    "qqp": Task(
+    "qqp": GlueTask(
         title="QQP",
-        source=(GLUE + "QQP-clean.zip", 41_696_084,
-                "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
+        download=(GLUE_URL + "QQP-clean.zip", 41_696_084,
+                  "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
         rows=dict(train=363_846, dev=40_430, test=390_965),
-        sentences=(3, 4), test_sentences=(1, 2), label=5,
-        metrics=("accuracy", "f1"), submissions={"test": "QQP.tsv"},
-        skips_short_rows=True, raw_rows=363_849,
+        sentences=("question1", "question2"), label="is_duplicate",
+        metrics=("accuracy", "f1"),
     ),
-    "mnli": Task(
+    "mnli": GlueTask(  # its model also predicts the diagnostic set, which has no labels and no training set
         title="MNLI",
-        source=(GLUE + "MNLI.zip", 312_783_507,
-                "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
+        download=(GLUE_URL + "MNLI.zip", 312_783_507,
+                  "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
         rows=dict(train=392_702, dev_matched=9_815, dev_mismatched=9_832, test_matched=9_796,
-                  test_mismatched=9_847),
-        sentences=(8, 9), test_sentences=(8, 9), label=-1, labels=NLI,
-        metrics=("accuracy",), submissions={"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
-        submits_names=True,
+                  test_mismatched=9_847, diagnostic=1_104),
+        sentences=("sentence1", "sentence2"), label="gold_label", labels=THREE_WAY,
+        metrics=("accuracy",),
     ),
-    "qnli": Task(
+    "qnli": GlueTask(
         title="QNLI",
-        source=(GLUE + "QNLIv2.zip", 10_627_589,
-                "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
+        download=(GLUE_URL + "QNLIv2.zip", 10_627_589,
+                  "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
         rows=dict(train=104_743, dev=5_463, test=5_463),
-        sentences=(1, 2), test_sentences=(1, 2), label=3, labels=ENTAILED,
-        metrics=("accuracy",), submissions={"test": "QNLI.tsv"}, submits_names=True,
+        sentences=("question", "sentence"), label="label", labels=TWO_WAY,
+        metrics=("accuracy",),
     ),
-    "rte": Task(
+    "rte": GlueTask(
         title="RTE",
-        source=(GLUE + "RTE.zip", 697_150,
-                "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
+        download=(GLUE_URL + "RTE.zip", 697_150,
+                  "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
         rows=dict(train=2_490, dev=277, test=3_000),
-        sentences=(1, 2), test_sentences=(1, 2), label=3, labels=ENTAILED,
-        metrics=("accuracy",), submissions={"test": "RTE.tsv"}, submits_names=True,
+        sentences=("sentence1", "sentence2"), label="label", labels=TWO_WAY,
+        metrics=("accuracy",),
         num_train_epochs=10,
     ),
-    "wnli": Task(
+    "wnli": GlueTask(
         title="WNLI",
-        source=(GLUE + "WNLI.zip", 28_999,
-                "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),
+        download=(GLUE_URL + "WNLI.zip", 28_999,
+                  "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),
         rows=dict(train=635, dev=71, test=146),
-        sentences=(1, 2), test_sentences=(1, 2), label=3,
-        metrics=("accuracy",), submissions={"test": "WNLI.tsv"},
+        sentences=("sentence1", "sentence2"), label="label",
+        metrics=("accuracy",),
     ),
 }
-# The diagnostic set has no labels and no training set: the model of MNLI predicts it.
-DIAGNOSTIC = Task(
-    title="diagnostic",
-    source=(GLUE + "AX.tsv", 222_257, "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd"),
-    rows=dict(diagnostic=1_104),
-    sentences=(1, 2), test_sentences=(1, 2), labels=NLI,
-    metrics=(), submissions={"diagnostic": "AX.tsv"}, submits_names=True,
-)
+DIAGNOSTIC = (GLUE_URL + "AX.tsv", 222_257,
+              "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd")
 # MRPC cannot be distributed with GLUE: its dev set is cut out of the original's training set.
-MRPC_TEST = (MSR + "msr_paraphrase_test.txt", 441_275,
+MRPC_TEST = (MSR_URL + "msr_paraphrase_test.txt", 441_275,
              "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784")
-MRPC_DEV_IDS = (GLUE + "mrpc_dev_ids.tsv", 6_222,
+MRPC_DEV_IDS = (GLUE_URL + "mrpc_dev_ids.tsv", 6_222,
                 "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7")
+# QQP-clean.zip lacks three training rows of the original QQP.zip, which is accepted as well.
+ORIGINAL_QQP_ROWS = 363_849
 
 
 def find_tasks(names, is_regression=False):
-    """The tasks of a command by name: GLUE's, in any case and with or without hyphens, folders, or all."""
+    """The tasks of a command, by name: tasks of GLUE (case and hyphens do not matter), folders, or all."""
     tasks = {}
     for name in names:
-        key = name.lower().replace("-", "")
-        if key == "all":
+        simple_name = name.lower().replace("-", "")
+        if simple_name == "all":
             found = list(TASKS.values())
-        elif key in TASKS:
-            found = [TASKS[key]]
+        elif simple_name in TASKS:
+            found = [TASKS[simple_name]]
         elif Path(name).is_dir():
             found = [own_task(Path(name), is_regression)]
         else:
             raise data.UserError(f"there is no task {name}; there are {', '.join(TASKS)}, all, and folders "
                                  "with train and dev as .tsv, .csv or .jsonl")
         for task in found:
-            namesakes = [other for other in tasks.values() if other.title == task.title]
-            if any(other != task for other in namesakes):
-                raise data.UserError(f"two tasks are called {task.title}; rename a folder")
+            for other in tasks.values():
+                if other.title == task.title and other != task:
+                    raise data.UserError(f"two tasks are called {task.title}; rename a folder")
             tasks[task.name] = task
     return tasks
 
 
-def submission_splits(task):
-    """(Owner, split) of each set that a task's model predicts. MNLI's predicts the diagnostic set, too."""
-    owners = [task]
-    if task is TASKS["mnli"]:
-        owners.append(DIAGNOSTIC)
-    return [(owner, split) for owner in owners for split in owner.submissions]
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Reading
+# Reading GLUE's files
 
 
-def check_folder(splits, folder):
-    """Check that a folder has the files of all (task, split), and name all that are missing."""
-    paths = [official_path(task, split, folder) for task, split in splits if not task.files]
+def check_glue_dir(needed, glue_dir):
+    """Check that the folder has the files of all (task, split), and name all that are missing."""
+    paths = [official_path(task, split, glue_dir) for task, split in needed if isinstance(task, GlueTask)]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise data.UserError(f"there is no {', '.join(missing)}; --glue-dir takes a folder laid out as the "
                              "official zips are")
 
 
-def read_examples(task, split, cache, glue_dir=None):
-    """The examples of a split, in file order, and the SHA-256 of its file.
-
-    The file is one of your own, or an official one, from `glue_dir` if given, else downloaded to `cache`.
-    """
-    if task.files:
-        source = task.files[split]
-        raw = source.read_bytes()
-        examples = parse_own(task, split, raw, source)
-    else:
-        raw, source = read_official(task, split, cache, glue_dir)
-        examples = parse_official(task, split, raw, source)
-    return examples, hashlib.sha256(raw).hexdigest()
+def official_path(task, split, glue_dir):
+    folder = "diagnostic" if split == "diagnostic" else task.title
+    return Path(glue_dir) / folder / f"{split}.tsv"
 
 
 def read_official(task, split, cache, glue_dir):
-    """The bytes of an official file, and its name for messages. Most downloads are zips."""
+    """The bytes of an official file, and its name for messages."""
     if glue_dir:
         path = official_path(task, split, glue_dir)
         return path.read_bytes(), path
+    if split == "diagnostic":
+        path = fetch_official(DIAGNOSTIC, cache)
+        return path.read_bytes(), path
     if task is TASKS["mrpc"]:
         return read_mrpc(split, cache), f"MRPC's {split} set"
-    path = fetch_official(task.source, cache)
-    if path.suffix != ".zip":
-        return path.read_bytes(), str(path)
-    name = f"{task.title}/{split}.tsv"
+    path = fetch_official(task.download, cache)
+    member = f"{task.title}/{split}.tsv"
     with zipfile.ZipFile(path) as archive:
-        return archive.read(name), f"{name} in {path}"
-
-
-def official_path(task, split, folder):
-    return Path(folder) / task.title / f"{split}.tsv"
+        return archive.read(member), f"{member} in {path}"
 
 
 def read_mrpc(split, cache):
@@ -246,7 +253,7 @@ def read_mrpc(split, cache):
         return fetch_official(MRPC_TEST, cache).read_bytes()
     lines = fetch_official(MRPC_DEV_IDS, cache).read_bytes().split(b"\n")
     dev_ids = {tuple(line.split(b"\t")) for line in lines}
-    original = fetch_official(TASKS["mrpc"].source, cache).read_bytes()
+    original = fetch_official(TASKS["mrpc"].download, cache).read_bytes()
     header, *rows = original.removesuffix(b"\n").split(b"\n")
     kept = [header]
     for row in rows:
@@ -257,10 +264,10 @@ def read_mrpc(split, cache):
     return b"\n".join(kept)
 
 
-@functools.cache
-def fetch_official(source, cache):
+@functools.cache  # a file is checked once, not for each of its splits
+def fetch_official(download, cache):
     """The path of an official file: downloaded, unless it is there, and checked."""
-    address, size, sha256 = source
+    address, size, sha256 = download
     path = Path(cache) / "glue" / address.rsplit("/", 1)[1]
     advice = f"put {path.name} into {path.parent}, or use --glue-dir"
     data.make_once(path, lambda: data.download(path, address, advice, size, sha256))
@@ -276,36 +283,37 @@ def parse_official(task, split, raw, source):
 
     Only "\\n" ends a line and only "\\t" a field. Quotes are characters like any other.
     """
-    is_test = split in task.submissions  # a test set has columns of its own, a header and no labels
-    if is_test:
-        columns = task.test_sentences
-        last_column = max(columns)
+    is_test = split in task.submissions  # a test set has no labels, and always names its columns
+    is_qqp = task is TASKS["qqp"]
+    lines = data.decode_utf8(raw, source).removesuffix("\n").split("\n")
+    if task.header and not is_test:
+        header = task.header
+        first_line = 1
     else:
-        columns = task.sentences
-        last_column = max(*columns, task.label)
-    lines = data.decode(raw, source).removesuffix("\n").split("\n")
-    width = lines[0].count("\t") + 1
-    first_line = 2 if task.header or is_test else 1
+        header = lines.pop(0).split("\t")
+        first_line = 2
+    columns = list(task.sentences)
+    if not is_test:
+        columns.append(task.label)
+    for column in columns:
+        if column not in header:
+            raise data.UserError(f"{source}, line 1, has no column {column}; it was damaged or edited")
     examples = []
     skipped = 0
-    for number, line in enumerate(lines[first_line - 1 :], first_line):
+    for number, line in enumerate(lines, first_line):
         fields = line.split("\t")
-        if len(fields) < width and task.skips_short_rows:
+        if is_qqp and len(fields) < len(header):  # a few rows lack fields
             skipped += 1
             continue
-        if len(fields) != width or last_column >= width:
+        if len(fields) != len(header):
             raise data.UserError(f"{source}, line {number}, has {len(fields)} fields; it was damaged or "
                                  "edited")
-        first = fields[columns[0]]
-        second = fields[columns[1]] if len(columns) == 2 else ""
-        label = None
-        if not is_test:
-            label = read_label(task, fields[task.label], f"{source}, line {number}")
-        examples.append(Example(first, second, label))
-    sizes = [task.rows[split]]
-    if task.raw_rows:  # of QQP there are two versions
-        sizes.append(task.raw_rows)
-    if len(examples) not in sizes:
+        row = dict(zip(header, fields, strict=True))
+        label = None if is_test else read_label(task, row[task.label], f"{source}, line {number}")
+        sentences = [row[column] for column in task.sentences]
+        examples.append(Example(*sentences, label=label))
+    is_original_qqp = is_qqp and len(examples) == ORIGINAL_QQP_ROWS
+    if len(examples) != task.rows[split] and not is_original_qqp:
         raise data.UserError(f"{source} has {len(examples):,} rows and not {task.rows[split]:,}: it was "
                              "cut or edited")
     if skipped:
@@ -314,9 +322,10 @@ def parse_official(task, split, raw, source):
 
 
 def read_label(task, text, where):
-    """The number of the class or, for STS-B, the score on a scale from 0 to 1. [D31]"""
-    if not task.labels:
-        return (read_number(text, where) - task.low) / (task.high - task.low)
+    """The number of the class or, in a regression, the label scaled to [0, 1]. [D31]"""
+    if task.is_regression:
+        low, high = task.label_range
+        return (read_number(text, where) - low) / (high - low)
     if text not in task.labels:
         raise data.UserError(f"{where}: the label is {text!r} and not one of {', '.join(task.labels)}")
     return task.labels.index(text)
@@ -326,37 +335,61 @@ def read_number(text, where):
     try:
         number = float(text)
     except ValueError:
-        number = np.nan
-    if not np.isfinite(number):
+        number = math.nan
+    if not math.isfinite(number):
         raise data.UserError(f"{where}: the label is {text!r} and not a number")
     return number
+
+
+def unscale(numbers, label_range):
+    """Predictions on the scale of the labels: the inverse of what `read_label` does."""
+    low, high = label_range
+    return low + (high - low) * numbers
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Your own tasks. Nothing of GLUE needs this section.
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnTask(Task):
+    """A folder of your own files. Its title is the name of the folder."""
+
+    files: dict  # path by split
+
+    @property
+    def name(self):
+        return self.title
+
+    @property
+    def splits(self):
+        return tuple(self.files)
+
+    def read(self, split, cache=None, glue_dir=None):
+        """The examples of a split, in file order, and the SHA-256 of its file."""
+        path = self.files[split]
+        raw = path.read_bytes()
+        return parse_own(self, split, raw, path), hashlib.sha256(raw).hexdigest()
+
+
 def own_task(folder, is_regression):
     """The task that a folder describes: train and dev, and perhaps test, as .tsv, .csv or .jsonl."""
     files = find_own_files(folder)
     title = folder.resolve().name
-    submissions = {}
-    if "test" in files:
-        submissions["test"] = f"{title}.tsv"
-    task = Task(title, rows=dict.fromkeys(files), metrics=("accuracy", "macro f1", "matthews"),
-                submissions=submissions, submits_names=True, files=files)
     first_seen = find_labels(files["train"])
     if is_regression:
-        labels = {read_number(text, where) for text, where in first_seen.items()}
+        labels = sorted({read_number(text, where) for text, where in first_seen.items()})
     else:
-        labels = set(first_seen)
         for text, where in first_seen.items():
             check_class(text, where)
+        labels = sorted(first_seen, key=class_order)
     if len(labels) < 2:
         raise data.UserError(f"{files['train']} needs at least two different labels")
     if is_regression:
-        return replace(task, labels=(), metrics=("spearman", "pearson"), low=min(labels), high=max(labels))
-    return replace(task, labels=tuple(sorted(labels, key=class_order)))
+        return OwnTask(title=title, files=files, labels=(), label_range=(labels[0], labels[-1]),
+                       metrics=("spearman", "pearson"))
+    return OwnTask(title=title, files=files, labels=tuple(labels),
+                   metrics=("accuracy", "macro f1", "matthews"))
 
 
 def find_own_files(folder):
@@ -440,20 +473,22 @@ def read_cell(row, column, where):
     value = row[column]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise data.UserError(f"{where}, column {column}, is {value!r}, neither text nor a number")
-    return str(value).encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
+    return data.without_surrogates(str(value))
 
 
 def read_table(file, source):
     """Yield ("SOURCE, line N", {column: value}) for each row of a binary .tsv, .csv or .jsonl file."""
-    lines = (data.decode(line, f"{source}, line {number},") for number, line in enumerate(file, 1))
-    first = next(lines, "")
-    lines = itertools.chain([first], lines)
+    lines = (data.decode_utf8(line, f"{source}, line {number},") for number, line in enumerate(file, 1))
     kind = Path(source).suffix.lower()
     if kind not in (".jsonl", ".csv", ".tsv"):  # for example, of standard input
+        first = next(lines, "")
         kind = guess_kind(first)
+        lines = itertools.chain([first], lines)
     if kind == ".jsonl":
         return read_objects(lines, source)
-    return read_separated(lines, source, kind)
+    if kind == ".csv":
+        return name_fields(split_csv(lines, source))
+    return name_fields(split_tsv(lines, source))
 
 
 def guess_kind(first_line):
@@ -471,24 +506,31 @@ def read_objects(lines, source):
             yield f"{source}, line {number}", data.parse_json(line, f"{source}, line {number},")
 
 
-def read_separated(lines, source, kind):
-    if kind == ".csv":
-        rows = csv.reader(lines)
-    else:
-        rows = (line.rstrip("\r\n").split("\t") for line in lines)
+def split_tsv(lines, source):
+    """Yield ("SOURCE, line N", fields) for each line."""
+    for number, line in enumerate(lines, 1):
+        yield f"{source}, line {number}", line.rstrip("\r\n").split("\t")
+
+
+def split_csv(lines, source):
+    """Yield ("SOURCE, line N", fields) for each row. A quoted field may have several lines."""
+    reader = csv.reader(lines)
     try:
-        header = next(rows, [])
-        for row_number, fields in enumerate(rows, 2):
-            # In a .csv, a quoted cell may have several lines.
-            line_number = rows.line_num if kind == ".csv" else row_number
-            where = f"{source}, line {line_number}"
-            if fields in ([], [""]):
-                continue
-            if len(fields) != len(header):
-                raise data.UserError(f"{where}, has {len(fields)} fields, and the first line {len(header)}")
-            yield where, dict(zip(header, fields, strict=True))
+        for fields in reader:
+            yield f"{source}, line {reader.line_num}", fields
     except csv.Error as error:
-        raise data.UserError(f"{source}, line {rows.line_num}, is not CSV: {error}") from None
+        raise data.UserError(f"{source}, line {reader.line_num}, is not CSV: {error}") from None
+
+
+def name_fields(rows):
+    """Yield ("SOURCE, line N", {column: field}) for each row but the first, which names the columns."""
+    _, header = next(rows, ("", []))
+    for where, fields in rows:
+        if fields in ([], [""]):  # an empty line
+            continue
+        if len(fields) != len(header):
+            raise data.UserError(f"{where}, has {len(fields)} fields, and the first line {len(header)}")
+        yield where, dict(zip(header, fields, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -505,16 +547,6 @@ def average_of_8(metrics):
 def average_of_9(metrics):
     """The GLUE leaderboard's average: the mean over tasks of each task's mean metric."""
     return float(np.mean([np.mean(list(metrics[name].values())) for name in TASKS]))
-
-
-def score(task, predictions, labels):
-    """Metrics by name from predictions and labels by split. MNLI has "mismatched accuracy" as well."""
-    metrics = {}
-    for split in task.dev_splits:
-        prefix = "mismatched " if split == "dev_mismatched" else ""
-        for metric in task.metrics:
-            metrics[prefix + metric] = METRICS[metric](predictions[split], labels[split])
-    return metrics
 
 
 def accuracy(predictions, labels):
@@ -546,7 +578,18 @@ def matthews(predictions, labels):
 
 
 def spearman(predictions, labels):
-    return pearson(train.tied_ranks(predictions), train.tied_ranks(labels))
+    return pearson(tied_ranks(predictions), tied_ranks(labels))
+
+
+def tied_ranks(values):
+    """Ranks from 1. Ties share the mean of their ranks.
+
+    >>> tied_ranks(np.array([0.3, 0.1, 0.3])).tolist()
+    [2.5, 1.0, 2.5]
+    """
+    _, place, ties = np.unique(values, return_inverse=True, return_counts=True)
+    last_rank = np.cumsum(ties)  # of each distinct value
+    return (last_rank - (ties - 1) / 2)[place]
 
 
 def pearson(predictions, labels):
@@ -565,22 +608,19 @@ METRICS = {"accuracy": accuracy, "f1": f1, "macro f1": macro_f1, "matthews": mat
 
 def submission_file(task, predictions):
     """The text of a file to submit."""
-    if not task.labels:
-        scores = task.low + (task.high - task.low) * np.clip(predictions, 0, 1)  # [D31]
-        digits = ".6g" if task.files else ".3f"
-        values = [f"{number:{digits}}" for number in scores + 0.0]  # + 0.0 turns -0.0 into 0.0
-    elif task.submits_names:
-        values = [task.labels[int(label)] for label in predictions]
+    if task.is_regression:
+        numbers = unscale(np.clip(predictions, 0, 1), task.label_range)  # [D31]
+        values = [f"{number:{task.number_format}}" for number in numbers + 0.0]  # + 0.0 turns -0.0 into 0.0
     else:
-        values = [str(int(label)) for label in predictions]
+        values = [task.labels[int(label)] for label in predictions]
     return "index\tprediction\n" + "".join(f"{index}\t{value}\n" for index, value in enumerate(values))
 
 
 def write_submission(path, files):
     """Write the zip of eleven files. `files` has the text of each by name."""
     with data.atomic_write(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
-        for task in [*TASKS.values(), DIAGNOSTIC]:
+        for task in TASKS.values():
             for name in task.submissions.values():
                 member = zipfile.ZipInfo(name)  # dated 1980: the same predictions give the same bytes
-                member.external_attr = 0o644 << 16
+                member.external_attr = 0o644 << 16  # readable by all
                 archive.writestr(member, files[name], zipfile.ZIP_DEFLATED)

@@ -3,7 +3,7 @@
 The generator, a small masked language model, fills in masked tokens. The discriminator says for every token
 of the result whether it was replaced. Read from `Electra.forward` downwards: mask, generator, sample,
 corrupt, discriminator, loss. The end of the file reads and writes HuggingFace folders. [Dnn] marks a detail
-that DETAILS.md explains and links to the official code and to its test.
+that DETAILS.md explains and links to the official code and to its test. LOG.md has the measurements.
 
 This is not a GAN. The generator is trained to predict the original tokens, not to fool the discriminator:
 no gradient passes a sampled token, and the paper found reinforcement learning to work worse. The generator
@@ -25,9 +25,10 @@ import json
 import math
 import pickle
 import struct
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -43,39 +44,38 @@ class ModelError(ValueError):
 class ElectraConfig:
     """The shape of a network, under HuggingFace's names, and the objective. The defaults are those of small.
 
-    The shape is the discriminator's; `generator_config` derives the generator's. A field with a comment is a
-    flag, and the comment is its help.
+    The shape is the discriminator's; `generator_config` derives the generator's. An annotated field is a flag
+    of train.py: the text is its help, and the two numbers are the least and the greatest value allowed.
     """
 
     vocab_size: int = 30522
-    embedding_size: int = 128  # width of the embeddings, which both networks share
-    hidden_size: int = 256  # width of the discriminator
-    num_hidden_layers: int = 12  # layers of either network
-    num_attention_heads: int = 4  # attention heads of the discriminator
-    intermediate_size: int = 1024  # width of the discriminator's feed-forward layers
-    max_position_embeddings: int = 512  # longest possible input
+    embedding_size: Annotated[int, "width of the embeddings, which both networks share", 1, 65_536] = 128
+    hidden_size: Annotated[int, "width of the discriminator", 1, 65_536] = 256
+    num_hidden_layers: Annotated[int, "layers of either network", 1, 1000] = 12
+    num_attention_heads: Annotated[int, "attention heads of the discriminator", 1, 1000] = 4
+    intermediate_size: Annotated[int, "width of the discriminator's feed-forward layers", 1, 1_000_000] = 1024
+    max_position_embeddings: Annotated[int, "longest possible input", 8, 1_000_000] = 512
     type_vocab_size: int = 2
-    hidden_dropout_prob: float = 0.1  # dropout after the embeddings and in every layer
-    attention_probs_dropout_prob: float = 0.1  # dropout on the attention probabilities
-    layer_norm_eps: float = 1e-12  # epsilon of every LayerNorm
-    initializer_range: float = 0.02  # standard deviation of the initial weights, before truncation
-    generator_size: float = 0.25  # width of the generator as a share of the discriminator's
-    mask_prob: float = 0.15  # share of the tokens that the generator predicts
-    discriminator_weight: float = 50.0  # weight of the discriminator's loss; the MLM loss, much larger, has 1
-    objective: str = "electra"  # electra, or mlm: only a generator, as wide as the discriminator would be
+    hidden_dropout_prob: Annotated[float, "dropout after the embeddings and in every layer", 0, 0.9] = 0.1
+    attention_probs_dropout_prob: Annotated[float, "dropout on the attention probabilities", 0, 0.9] = 0.1
+    layer_norm_eps: Annotated[float, "epsilon of every LayerNorm", 0, 0.1] = 1e-12
+    initializer_range: Annotated[float, "standard deviation of the initial weights, before truncation",
+                                 0, 1] = 0.02
+    generator_size: Annotated[float, "width of the generator as a share of the discriminator's", 0, 4] = 0.25
+    mask_prob: Annotated[float, "share of the tokens that the generator predicts", 0.01, 1] = 0.15
+    discriminator_weight: Annotated[float, "weight of the discriminator's loss; the MLM loss, much "
+                                           "larger, has 1", 0, 1e6] = 50.0
+    objective: Annotated[str, "electra, or mlm: only a generator, as wide as the discriminator "
+                              "would be"] = "electra"
     cls_token_id: int = 101
     sep_token_id: int = 102
     mask_token_id: int = 103
 
     def __post_init__(self):
+        check_ranges(self)
         if self.hidden_size % self.num_attention_heads:
             raise ModelError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
                              f"{self.num_attention_heads}")
-        if not 0 < self.mask_prob <= 1:
-            raise ModelError(f"mask_prob is {self.mask_prob}; it must be above 0 and at most 1")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ModelError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
         if self.objective not in ("electra", "mlm"):
             raise ModelError(f"there is no objective {self.objective}; there are electra and mlm")
 
@@ -83,13 +83,25 @@ class ElectraConfig:
         if self.objective == "mlm":
             return self
         hidden = max(1, round(self.hidden_size * self.generator_size))  # [D18] narrower, not shallower
-        heads = math.gcd(hidden, max(1, hidden // 64))  # hidden // 64, or what divides it and hidden
+        heads = math.gcd(hidden, max(1, hidden // 64))  # about 64 wide; the gcd always divides `hidden`
         return replace(self, hidden_size=hidden, intermediate_size=4 * hidden, num_attention_heads=heads)
 
     def num_slots(self, length):
-        """K, the maximum number of predictions in a row of `length`: 19 for small's 128. [D08]"""
+        """K, the slots for predictions in a row of `length`: 19 for small's 128. [D08]"""
         slots = int((self.mask_prob + 0.005) * length)  # with the official code's slack of 0.005
         return min(length, max(1, slots))
+
+
+def check_ranges(config):
+    """Check that the numbers of a config are finite, and in the ranges that annotate their fields."""
+    for field in fields(config):
+        number = getattr(config, field.name)
+        if not isinstance(number, int | float):
+            continue
+        _, *limits = getattr(field.type, "__metadata__", [""])
+        least, most = limits or (-sys.float_info.max, sys.float_info.max)
+        if not least <= number <= most:  # NaN is not, either
+            raise ModelError(f"{field.name} is {number}; it must be between {least} and {most}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -103,8 +115,8 @@ class Output(NamedTuple):
     mlm_loss: torch.Tensor  # () the generator's part of it
     mlm_correct: torch.Tensor  # () the number of predictions whose most likely token is the original
     sampled_correct: torch.Tensor  # () the number of predictions whose sampled token is the original
-    positions: torch.Tensor  # (B, K) the predicted positions; 0 in unused slots
-    slot_weights: torch.Tensor  # (B, K) 1 for a prediction, 0 for an unused slot
+    positions: torch.Tensor  # (B, K) the predicted positions; 0 in spare slots
+    is_used: torch.Tensor  # (B, K) bool, False for a spare slot
     corrupted_ids: torch.Tensor  # (B, L) the text with the samples in it
     is_replaced: torch.Tensor  # (B, L) bool, where it differs
     # None without a discriminator:
@@ -135,25 +147,25 @@ class Electra(nn.Module):
             uniforms = torch.rand(B, L + 2 * K, device=input_ids.device)
         if counts is None:
             counts = loss_counts(input_ids, self.config)
-        mask_uniforms, sample_uniforms = uniforms.split([L + K, K], dim=1)
         num_predicted, num_tokens = (counts + 1e-6).unbind()  # never 0: the official code's epsilon
         # Computed once, from the original ids: a sampled [PAD] or [SEP] must not change them.
-        attention_mask, token_type_ids = mask_and_types(input_ids, self.config.sep_token_id)
+        attention_mask, token_type_ids = attention_mask_and_token_types(input_ids, self.config.sep_token_id)
 
         # [D10] The mask is drawn anew at every step.
-        positions, slot_weights, masked_ids = mask(input_ids, mask_uniforms, self.config)
+        priorities, mask_uniforms, sample_uniforms = uniforms.split([L, K, K], dim=1)
+        positions, is_used, masked_ids = mask_tokens(input_ids, priorities, mask_uniforms, self.config)
         labels = input_ids.gather(1, positions)  # (B, K)
 
         # One pass of the generator, with dropout, serves its loss and the samples.
         mlm_logits = self.generator(masked_ids, attention_mask, token_type_ids, positions)  # (B, K, V)
         log_probs = mlm_logits.log_softmax(-1)  # for the cross-entropy, and for the samples
-        mlm_losses = -log_probs.gather(2, labels[..., None]).squeeze(2)  # (B, K)
+        mlm_losses = -log_probs.gather(2, labels[..., None]).squeeze(2)  # (B, K) cross-entropy
 
         sampled = sample(log_probs.detach(), sample_uniforms)  # (B, K) [D11] no argmax, no gradient
-        corrupted_ids = corrupt(input_ids, positions, slot_weights, sampled)  # (B, L)
+        corrupted_ids = corrupt(input_ids, positions, is_used, sampled)  # (B, L)
         is_replaced = corrupted_ids != input_ids  # [D13] a correct guess counts as original
 
-        mlm_loss = (mlm_losses * slot_weights).sum() / num_predicted
+        mlm_loss = (mlm_losses * is_used).sum() / num_predicted
         loss = mlm_loss
         disc_loss = None  # without a discriminator this is the baseline, a masked language model
         disc_logits = None
@@ -163,66 +175,64 @@ class Electra(nn.Module):
             disc_losses = F.binary_cross_entropy_with_logits(disc_logits, targets, reduction="none")  # (B, L)
             disc_loss = (disc_losses * attention_mask).sum() / num_tokens  # [D14] [CLS] and [SEP] too
             loss = mlm_loss + self.config.discriminator_weight * disc_loss  # [D15]
+            disc_loss = disc_loss.detach()
+            disc_logits = disc_logits.detach()
 
         return Output(
             loss=loss,
             mlm_loss=mlm_loss.detach(),
-            mlm_correct=((mlm_logits.argmax(-1) == labels) * slot_weights).sum(),
-            sampled_correct=((sampled == labels) * slot_weights).sum(),
+            mlm_correct=((mlm_logits.argmax(-1) == labels) & is_used).sum(),
+            sampled_correct=((sampled == labels) & is_used).sum(),
             positions=positions,
-            slot_weights=slot_weights,
+            is_used=is_used,
             corrupted_ids=corrupted_ids,
             is_replaced=is_replaced,
-            disc_loss=detach(disc_loss),
-            disc_logits=detach(disc_logits),
+            disc_loss=disc_loss,
+            disc_logits=disc_logits,
         )
 
 
-def detach(tensor):
-    """`tensor.detach()`, or None for None."""
-    return None if tensor is None else tensor.detach()
-
-
-def mask_and_types(input_ids, sep_token_id):
+def attention_mask_and_token_types(input_ids, sep_token_id):
     """Attention mask (B, L) bool and token types (B, L) int64. Both follow from the ids: [PAD] is 0. [D35]
 
     Types are 0 up to and including the first [SEP], then 1, and 0 on padding:
 
-    >>> mask, types = mask_and_types(torch.tensor([[101, 7, 102, 8, 102, 0]]), 102)
-    >>> mask.int().tolist(), types.tolist()
+    >>> ids = torch.tensor([[101, 7, 102, 8, 102, 0]])
+    >>> attention_mask, token_type_ids = attention_mask_and_token_types(ids, sep_token_id=102)
+    >>> attention_mask.int().tolist(), token_type_ids.tolist()
     ([[1, 1, 1, 1, 1, 0]], [[0, 0, 0, 1, 1, 0]])
     """
     attention_mask = input_ids != 0
     is_sep = (input_ids == sep_token_id).long()
     seps_before = is_sep.cumsum(1) - is_sep
-    return attention_mask, ((seps_before > 0) & attention_mask).long()
+    token_type_ids = ((seps_before > 0) & attention_mask).long()
+    return attention_mask, token_type_ids
 
 
-def mask(input_ids, uniforms, config):
-    """Choose what to predict, and mask it: positions (B, K), slot weights (B, K) and masked ids (B, L).
+def mask_tokens(input_ids, priorities, uniforms, config):
+    """Choose what to predict, and mask it: positions (B, K), is_used (B, K) and masked ids (B, L).
 
-    A row has K slots, and uses the first `num_predictions` of them. Of `uniforms` (B, L + K) the first L rank
-    the positions: the highest are predicted. The last K decide between [MASK] and staying visible. Here two
+    A row has K slots, and uses the first `num_predictions` of them. The tokens with the highest of the random
+    `priorities` (B, L) are predicted. `uniforms` (B, K) decide between [MASK] and staying visible. Here two
     of five tokens are predicted, and the second stays visible:
 
     >>> ids = torch.tensor([[101, 5, 6, 7, 102]])
-    >>> uniforms = torch.tensor([[0.9, 0.1, 0.8, 0.5, 0.9, 0.2, 0.95]])  # K = 2
-    >>> mask(ids, uniforms, ElectraConfig(mask_prob=0.4))
-    (tensor([[2, 3]]), tensor([[1., 1.]]), tensor([[101,   5, 103,   7, 102]]))
+    >>> priorities = torch.tensor([[0.9, 0.1, 0.8, 0.5, 0.9]])
+    >>> mask_tokens(ids, priorities, torch.tensor([[0.2, 0.95]]), ElectraConfig(mask_prob=0.4))
+    (tensor([[2, 3]]), tensor([[True, True]]), tensor([[101,   5, 103,   7, 102]]))
     """
-    L = input_ids.shape[1]
-    K = config.num_slots(L)
-    rank_uniforms, keep_uniforms = uniforms.split([L, K], dim=1)
-    # [D09] Unlike the official code, positions are drawn without replacement: the K highest-ranked tokens.
-    ranks = rank_uniforms.masked_fill(~selectable(input_ids, config), -1.0)
-    positions = ranks.topk(K).indices  # (B, K)
-    is_used = torch.arange(K, device=input_ids.device) < num_predictions(input_ids, config)[:, None]  # (B, K)
+    K = config.num_slots(input_ids.shape[1])
+    # [D09] Unlike the official code, positions are drawn without replacement.
+    positions = priorities.masked_fill(~selectable(input_ids, config), -1.0).topk(K).indices  # (B, K)
+    slots = torch.arange(K, device=input_ids.device)
+    is_used = slots < num_predictions(input_ids, config)[:, None]  # (B, K)
     positions = torch.where(is_used, positions, 0)  # spare slots point at [CLS], and write it over itself
 
     original = input_ids.gather(1, positions)
-    becomes_mask = is_used & (keep_uniforms < 0.85)  # [D06] the others stay as they are
+    becomes_mask = is_used & (uniforms < 0.85)  # [D06] the others stay as they are
     shown = torch.where(becomes_mask, config.mask_token_id, original)
-    return positions, is_used.float(), input_ids.scatter(1, positions, shown)
+    masked_ids = input_ids.scatter(1, positions, shown)
+    return positions, is_used, masked_ids
 
 
 def num_predictions(input_ids, config):
@@ -253,20 +263,23 @@ def sample(log_probs, uniforms):
     tensor([[1]])
     """
     cumulative = log_probs.exp().cumsum(-1)  # (B, K, V)
-    thresholds = uniforms[..., None] * cumulative[..., -1:]  # the last is 1 up to rounding
-    sampled = torch.searchsorted(cumulative, thresholds.to(cumulative), right=True).squeeze(-1)
+    total = cumulative[..., -1:]  # 1 up to rounding
+    thresholds = (uniforms[..., None] * total).to(cumulative.dtype)  # (B, K, 1)
+    sampled = torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)
     return sampled.clamp(max=log_probs.shape[-1] - 1)  # for NaN, the search runs past the end
 
 
-def corrupt(input_ids, positions, slot_weights, sampled):
+def corrupt(input_ids, positions, is_used, sampled):
     """Replace every predicted token of the original text, not of the masked one, by its sample: (B, L). [D12]
 
-    >>> ids, positions, sampled = (torch.tensor([row]) for row in ([101, 5, 6, 102], [2, 0], [9, 8]))
-    >>> corrupt(ids, positions, torch.tensor([[1.0, 0.0]]), sampled)  # the second slot is not used
+    >>> ids = torch.tensor([[101, 5, 6, 102]])
+    >>> positions = torch.tensor([[2, 0]])
+    >>> is_used = torch.tensor([[True, False]])
+    >>> corrupt(ids, positions, is_used, sampled=torch.tensor([[9, 8]]))
     tensor([[101,   5,   9, 102]])
     """
     original = input_ids.gather(1, positions)
-    return input_ids.scatter(1, positions, torch.where(slot_weights > 0, sampled, original))
+    return input_ids.scatter(1, positions, torch.where(is_used, sampled, original))
 
 
 def loss_counts(input_ids, config):
@@ -274,7 +287,9 @@ def loss_counts(input_ids, config):
 
     They follow from the ids, so a micro-batch can divide by the counts of the batch it belongs to.
     """
-    return torch.stack([num_predictions(input_ids, config).sum(), (input_ids != 0).sum()]).float()
+    num_predicted = num_predictions(input_ids, config).sum()
+    num_tokens = (input_ids != 0).sum()
+    return torch.stack([num_predicted, num_tokens]).float()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -342,7 +357,7 @@ class Encoder(nn.Module):
         if self.embeddings_project is not None:
             hidden = self.embeddings_project(hidden)  # (B, L, H)
         for layer in self.layers:
-            hidden = layer(hidden, attention_mask[:, None, None, :])
+            hidden = layer(hidden, attention_mask)
         return hidden
 
 
@@ -366,7 +381,7 @@ class Embeddings(nn.Module):
             raise ModelError(f"a row of {length} tokens does not fit into the model's {max_length} positions")
         hidden = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)  # (B, L, E)
         hidden = hidden + self.position_embeddings.weight[:length]
-        return dropout(self.norm(hidden), self.dropout_prob, self.training)
+        return dropout(self.norm(hidden), self.dropout_prob if self.training else 0.0)
 
 
 class Layer(nn.Module):
@@ -387,19 +402,21 @@ class Layer(nn.Module):
         for linear in (self.query_key_value, self.attention_output, self.intermediate, self.output):
             truncated_normal_(linear, config)
 
-    def forward(self, hidden, key_mask):
-        """`key_mask` (B, 1, 1, L) says which positions may be attended to. Padding itself still attends."""
+    def forward(self, hidden, attention_mask):
+        """`attention_mask` (B, L) says which positions may be attended to. Padding itself still attends."""
         B, L, H = hidden.shape
+        dropout_prob = self.dropout_prob if self.training else 0.0
+        attention_dropout_prob = self.attention_dropout_prob if self.training else 0.0
         query, key, value = self.query_key_value(hidden).chunk(3, dim=-1)  # (B, L, H) each
         shape = B, L, self.num_heads, H // self.num_heads
         query = query.view(shape).transpose(1, 2)  # (B, heads, L, H / heads)
         key = key.view(shape).transpose(1, 2)
         value = value.view(shape).transpose(1, 2)
-        attended = attention(query, key, value, key_mask, self.attention_dropout_prob, self.training)
+        attended = attention(query, key, value, attention_mask, attention_dropout_prob)
         attended = self.attention_output(attended.transpose(1, 2).reshape(B, L, H))
-        hidden = self.attention_norm(hidden + dropout(attended, self.dropout_prob, self.training))
+        hidden = self.attention_norm(hidden + dropout(attended, dropout_prob))
         fed_forward = self.output(F.gelu(self.intermediate(hidden)))
-        return self.output_norm(hidden + dropout(fed_forward, self.dropout_prob, self.training))
+        return self.output_norm(hidden + dropout(fed_forward, dropout_prob))
 
 
 def in_fp32(logits):
@@ -429,46 +446,46 @@ def glorot_uniform_(linear):
 # element makes a step 1.1 to 1.3 times as fast (LOG.md), and torch's fused attention has no dropout there.
 
 
-def dropout(hidden, prob, training):
-    """F.dropout."""
-    if not training or not prob or uses_torch(hidden):
-        return F.dropout(hidden, prob, training)
-    # A number of 64 bits serves four elements, each by 16 bits that are uniform in [-2^15, 2^15).
-    words = torch.empty(hidden.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
-    bits = words.view(torch.int16)[: hidden.numel()].view(hidden.shape)
-    threshold = round(prob * 2**16) - 2**15
-    is_kept = (bits >= threshold).to(hidden.dtype)
+def dropout(hidden, prob):
+    """F.dropout, made faster on a CPU."""
+    if not prob or not is_eager_cpu(hidden):
+        return F.dropout(hidden, prob)
+    # One random int64 gives four int16, uniform in [-2^15, 2^15). Each decides about one element.
+    random_int64 = torch.empty(hidden.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+    random_int16 = random_int64.view(torch.int16)[: hidden.numel()].view(hidden.shape)
+    threshold = round(prob * 2**16) - 2**15  # a share `prob` of the int16 lies below
+    is_kept = (random_int16 >= threshold).to(hidden.dtype)
     return hidden * is_kept.mul_(1 / (1 - prob))
 
 
-def attention(query, key, value, key_mask, dropout_prob, training):
+def attention(query, key, value, attention_mask, dropout_prob):
     """softmax(query key^T / sqrt(H / heads)) value, with dropout on the softmax."""
-    if not training or not dropout_prob or uses_torch(query):
-        prob = dropout_prob if training else 0.0
-        return F.scaled_dot_product_attention(query, key, value, key_mask, prob)
+    key_mask = attention_mask[:, None, None, :]  # (B, 1, 1, L), for all heads and queries
+    if not dropout_prob or not is_eager_cpu(query):
+        return F.scaled_dot_product_attention(query, key, value, key_mask, dropout_prob)
     scores = query / math.sqrt(query.shape[3]) @ key.transpose(2, 3)  # (B, heads, L, L)
     scores += torch.where(key_mask, 0.0, -math.inf).to(scores)
-    return dropout(scores.softmax(-1), dropout_prob, training) @ value
+    return dropout(scores.softmax(-1), dropout_prob) @ value
 
 
-def uses_torch(tensor):
-    return tensor.device.type != "cpu" or torch.compiler.is_compiling()
+def is_eager_cpu(tensor):
+    """Whether operations on a tensor run on a CPU, one by one and not compiled."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Weights in and out, as HuggingFace folders
 
-RENAMES = {  # ours -> HuggingFace's, applied in this order, each to the result of the last
-    "encoder.embeddings": "electra.embeddings",
-    "encoder.layers": "electra.encoder.layer",
-    "embeddings.norm": "embeddings.LayerNorm",
+HUGGINGFACE_NAMES = {  # of the parts of our names, between the dots
+    "encoder": "electra",
+    "norm": "LayerNorm",
+    "layers": "encoder.layer",
     "query_key_value": "attention.self",
-    "attention_norm": "attention.output.LayerNorm",
     "attention_output": "attention.output.dense",
-    ".intermediate": ".intermediate.dense",
-    ".output_norm": ".output.LayerNorm",
-    ".output.weight": ".output.dense.weight",
-    ".output.bias": ".output.dense.bias",
+    "attention_norm": "attention.output.LayerNorm",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+    "output_norm": "output.LayerNorm",
     "mlm_dense": "generator_predictions.dense",
     "mlm_norm": "generator_predictions.LayerNorm",
     "mlm_bias": "generator_lm_head.bias",
@@ -484,8 +501,7 @@ def huggingface_tensors(network):
     """
     tensors = {}
     for name, tensor in network.state_dict().items():
-        for ours, theirs in RENAMES.items():
-            name = name.replace(ours, theirs)
+        name = ".".join(HUGGINGFACE_NAMES.get(part, part) for part in name.split("."))
         if "attention.self." in name:  # one matrix here, three there
             for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 tensors[name.replace("self.", f"self.{part}.")] = rows
@@ -516,15 +532,17 @@ def load_config(folder):
         content = json.loads(path.read_text(encoding="utf-8"))
         kind = content.get("model_type")
         activation = content.get("hidden_act", "gelu")
-        # A field's annotation is its class: int, float or str.
-        config = {field.name: field.type(content[field.name])
-                  for field in fields(ElectraConfig) if field.name in content}
+        shape = {}
+        for field in fields(ElectraConfig):
+            if field.name in content:
+                to_type = type(field.default)  # int, float or str
+                shape[field.name] = to_type(content[field.name])
     except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is not the config of a model ({error})") from None
     if (kind, activation) != ("electra", "gelu"):
         raise ModelError(f"{path} describes a model of type {kind!r} with activation {activation!r}; only "
                          "'electra' with 'gelu' can be loaded")
-    return ElectraConfig(**config)
+    return ElectraConfig(**shape)
 
 
 def load_electra(discriminator_folder, generator_folder):
@@ -532,35 +550,20 @@ def load_electra(discriminator_folder, generator_folder):
     config = load_config(discriminator_folder)
     generator_config = load_config(generator_folder)
     electra = Electra(replace(config, generator_size=generator_config.hidden_size / config.hidden_size))
-    load_networks(electra, discriminator_folder, generator_folder)
-    return electra
-
-
-def load_networks(electra, discriminator_folder, generator_folder):
-    """Fill an Electra from two folders.
-
-    Returns False if the folders hold different embeddings. The discriminator's are then used for both.
-    """
     load_weights(electra.generator, generator_folder)
-    theirs = asdict(load_config(generator_folder))
-    ours = asdict(electra.generator.config)
-    for name in ("num_hidden_layers", "num_attention_heads"):  # tensors do not show them
-        if theirs[name] != ours[name]:
-            raise ModelError(f"{generator_folder} has {name} {theirs[name]}, and should have {ours[name]}")
-    embeddings = electra.generator.encoder.embeddings.state_dict()
-    # The networks share these tensors, so loading the discriminator overwrites the generator's.
-    generator_embeddings = {name: tensor.clone() for name, tensor in embeddings.items()}
-    load_weights(electra.discriminator, discriminator_folder)
-    return all(torch.equal(tensor, generator_embeddings[name]) for name, tensor in embeddings.items())
+    load_weights(electra.discriminator, discriminator_folder)  # also the embeddings, which they share
+    return electra
 
 
 def load_weights(network, folder, encoder_only=False):
     """Fill a network or, with encoder_only, the `.encoder` of any module, from a folder.
 
-    Every tensor must be there, have its shape and be finite. Extra tensors are ignored.
+    Every tensor must be there, have its shape and be finite. Extra tensors are ignored. The numbers of layers
+    and heads must agree.
     """
     tensors, path = read_weights(folder)
-    if encoder_only and not any(name.startswith("electra.") for name in tensors):  # AutoModel's
+    if encoder_only and not any(name.startswith("electra.") for name in tensors):
+        # transformers' AutoModel saves an encoder without this prefix.
         tensors = {f"electra.{name}": tensor for name, tensor in tensors.items()}
     for name, ours in huggingface_tensors(network).items():
         if encoder_only and not name.startswith("electra."):
@@ -572,24 +575,35 @@ def load_weights(network, folder, encoder_only=False):
         if not tensors[name].isfinite().all():
             raise ModelError(f"{path} is not usable: {name} is not finite")
         ours.copy_(tensors[name])
+    config = load_config(folder)
+    for name in ("num_hidden_layers", "num_attention_heads"):  # tensors do not show these
+        found = getattr(config, name)
+        expected = getattr(network.config, name)
+        if found != expected:
+            raise ModelError(f"{folder} has {name} {found}, and should have {expected}")
 
 
 def read_weights(folder):
     """The tensors of a HuggingFace folder by name, fp32 on the CPU, and the path of their file."""
-    path = Path(folder) / "model.safetensors"
-    if path.is_file():
-        return read_safetensors(path), path
-    path = Path(folder) / "pytorch_model.bin"
-    if not path.is_file():
-        raise ModelError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+    safetensors = Path(folder) / "model.safetensors"
+    pickled = Path(folder) / "pytorch_model.bin"
+    if safetensors.is_file():
+        return read_safetensors(safetensors), safetensors
+    if pickled.is_file():
+        return read_pickled(pickled), pickled
+    raise ModelError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+
+
+def read_pickled(path):
+    """Read tensors by name, as fp32, from a file that torch.save wrote."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: tensor.float() for name, tensor in tensors.items()}, path
+        return {name: tensor.float() for name, tensor in tensors.items()}
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
         raise ModelError(f"{path} is damaged, or not a file of weights ({type(error).__name__})") from None
 
 
-# safetensors is not one of the five packages, and its format is simple: the header's length in 8 bytes,
+# The package safetensors is not needed, since its format is simple: the header's length in 8 bytes,
 # little-endian; the header, JSON {name: {dtype, shape, data_offsets}}; the tensors' bytes.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32}

@@ -13,11 +13,11 @@ slice. One sum of the gradients over the ranks makes a step.
 import os
 
 # GNU OpenMP threads spin at barriers. By default, a second busy process slows training down several times.
+# It must be set before torch is imported, so finetune.py imports this file first.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import collections
-import inspect
 import io
 import pickle
 import re
@@ -30,6 +30,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Annotated, get_args, get_origin
 
 import numpy as np
 import torch
@@ -47,39 +48,42 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 @dataclass(frozen=True)
 class StepConfig:
-    """Flags shared by pre-training and fine-tuning. The comment of each is its help."""
+    """Flags shared by pre-training and fine-tuning, each with its help."""
 
-    weight_decay: float = 0.01  # decoupled weight decay; LayerNorms and biases are exempt
-    adam_beta1: float = 0.9  # decay of Adam's first moment
-    adam_beta2: float = 0.999  # decay of Adam's second moment
-    adam_epsilon: float = 1e-6  # added to the root of Adam's second moment
-    max_grad_norm: float = 1.0  # global norm to which gradients are clipped
-    dtype: str = "auto"  # fp32, bf16 or fp16; auto is bf16 on a GPU that has it, fp16 on another, else fp32
-    device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto is cuda if there is one, else cpu
-    graph: bool = True  # on a GPU, replay steps as CUDA graphs; not in fp16, nor with several processes
-    deterministic: bool = False  # on a GPU, repeat a run to the bit, with slower kernels
+    weight_decay: Annotated[float, "decoupled weight decay; LayerNorms and biases are exempt"] = 0.01
+    adam_beta1: Annotated[float, "decay of Adam's first moment"] = 0.9
+    adam_beta2: Annotated[float, "decay of Adam's second moment"] = 0.999
+    adam_epsilon: Annotated[float, "added to the root of Adam's second moment"] = 1e-6
+    max_grad_norm: Annotated[float, "global norm to which gradients are clipped"] = 1.0
+    dtype: Annotated[str, "fp32, bf16 or fp16; auto is bf16 on a GPU that has it, fp16 on another, "
+                          "else fp32"] = "auto"
+    device: Annotated[str, "cpu, cuda, cuda:1 or mps; auto is cuda if there is one, else cpu"] = "auto"
+    graph: Annotated[bool, "on a GPU, replay steps as CUDA graphs; not in fp16, nor with several "
+                           "processes"] = True
+    deterministic: Annotated[bool, "on a GPU, repeat a run to the bit, with slower kernels"] = False
 
 
 @dataclass(frozen=True)
 class TrainConfig(StepConfig):
-    """The recipe, and where and how it runs. A field with a comment is a flag; the comment is its help."""
+    """The recipe, and where and how it runs. An annotated field is a flag, and the text is its help."""
 
-    size: str = "small"  # tiny, small, base or large: the model and its recipe
-    batch_size: int = 128  # rows in a step
-    num_train_steps: int = 1_000_000  # steps in all; the learning rate decays to 0
-    learning_rate: float = 5e-4  # peak learning rate
-    num_warmup_steps: int = 10_000  # steps over which the learning rate rises from 0
-    micro_batch_size: int = 0  # rows in a forward pass, to save memory; 0 is all
-    init: list = ()  # start from weights: DISCRIMINATOR [GENERATOR], runs, folders or names on the hub
-    compile: bool = None  # use torch.compile; by default on a GPU, with torch 2.11 or later
-    out: str = "out"  # parent folder; the run goes to OUT/SIZE
-    log_every: int = 100  # steps between lines of log.jsonl
-    eval_every: int = 1000  # steps between evaluations on held-out text
-    save_every: int = 1000  # steps between checkpoints; there is one every ten minutes, too
-    restart: bool = False  # delete the run in the folder and start over
-    eval_only: bool = False  # evaluate a saved run, and do not train
-    prepare_only: bool = False  # prepare the text, and do not train
-    show: int = 0  # with --prepare-only: print this many rows
+    size: Annotated[str, "tiny, small, base or large: the model and its recipe"] = "small"
+    batch_size: Annotated[int, "rows in a step"] = 128
+    num_train_steps: Annotated[int, "steps in all; the learning rate decays to 0"] = 1_000_000
+    learning_rate: Annotated[float, "peak learning rate"] = 5e-4
+    num_warmup_steps: Annotated[int, "steps over which the learning rate rises from 0"] = 10_000
+    micro_batch_size: Annotated[int, "rows in a forward pass, to save memory; 0 is all"] = 0
+    init: Annotated[list, "start from weights: DISCRIMINATOR [GENERATOR], runs, folders or names on the "
+                          "hub"] = ()
+    compile: Annotated[bool, "use torch.compile; by default on a GPU, with torch 2.11 or later"] = None
+    out: Annotated[str, "parent folder; the run goes to OUT/SIZE"] = "out"
+    log_every: Annotated[int, "steps between lines of log.jsonl"] = 100
+    eval_every: Annotated[int, "steps between evaluations on held-out text"] = 1000
+    save_every: Annotated[int, "steps between checkpoints; there is one every ten minutes, too"] = 1000
+    restart: Annotated[bool, "delete the run in the folder and start over"] = False
+    eval_only: Annotated[bool, "evaluate a saved run, and do not train"] = False
+    prepare_only: Annotated[bool, "prepare the text, and do not train"] = False
+    show: Annotated[int, "with --prepare-only: print this many rows"] = 0
 
     def __post_init__(self):
         if self.size not in SIZES:
@@ -89,9 +93,10 @@ class TrainConfig(StepConfig):
                 raise data.UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.num_warmup_steps < 0 or self.micro_batch_size < 0:
             raise data.UserError("num_warmup_steps and micro_batch_size must be 0 or more")
-        if self.batch_size % (WORLD_SIZE * max(1, self.micro_batch_size)):
-            raise data.UserError(f"a batch of {self.batch_size} rows does not split into {WORLD_SIZE} times "
-                                 f"micro-batches of {self.micro_batch_size or 'equal size'}")
+        divisor = WORLD_SIZE * max(1, self.micro_batch_size)
+        if self.batch_size % divisor:
+            raise data.UserError(f"batch_size {self.batch_size} must be a multiple of {divisor}, the number "
+                                 "of processes times micro_batch_size")
         if len(self.init) > 2:
             raise data.UserError("--init takes a discriminator and a generator")
         if self.deterministic and self.compile:
@@ -101,8 +106,8 @@ class TrainConfig(StepConfig):
 
 
 # All that a size means. A row lists what differs from the defaults of TrainConfig, DataConfig and
-# ElectraConfig, which are those of small, and fine-tuning's peak learning rate and layer-wise decay.
-# (For small, 3e-4 is the paper's. The official code's default is 1e-4.)
+# ElectraConfig, which are those of small. `finetuning` is the peak learning rate and the layer-wise decay of
+# finetune.py. (For small, 3e-4 is the paper's peak. The official code's default is 1e-4.)
 SIZES = {
     "tiny": dict(
         data=["python-docs"], vocab="train:2048", max_length=32, batch_size=32, num_train_steps=9000,
@@ -145,7 +150,7 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
     take_step = make_step(config, electra, optimizer, scaler)
     snapshot_steps = {round(share * config.num_train_steps) for share in SNAPSHOTS}
     heldout = None  # read before the first evaluation
-    message = ""
+    text_error = ""
     step = first_step
     logged_step = first_step
     logged_at = time.perf_counter()
@@ -180,14 +185,13 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
                 # Log. This waits for the device.
                 is_logged = evaluates or step == 1 or step % config.log_every == 0
                 if is_logged:
-                    counts = model.loss_counts(input_ids, electra.config)
-                    metrics = compute_metrics(gather_outputs(outputs), input_ids, counts)
-                    seconds = (time.perf_counter() - logged_at) / (step - logged_step)
-                    rate = round(input_ids.numel() / seconds)
+                    metrics = compute_metrics(gather_outputs(outputs), input_ids)
+                    seconds = (time.perf_counter() - logged_at) / (step - logged_step)  # of a step
+                    rate = round(input_ids.numel() / seconds)  # tokens per second, padding included
                     folder.log("train", step, epoch, lr=lr, **metrics, grad_norm=grad_norm.item(),
                                **loss_scaling(scaler, optimizer, step), tokens_per_second=rate)
                     bar.set_description(f"loss {metrics['loss']:.3f}, {rate:,} tokens/s")
-                    if logged_step < first_step + 100 <= step:  # once
+                    if logged_step < first_step + 100 <= step:  # the first time after 100 steps
                         warn_if_slow(seconds * (config.num_train_steps - step))
 
                 # Evaluate.
@@ -196,7 +200,7 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
                     folder.log("heldout", step, epoch, **metrics,
                                unigram_entropy=unigram_entropy(heldout, electra.config))
                     is_late = step >= max(LATE_STEP, 2 * config.num_warmup_steps)
-                    tqdm.write(f"step {step}, held-out text: {describe(metrics, is_late)}")
+                    tqdm.write(f"step {step}, held-out text: {describe_metrics(metrics, is_late)}")
 
                 # Save.
                 if step in snapshot_steps:
@@ -208,19 +212,21 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
                 if is_logged or step == first_step + 1:  # rates leave out compiling, evaluating and saving
                     logged_at = time.perf_counter()
                     logged_step = step
-    except data.Stopped as error:  # raised while waiting for text
-        message = str(error)
+    except data.Stopped as error:  # while waiting for text: an error in it, or "" after a signal
+        text_error = str(error)
     if step < config.num_train_steps:
-        # Stopped early: by a signal (then there is no message) or by an error in the text.
         if step > first_step:
             folder.save(step, electra, optimizer, scaler)
-        any_rank(False)  # wait for the rank that saves: torchrun ends all ranks when one has ended
-        again = "the same command without --restart" if config.restart else "the same command"
-        raise data.UserError(message or f"stopped after step {step}; {again} resumes")
+        wait_for_ranks()  # for the one that saves, since torchrun ends all ranks when one has ended
+        if text_error:
+            raise data.UserError(text_error)
+        command = "the same command without --restart" if config.restart else "the same command"
+        raise data.UserError(f"stopped after step {step}; {command} resumes")
 
 
 def progress_bar(config, step):
-    return tqdm(total=config.num_train_steps, initial=step, unit=" steps", disable=RANK > 0 or None)
+    is_hidden = RANK > 0 or None  # None hides it where stderr is no terminal
+    return tqdm(total=config.num_train_steps, initial=step, unit=" steps", disable=is_hidden)
 
 
 def describe_heldout(heldout, electra_config):
@@ -251,11 +257,13 @@ def stop_signals():
         signal.signal(number, signal.SIG_DFL)
         tqdm.write("stopping after this step, and saving; once more kills")
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    old_handlers = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        old_handlers[number] = signal.signal(number, receive)
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
 
 
@@ -280,7 +288,8 @@ def to_device(array, device):
 
 def seed_dropout(seed, step):
     """Seed torch's generator, which only dropout uses in a step. Each rank gets its own seed."""
-    torch.manual_seed(int(data.rng(seed, "dropout", step, RANK).integers(2**63)))
+    dropout_seed = data.rng(seed, "dropout", step, RANK).integers(2**63)
+    torch.manual_seed(int(dropout_seed))
 
 
 def make_step(config, electra, optimizer, scaler):
@@ -303,18 +312,24 @@ def make_step(config, electra, optimizer, scaler):
             scaler.scale(output.loss).backward()
             outputs.append(output._replace(loss=output.loss.detach()))  # keep the number, drop the graph
         add_up_gradients(electra)
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(electra.parameters(), config.max_grad_norm)  # [D27]
-        scaler.step(optimizer)
-        scaler.update()
+        grad_norm = update_weights(electra, optimizer, scaler, config)
         return outputs, grad_norm
 
     return CudaGraphs(step) if config.graph else step
 
 
+def update_weights(network, optimizer, scaler, config):
+    """Clip the gradient, and take a step of the optimizer. Returns the norm before clipping."""
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)  # [D27]
+    scaler.step(optimizer)
+    scaler.update()
+    return grad_norm
+
+
 @torch.no_grad()
 def evaluate(config, electra, rows, seed):
-    """(Outputs, ids, counts) of rows, without dropout, with the same masks and samples every time."""
+    """(Outputs, ids) of rows, without dropout, with the same masks and samples every time."""
     input_ids = to_device(rows, config.device)
     uniforms = to_device(draw_uniforms(seed, "heldout", 0, rows, electra.config), config.device)
     counts = model.loss_counts(input_ids, electra.config)
@@ -324,7 +339,7 @@ def evaluate(config, electra, rows, seed):
         for ids, draws in micro_batches(input_ids, uniforms, config.micro_batch_size):
             outputs.append(electra(ids, draws, counts))
     electra.train()
-    return outputs, input_ids, counts
+    return outputs, input_ids
 
 
 def micro_batches(input_ids, uniforms, size):
@@ -344,11 +359,11 @@ WARM_UP_CALLS = 3  # before a CUDA graph is captured: they compile, choose and l
 class CudaGraphs:
     """A function of tensors on a GPU whose kernels are launched all at once, as a CUDA graph, for each shape.
 
-    For a small network, launching a kernel takes longer than running it. So the first calls run as they are.
-    The next one captures the function, which computes nothing, and from then on it is replayed. Each replay
-    writes its results into the same tensors. What the function reads besides its inputs, such as weights and
-    learning rates, must be changed in place. A replay takes torch's generator, which gives dropout its random
-    numbers, as it is seeded by then.
+    For a small network, launching a kernel takes longer than running it. The first calls of a shape run as
+    they are. The next one captures the function's kernels without running them, and from then on they are
+    replayed. Each replay writes its results into the same tensors. What the function reads besides its
+    inputs, such as weights and learning rates, must be changed in place. Dropout in a replay draws from
+    torch's generator as it is seeded at that time.
     """
 
     def __init__(self, function):
@@ -385,7 +400,7 @@ class CudaGraphs:
         return results
 
     def capture(self, inputs):
-        """(inputs, replay): replay() calls the function on what the inputs hold by then."""
+        """(inputs, replay), where replay() computes the function of what these inputs hold at that time."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             results = self.function(*inputs)
@@ -409,14 +424,17 @@ def start_ranks(config):
 
 
 def compare_ranks(folder, shards):
-    """Ranks must have the same text, vocabulary and flags. Times of files and paths of --init may differ."""
-    identities = [identity[:2] for identity in shards.identities]
-    settings = folder.settings | dict(
-        files=data.digest(identities), init=len(folder.config.init), log_every=folder.config.log_every,
-        eval_every=folder.config.eval_every)
+    """Raise data.UserError if ranks have other text, vocabularies or flags than this one.
+
+    Paths of --init and times of files may differ between machines.
+    """
+    config = folder.config
+    names_and_sizes = [identity[:2] for identity in shards.identities]
+    ours = folder.settings | dict(files=data.digest(names_and_sizes), init=len(config.init),
+                                  log_every=config.log_every, eval_every=config.eval_every)
     different = set()
-    for other in gather(settings):
-        different |= {name for name in other if other[name] != settings[name]}
+    for theirs in gather(ours):
+        different.update(name for name in ours if theirs[name] != ours[name])
     if different:
         raise data.UserError(f"the ranks differ in {', '.join(sorted(different))}: give all machines the "
                              "same flags, the same --data and, if a vocabulary was trained, that one by "
@@ -429,14 +447,16 @@ def read_together(read, *args):
     The first rank of each machine prepares the text. It reads first, and the others wait for it here. If
     reading stops on one rank, it stops on all: data.Stopped is raised on every rank.
     """
-    stopped = None
+    is_stopped = False
+    message = ""
     if LOCAL_RANK == 0:
         try:
             result = read(*args)
         except data.Stopped as error:
-            stopped = error
-    if any_rank(stopped is not None):
-        messages = [message for message in gather(str(stopped or "")) if message]
+            is_stopped = True
+            message = str(error)
+    if any_rank(is_stopped):
+        messages = [each for each in gather(message) if each]
         raise data.Stopped(messages[0] if messages else "")
     if LOCAL_RANK > 0:
         result = read(*args)
@@ -452,6 +472,10 @@ def any_rank(flag):
     return bool(flags.item())
 
 
+def wait_for_ranks():
+    any_rank(False)
+
+
 def add_up_gradients(electra):
     """Replace gradients by their sums over all ranks, in one reduction."""
     if WORLD_SIZE == 1:
@@ -464,11 +488,13 @@ def add_up_gradients(electra):
         gradient.copy_(part.view_as(gradient))
 
 
-def broadcast(step, electra, optimizer, scaler):
+def broadcast_state(step, electra, optimizer, scaler):
     """Give all ranks the state of rank 0. Returns its step."""
     if WORLD_SIZE == 1:
         return step
-    step, scaler_state = gather((step, scaler.state_dict()))[0]
+    objects = [step, scaler.state_dict()]
+    dist.broadcast_object_list(objects, 0)
+    step, scaler_state = objects
     if scaler_state:
         scaler.load_state_dict(scaler_state)
     for state in [electra.state_dict(), *optimizer.state.values()]:
@@ -479,11 +505,14 @@ def broadcast(step, electra, optimizer, scaler):
 
 def gather_outputs(outputs):
     """The Outputs of all micro-batches of all ranks, on the CPU."""
-    on_cpu = []
+    ours = []
     for output in outputs:
         tensors = [None if tensor is None else tensor.cpu() for tensor in output]
-        on_cpu.append(model.Output(*tensors))
-    return [output for rank_outputs in gather(on_cpu) for output in rank_outputs]
+        ours.append(model.Output(*tensors))
+    everything = []
+    for theirs in gather(ours):
+        everything += theirs
+    return everything
 
 
 def gather(value):
@@ -518,6 +547,14 @@ class RunFolder:
                              micro_batch_size=config.micro_batch_size, ranks=WORLD_SIZE,
                              threads=torch.get_num_threads(), torch=str(torch.__version__))
 
+    @contextmanager
+    def lock(self):
+        """Only one process at a time may train here."""
+        with data.try_lock(self.path / "lock") as is_ours:
+            if not is_ours:
+                raise data.UserError(f"another process is training in {self.path}; use another --out")
+            yield
+
     def resume(self, electra, optimizer, scaler):
         """Load the checkpoint, or start over. Returns the number of steps that were taken."""
         step = 0
@@ -528,9 +565,10 @@ class RunFolder:
                 step = self.load(electra, optimizer, scaler)
             else:
                 self.start_over()
-        return broadcast(step, electra, optimizer, scaler)
+        return broadcast_state(step, electra, optimizer, scaler)
 
     def start_over(self):
+        """Delete the networks of an earlier run, and begin a log."""
         for folder in (self.path / "discriminator", self.path / "generator", *self.path.glob("step-*")):
             shutil.rmtree(folder, ignore_errors=True)
         with open(self.log_path, "wb") as log:
@@ -545,8 +583,7 @@ class RunFolder:
             raise data.UserError(f"{self.checkpoint} is damaged; --restart starts over") from None
         self.check_settings(settings)
         electra.load_state_dict(state["model"])
-        # Keep this run's groups: their settings may be new, and their learning rates are tensors on this
-        # device.
+        # Keep this run's groups. Their settings may be new, and their learning rates are on this device.
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict(state["optimizer"] | dict(param_groups=groups))
         if state["scaler"] and scaler.is_enabled():
@@ -590,12 +627,12 @@ class RunFolder:
             print(f"resuming after step {step} of {self.config.num_train_steps}")
 
     def log(self, split, step, epoch, **values):
-        """Append a line to log.jsonl."""
+        """Append a line to log.jsonl. Its `tokens` are those trained on so far, padding included."""
         if RANK > 0:
             return
-        positions = step * self.config.batch_size * self.max_length  # padding included
+        num_positions = step * self.config.batch_size * self.max_length
         with open(self.log_path, "ab") as log:
-            data.append_json(log, dict(split=split, step=step, tokens=positions, epoch=epoch, **values))
+            data.append_json(log, dict(split=split, step=step, tokens=num_positions, epoch=epoch, **values))
 
     def save(self, step, electra, optimizer, scaler):
         """Write the networks, then the checkpoint. The previous one stays until this one is complete."""
@@ -636,15 +673,15 @@ def networks_of(electra):
 # ------------------------------------------------------------------------------------------------------------
 # Optimizer and schedule
 
-FIRST_ADAM_STEP = 1_000_000  # see build_optimizer
+FIRST_ADAM_STEP = 1_000_000  # so late that Adam has no bias left to correct
 
 
 def build_optimizer(parameters, config, lr_scale=None):
     """torch's AdamW as the official Adam, which does not correct the bias of its moments. [D24]
 
     `parameters` are (name, parameter) pairs. `lr_scale(name)` is a parameter's share of the learning rate.
-    With the step count preset far ahead, 1 - beta^step is 1 to the last bit: the update is exactly the
-    official one, and the fused kernel can be used.
+    Steps are counted from FIRST_ADAM_STEP, where 1 - beta^step is 1 to the last bit. So the update is exactly
+    the official one, and the fused kernel can be used.
     """
     groups = {}
     for name, parameter in parameters:
@@ -690,70 +727,61 @@ def loss_scaling(scaler, optimizer, step):
     """The extra log values of fp16. A step with an infinite gradient is skipped."""
     if not scaler.is_enabled():
         return {}
-    adam_step = next(iter(optimizer.state.values()))["step"].item()
-    skipped = round(step - (adam_step - FIRST_ADAM_STEP))  # a skipped step does not advance Adam's counter
-    return dict(loss_scale=scaler.get_scale(), skipped_steps=skipped)
+    state, *_ = optimizer.state.values()  # of any parameter
+    num_taken = round(state["step"].item()) - FIRST_ADAM_STEP  # Adam does not count a skipped step
+    return dict(loss_scale=scaler.get_scale(), skipped_steps=step - num_taken)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Metrics
 
 
-def compute_metrics(outputs, input_ids, counts):
-    """The metrics of a batch from the Outputs of its micro-batches."""
-    predictions = counts[0].item()
+def compute_metrics(outputs, input_ids):
+    """The metrics of a batch from the Outputs of its micro-batches, under their names in log.jsonl."""
 
     def total(name):
-        return sum(getattr(output, name) for output in outputs).item()
+        return sum(getattr(output, name).sum() for output in outputs).item()
 
+    num_predictions = total("is_used")
     metrics = {
         "loss": total("loss"),
         "mlm_loss": total("mlm_loss"),
-        "mlm_accuracy": total("mlm_correct") / predictions,
-        "sampled_accuracy": total("sampled_correct") / predictions,
+        "mlm_accuracy": total("mlm_correct") / num_predictions,
+        "sampled_accuracy": total("sampled_correct") / num_predictions,
     }
     if outputs[0].disc_logits is None:
         return metrics
     is_token = (input_ids != 0).cpu().numpy()
-    logits = join(outputs, "disc_logits").numpy()[is_token]
-    is_replaced = join(outputs, "is_replaced").numpy()[is_token]
-    flagged = logits > 0
-    caught = int((flagged & is_replaced).sum())
-    fake_rate = is_replaced.mean()
+    logits = concatenate(outputs, "disc_logits").numpy()[is_token]
+    is_replaced = concatenate(outputs, "is_replaced").numpy()[is_token]
+    is_flagged = logits > 0
+    num_caught = int((is_flagged & is_replaced).sum())
+    base_rate = is_replaced.mean()
     return metrics | {
         "disc_loss": total("disc_loss"),
-        # The loss of a discriminator that knows the share of replaced tokens and nothing else.
-        "all_original": entropy(np.array([fake_rate, 1 - fake_rate])),
+        # The name is that of recorded runs. It is the loss of guessing the base rate for every token.
+        "all_original": entropy(np.array([base_rate, 1 - base_rate])),
         "auc": area_under_curve(logits, is_replaced),
-        "precision": caught / max(1, int(flagged.sum())),
-        "recall": caught / max(1, int(is_replaced.sum())),
+        "precision": num_caught / max(1, int(is_flagged.sum())),
+        "recall": num_caught / max(1, int(is_replaced.sum())),
     }
 
 
-def join(outputs, name):
+def concatenate(outputs, name):
     """A field of the Outputs of all micro-batches, on the CPU."""
     return torch.cat([getattr(output, name) for output in outputs]).cpu()
 
 
 def area_under_curve(scores, labels):
     """The probability that a positive scores above a negative; ties count half. 0.5 if either is missing."""
-    positives = int(labels.sum())
-    negatives = labels.size - positives
-    if not positives or not negatives:
+    positives = scores[labels]
+    negatives = np.sort(scores[~labels])
+    if not len(positives) or not len(negatives):
         return 0.5
-    rank_sum = tied_ranks(scores)[labels].sum()
-    return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
-
-
-def tied_ranks(values):
-    """Ranks from 1. Ties share the mean of their ranks.
-
-    >>> tied_ranks(np.array([0.3, 0.1, 0.3])).tolist()
-    [2.5, 1.0, 2.5]
-    """
-    _, place, ties = np.unique(values, return_inverse=True, return_counts=True)
-    last_rank = np.cumsum(ties)  # of each distinct value
-    return (last_rank - (ties - 1) / 2)[place]
+    num_below = np.searchsorted(negatives, positives, side="left")  # negatives below each positive
+    num_not_above = np.searchsorted(negatives, positives, side="right")  # and those that tie with it
+    wins = (num_below.sum() + num_not_above.sum()) / 2
+    return float(wins / (len(positives) * len(negatives)))
 
 
 def unigram_entropy(rows, electra_config):
@@ -771,12 +799,12 @@ def entropy(probabilities):
 
 
 # A network that is this bad late in training has learned next to nothing.
-STUCK_SHARE = 0.97  # disc_loss / all_original; guessing gives 1
+STUCK_SHARE = 0.97  # the discriminator's loss as a share of that of guessing the base rate
 STUCK_MLM_LOSS = 6  # guessing by word frequency alone gives about 7 with BERT's vocabulary
 LATE_STEP = 20_000  # earlier, a network may look stuck and still learn
 
 
-def describe(metrics, is_late):
+def describe_metrics(metrics, is_late):
     """A sentence about held-out text. Late in training it warns of networks that have not learned."""
     text = f"MLM loss {metrics['mlm_loss']:.3f}"
     if "auc" in metrics:
@@ -796,6 +824,7 @@ def describe(metrics, is_late):
 
 SHOWN_ROWS = 5
 SHOWN_TOKENS = 40
+MIN_SHOWN_TOKENS = 16
 LEGEND = """
 Held-out sentences, as the networks see them.
   [word =]        masked; the generator put the same word back
@@ -816,10 +845,10 @@ def report(config, electra, shards, step):
     seed = shards.config.seed
     if config.eval_only:
         metrics = compute_metrics(*evaluate(config, electra, heldout, seed))
-        print(f"step {step}, held-out text: {describe(metrics, is_late=False)}")
+        print(f"step {step}, held-out text: {describe_metrics(metrics, is_late=False)}")
     rows = choose_readable(heldout, shards.wordpiece)
-    outputs, input_ids, _ = evaluate(config, electra, rows, seed)
-    show(outputs, input_ids.cpu(), shards.wordpiece)
+    outputs, input_ids = evaluate(config, electra, rows, seed)
+    print_sentences(outputs, input_ids.cpu(), shards.wordpiece)
 
 
 def choose_readable(rows, wordpiece):
@@ -827,44 +856,48 @@ def choose_readable(rows, wordpiece):
 
     def readability(row):
         words = [wordpiece.tokens[number] for number in row[:SHOWN_TOKENS] if number]
-        return sum(word.isalpha() for word in words) / len(words) if len(words) >= 16 else 0.0
+        if len(words) < MIN_SHOWN_TOKENS:
+            return 0.0
+        return sum(word.isalpha() for word in words) / len(words)
 
-    return np.array(sorted(rows, key=readability, reverse=True)[:SHOWN_ROWS])
+    most_readable = sorted(rows, key=readability, reverse=True)
+    return np.array(most_readable[:SHOWN_ROWS])
 
 
-def show(outputs, input_ids, wordpiece):
+def print_sentences(outputs, input_ids, wordpiece):
     """Print rows with what was masked, what the generator put there, and what the discriminator flagged."""
-    corrupted_ids = join(outputs, "corrupted_ids")
-    is_replaced = join(outputs, "is_replaced")
-    is_used = join(outputs, "slot_weights") > 0
-    is_masked = torch.zeros_like(is_replaced).scatter(1, join(outputs, "positions"), is_used)
+    corrupted_ids = concatenate(outputs, "corrupted_ids")
+    is_replaced = concatenate(outputs, "is_replaced")
+    is_masked = torch.zeros_like(is_replaced).scatter(
+        1, concatenate(outputs, "positions"), concatenate(outputs, "is_used"))
     is_flagged = torch.zeros_like(is_replaced)
-    marks = ("", "")
+    verdicts = {True: "", False: ""}  # of the discriminator, by whether a replaced token is flagged
     print(LEGEND)
     if outputs[0].disc_logits is not None:
         print(DISCRIMINATOR_LEGEND)
-        marks = (" ✗", " ✓")
-        logits = join(outputs, "disc_logits")
+        verdicts = {True: " ✓", False: " ✗"}
+        logits = concatenate(outputs, "disc_logits")
         descending = logits[input_ids != 0].sort(descending=True).values
-        num_flagged = is_replaced.sum()  # as many as were replaced
-        threshold = descending[num_flagged]
+        threshold = descending[is_replaced.sum()]  # as many lie above as were replaced
         is_flagged = logits > threshold
     for row in zip(input_ids.tolist(), corrupted_ids.tolist(), is_masked.tolist(), is_flagged.tolist(),
                    strict=True):
         words = []
-        for original, seen, masked, flagged in list(zip(*row, strict=True))[:SHOWN_TOKENS]:
-            if original == 0:
+        tokens = list(zip(*row, strict=True))
+        for original, seen, masked, flagged in tokens[:SHOWN_TOKENS]:
+            if original == 0:  # [PAD]
                 break
             word = wordpiece.tokens[original]
             if seen != original:
-                words.append(f"[{word}→{wordpiece.tokens[seen]}{marks[flagged]}]")
+                words.append(f"[{word}→{wordpiece.tokens[seen]}{verdicts[flagged]}]")
             elif flagged:
                 words.append(f"[{word} !]")
             elif masked:
                 words.append(f"[{word} =]")
             else:
                 words.append(word)
-        print("\n" + re.sub(r"(?<!\]) ##", "", " ".join(words)))  # word pieces, unless one is marked
+        text = " ".join(words)
+        print("\n" + re.sub(r"(?<!\]) ##", "", text))  # joins word pieces, unless the first one is marked
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -876,33 +909,35 @@ def main(argv=None):
     if config.prepare_only:
         prepare_only(config, data_config)
         return
-    check(config, data_config, electra_config)
+    check_configs(config, data_config, electra_config)
     if WORLD_SIZE > 1:
         start_ranks(config)
+
+    # The text: it is prepared in a child process, below.
     wordpiece = data.load_wordpiece(data_config)
     electra_config = replace(
         electra_config, vocab_size=len(wordpiece.tokens), cls_token_id=wordpiece.cls_token_id,
         sep_token_id=wordpiece.sep_token_id, mask_token_id=wordpiece.mask_token_id)
-    shards = data.Shards(data_config, wordpiece)
+    shards = data.GrowingShards(data_config, wordpiece)
     folder = RunFolder(config, electra_config, shards)
     compare_ranks(folder, shards)
 
     with ExitStack() as stack:
         if RANK == 0 and not config.eval_only:
-            is_ours = stack.enter_context(data.lock(folder.path / "lock"))
-            if not is_ours:
-                raise data.UserError(f"another process is training in {folder.path}; use another --out")
+            stack.enter_context(folder.lock())
 
+        # The networks and their optimizer.
         torch.manual_seed(data_config.seed)
         electra = model.Electra(electra_config).train()
-        load_init(electra, config)
+        load_init(electra, config.init)
         electra.to(config.device)
         optimizer = build_optimizer(electra.named_parameters(), config)
         scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
 
+        # The run.
         if LOCAL_RANK == 0:
-            stack.enter_context(data.prepare_in_child(shards))
-        read_together(shards.wait_for, 1)  # before the folder is touched, so bad text cannot harm a run
+            stack.enter_context(shards.prepare_in_child())
+        read_together(shards.wait_for_shards, 1)  # before the folder is touched: bad text cannot harm a run
         step = folder.resume(electra, optimizer, scaler)
         print(shards.describe())
         if not config.eval_only:
@@ -925,8 +960,8 @@ COMPILES_SINCE = "2.11"
 def configure(argv):
     """The three configs of a command line, with every automatic value filled in."""
     description = "Pre-train ELECTRA. After a stop or a kill the same command resumes."
-    (config, data_config, electra_config), typed = parse(
-        argv, description, (TrainConfig, data.DataConfig, model.ElectraConfig), SIZES)
+    configs, typed = parse(argv, description, (TrainConfig, data.DataConfig, model.ElectraConfig), SIZES)
+    config, data_config, electra_config = configs
     config = resolve_device(config)
     if config.size == "tiny" and config.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a second gains little, and loses much on a busy machine (LOG.md)
@@ -960,7 +995,7 @@ def prepare_only(config, data_config):
         print("\n" + shards.wordpiece.decode(row))
 
 
-def check(config, data_config, electra_config):
+def check_configs(config, data_config, electra_config):
     """Refuse configs that cannot be trained or evaluated."""
     positions = electra_config.max_position_embeddings
     if data_config.max_length > positions:
@@ -979,76 +1014,81 @@ def run_command(main):
         stream.reconfigure(errors="replace")  # the terminal may not know every character
     try:
         main()
+        return 0
     except (data.UserError, model.ModelError) as error:
         print(error, file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except RuntimeError as error:
-        if "by peer" not in str(error):
-            raise
-        print(f"rank {RANK} stops because another one has", file=sys.stderr)  # which prints its own error
-        return 1
-    except OSError as error:  # a full disk, a file that must not be read
-        print(f"{error}; fix that, and the same command resumes", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)
         return 130
-    return 0
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a full disk, a file that must not be read
+        print(f"{error}; fix that, and the same command resumes", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if "by peer" not in str(error):
+            raise
+        # torch.distributed: "Connection closed by peer". The other rank prints why it has ended.
+        print(f"rank {RANK} stops because another one has", file=sys.stderr)
+        return 1
 
 
 def parse(argv, description, config_classes, sizes):
     """A config of each class from the command line, and the names of what was typed.
 
-    A field that has a comment is a flag, with the comment as its help. Flags that were not typed take the
-    value in the size's row of `sizes`, or else the default.
+    A field whose type is annotated with a text is a flag, and the text is its help. Flags that were not typed
+    take the value in the size's row of `sizes`, or else the default.
     """
     parser = argparse.ArgumentParser(description=description, usage="%(prog)s [--FLAG VALUE ...]",
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS,
                                      exit_on_error=False)
     for config_class in config_classes:
-        comments = comments_of(config_class)
-        group = parser.add_argument_group(inspect.getdoc(config_class).partition(".")[0])
-        # A class's own fields come first, then those it inherits.
-        for field in sorted(fields(config_class), key=lambda field: field.name not in vars(config_class)):
-            if field.name in comments:
-                add_flag(group, field, comments[field.name], sizes)
+        group = parser.add_argument_group(config_class.__doc__.partition(".")[0])
+        own = [field for field in fields(config_class) if field.name in vars(config_class)]
+        inherited = [field for field in fields(config_class) if field.name not in vars(config_class)]
+        for field in own + inherited:
+            if get_origin(field.type) is Annotated:
+                add_flag(group, field, sizes)
     try:
-        typed, unknown = parser.parse_known_args(argv)
+        arguments, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise data.UserError(f"{error}; --help lists the flags") from None
     if unknown:
         raise data.UserError(f"there is no {' '.join(unknown)}; --help lists the flags")
-    size = getattr(typed, "size", "small")
-    values = sizes.get(size, {}) | vars(typed)
-    return [make_config(config_class, values) for config_class in config_classes], vars(typed).keys()
+    typed = vars(arguments)
+    values = sizes.get(typed.get("size", TrainConfig.size), {}) | typed
+    configs = [make_config(config_class, values) for config_class in config_classes]
+    return configs, typed.keys()
 
 
 def make_config(config_class, values):
-    """A config with those of the values that are its fields."""
+    """A config with those of the values that are its fields, checked for numbers out of range."""
     names = {field.name for field in fields(config_class)}
-    return config_class(**{name: value for name, value in values.items() if name in names})
+    config = config_class(**{name: value for name, value in values.items() if name in names})
+    model.check_ranges(config)
+    return config
 
 
-def comments_of(config_class):
-    """The comment beside each field of a config, inherited ones included."""
-    source = "".join(inspect.getsource(parent) for parent in reversed(config_class.__mro__[:-1]))
-    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
-
-
-def add_flag(group, field, comment, sizes):
-    """Make a field a flag. The help shows its default, and those of sizes that differ."""
+def add_flag(group, field, sizes):
+    """Make a field a flag. The help ends with its default, and those of sizes that differ."""
+    kind, text, *_ = get_args(field.type)
     defaults = [format_default(field.default)]
     for size, row in sizes.items():
         if field.name in row:
             defaults.append(f"{size}: {format_default(row[field.name])}")
     shown = "; ".join(default for default in defaults if default)
-    help = f"{comment} ({shown})" if shown else comment
-    kinds = {bool: dict(action=argparse.BooleanOptionalAction), list: dict(nargs="+")}
-    group.add_argument(f"--{field.name.replace('_', '-')}", help=help.replace("%", "%%"),
-                       **kinds.get(field.type, dict(type=field.type)))
+    if shown:
+        text = f"{text} ({shown})"
+    options = dict(help=text.replace("%", "%%"))
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction  # adds --no-FLAG
+    elif kind is list:
+        options["nargs"] = "+"
+    else:
+        options["type"] = kind
+    group.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
 
 def format_default(default):
@@ -1061,31 +1101,51 @@ def format_default(default):
 
 
 def resolve_device(config):
-    """Replace "auto" by what this machine has, and refuse what it lacks."""
+    """Replace "auto" by what this machine has, refuse what it lacks, and set up the GPU."""
+    device = find_device(config.device)
+    dtype = find_dtype(config.dtype, device)
+    is_gpu = device.startswith("cuda")
+    if is_gpu:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
+    if is_gpu and config.deterministic:
+        compute_deterministically()
+    graph = config.graph and is_gpu
+    if graph and (dtype == "fp16" or WORLD_SIZE > 1):
+        print("no CUDA graphs: they are for bf16 and fp32 in one process", file=sys.stderr)
+        graph = False
+    return replace(config, device=device, dtype=dtype, graph=graph)
+
+
+def find_device(name):
+    """A device of this machine. auto is a GPU if there is one, and cuda is the GPU of this rank."""
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     found = [*gpus, "cpu"]
     if torch.backends.mps.is_available():
         found.append("mps")
-    device = ("cuda" if gpus else "cpu") if config.device == "auto" else config.device
-    if device == "cuda":
-        device = f"cuda:{LOCAL_RANK}"
-    if device not in found:
-        raise data.UserError(f"there is no device {device} here; there are {', '.join(found)}")
-    if device in gpus:
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
-    dtypes = dtypes_of(device)
-    if config.dtype not in ("auto", *dtypes):
-        raise data.UserError(f"{device} does not compute in {config.dtype}; --dtype takes "
-                             f"{', '.join(dtypes)}")
-    dtype = dtypes[0] if config.dtype == "auto" else config.dtype
-    graph = config.graph and device in gpus
-    if graph and (dtype == "fp16" or WORLD_SIZE > 1):
-        print("no CUDA graphs: they are for bf16 and fp32 in one process", file=sys.stderr)
-        graph = False
-    if config.deterministic and device in gpus:
-        compute_deterministically()
-    return replace(config, device=device, dtype=dtype, graph=graph)
+    if name == "auto":
+        name = "cuda" if gpus else "cpu"
+    if name == "cuda":
+        name = f"cuda:{LOCAL_RANK}"
+    if name not in found:
+        raise data.UserError(f"there is no device {name} here; there are {', '.join(found)}")
+    return name
+
+
+def find_dtype(name, device):
+    """A dtype in which a device computes. auto is the best."""
+    if device.startswith("cuda"):
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older GPUs only emulate it
+        dtypes = ["bf16", "fp16", "fp32"] if has_bf16 else ["fp16", "fp32"]
+    elif device == "cpu":
+        dtypes = ["fp32", "bf16", "fp16"]
+    else:
+        dtypes = ["fp32"]
+    if name == "auto":
+        return dtypes[0]
+    if name not in dtypes:
+        raise data.UserError(f"{device} does not compute in {name}; --dtype takes {', '.join(dtypes)}")
+    return name
 
 
 def compute_deterministically():
@@ -1099,14 +1159,6 @@ def compute_deterministically():
     torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
-def dtypes_of(device):
-    """What a device computes in, the best first."""
-    if not device.startswith("cuda"):
-        return ["fp32", "bf16", "fp16"] if device == "cpu" else ["fp32"]
-    has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older GPUs only emulate it
-    return ["bf16", "fp16", "fp32"] if has_bf16 else ["fp16", "fp32"]
-
-
 # Fields of ElectraConfig that weights prescribe.
 SHAPE = ("vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
          "intermediate_size", "max_position_embeddings", "type_vocab_size", "layer_norm_eps")
@@ -1114,17 +1166,7 @@ SHAPE = ("vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "nu
 
 def resolve_init(config, data_config, electra_config, typed):
     """The configs for --init: shape, vocabulary and case are those of the folders."""
-    names = list(config.init)
-    networks = [["discriminator"], ["generator"]]
-    if electra_config.objective == "mlm":
-        if len(names) == 2:
-            raise data.UserError("--objective mlm has no discriminator; --init takes one folder")
-        networks = [["generator"]]
-    elif len(names) == 1 and Path(names[0], "generator").is_dir():
-        names = [names[0], names[0]]  # both networks of a run
-    # strict=False: one name, where there could be two, is the discriminator alone.
-    folders = [data.find_model(name, data_config.cache, network).resolve()
-               for name, network in zip(names, networks, strict=False)]
+    folders = find_init(config, data_config, electra_config)
     prescribed = {*SHAPE, "vocab", "do_lower_case", "strip_accents"}
     if len(folders) == 2:
         prescribed.add("generator_size")
@@ -1133,9 +1175,12 @@ def resolve_init(config, data_config, electra_config, typed):
         raise data.UserError(f"--init prescribes {', '.join(refused)}; leave these flags out")
     if any(Path(config.out, config.size).resolve() in folder.parents for folder in folders):
         raise data.UserError("--init names the run that would be overwritten; use another --out")
+
     tokenizers = [data.read_tokenizer(folder)[0] for folder in folders]
-    if len({(each.sha256, each.do_lower_case, each.strip_accents) for each in tokenizers}) > 1:
+    rules = {(each.sha256, each.do_lower_case, each.strip_accents) for each in tokenizers}
+    if len(rules) > 1:
         raise data.UserError(f"{folders[0]} and {folders[1]} have different vocabularies, or rules for case")
+
     shapes = [model.load_config(folder) for folder in folders]
     shape = {name: getattr(shapes[0], name) for name in SHAPE}
     if len(folders) == 2:
@@ -1147,17 +1192,40 @@ def resolve_init(config, data_config, electra_config, typed):
     return config, data_config, replace(electra_config, **shape)
 
 
-def load_init(electra, config):
-    """Fill the networks from the folders of --init."""
-    if len(config.init) == 2:
-        if not model.load_networks(electra, *config.init):
-            print("the two folders of --init have different embeddings; the discriminator's are used")
-    elif config.init and electra.discriminator is None:
-        model.load_weights(electra.generator, *config.init)
-    elif config.init:
-        model.load_weights(electra.discriminator, *config.init)
+def find_init(config, data_config, electra_config):
+    """The folders of --init: the discriminator's, then the generator's if there is one; for mlm, one."""
+    names = config.init
+    networks = ["discriminator", "generator"]
+    if electra_config.objective == "mlm":
+        if len(names) == 2:
+            raise data.UserError("--objective mlm has no discriminator; --init takes one folder")
+        networks = ["generator"]
+    elif len(names) == 1 and Path(names[0], "generator").is_dir():
+        names = [names[0], names[0]]  # both networks of a run
+    elif len(names) == 1:
+        networks = ["discriminator"]
+    return [data.find_model(name, data_config.cache, [network]).resolve()
+            for name, network in zip(names, networks, strict=True)]
+
+
+def load_init(electra, folders):
+    """Fill the networks from the folders that `find_init` found, if there are any."""
+    if not folders:
+        return
+    if electra.discriminator is None:
+        model.load_weights(electra.generator, folders[0])
+        return
+    if len(folders) == 1:
+        model.load_weights(electra.discriminator, folders[0])
         print("--init names no generator, so one starts from random weights; until it has learned, its "
               "samples are easy to tell and teach the discriminator little")
+        return
+    model.load_weights(electra.generator, folders[1])
+    shared = electra.generator.encoder.embeddings.state_dict()
+    of_generator = {name: tensor.clone() for name, tensor in shared.items()}
+    model.load_weights(electra.discriminator, folders[0])  # overwrites the shared embeddings
+    if not all(torch.equal(shared[name], of_generator[name]) for name in shared):
+        print("the two folders of --init have different embeddings; the discriminator's are used")
 
 
 if __name__ == "__main__":

@@ -80,13 +80,13 @@ def plot_sentence(run, text, out, seed=0):
     electra = model.load_electra(Path(run) / "discriminator", Path(run) / "generator").eval()
     [ids] = wordpiece.encode([text])
     input_ids = torch.tensor([[wordpiece.cls_token_id, *ids, wordpiece.sep_token_id]])
-    slots = electra.config.num_slots(input_ids.shape[1])
-    width = input_ids.shape[1] + 2 * slots
-    uniforms = torch.rand(1, width, generator=torch.Generator().manual_seed(seed))
-    _, _, masked_ids = model.mask(input_ids, uniforms[:, :-slots], electra.config)
+    L = input_ids.shape[1]
+    K = electra.config.num_slots(L)
+    uniforms = torch.rand(1, L + 2 * K, generator=torch.Generator().manual_seed(seed))
+    priorities, mask_uniforms, _ = uniforms.split([L, K, K], dim=1)
+    _, _, masked_ids = model.mask_tokens(input_ids, priorities, mask_uniforms, electra.config)
     output = electra(input_ids, uniforms)
-    is_used = output.slot_weights > 0
-    chosen = torch.zeros_like(input_ids).scatter(1, output.positions, is_used.long())[0].bool()
+    chosen = torch.zeros_like(input_ids).scatter(1, output.positions, output.is_used.long())[0].bool()
     rows = [[wordpiece.tokens[number] for number in row[0][1:-1].tolist()]
             for row in (input_ids, masked_ids, output.corrupted_ids)]
     said = output.disc_logits[0, 1:-1].sigmoid().tolist()
@@ -97,7 +97,7 @@ def plot_sentence(run, text, out, seed=0):
     for column in zip(*rows[:3], strict=True):
         starts.append(starts[-1] + max(4, *map(len, column)) + 1.6)
     figure, axis = plt.subplots(figsize=(12, 2.2), layout="constrained")
-    names = "original", "masked", "generator", "replaced?"
+    names = "original", "masked", "generator", "discriminator"
     for number, (name, row) in enumerate(zip(names, rows, strict=True)):
         axis.text(-2, -number, name, ha="right", va="center", fontsize=11, color="gray")
         for column, word in enumerate(row):
@@ -106,7 +106,7 @@ def plot_sentence(run, text, out, seed=0):
             box = dict(boxstyle="round,pad=0.25", facecolor=color if shade else "white", linewidth=0)
             middle = (starts[column] + starts[column + 1]) / 2
             axis.text(middle, -number, word, ha="center", va="center", fontsize=11, bbox=box)
-    axis.set(xlim=(-11, starts[-1]), ylim=(-3.6, 0.6))
+    axis.set(xlim=(-13, starts[-1]), ylim=(-3.6, 0.6))
     axis.axis("off")
     figure.savefig(out, dpi=150)
     print(f"wrote {out}")

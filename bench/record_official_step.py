@@ -70,7 +70,7 @@ def import_official(clone):
     if not tf.__version__.startswith("1."):
         sys.modules["tensorflow.contrib"] = types.ModuleType("tensorflow.contrib")
         sys.modules["tensorflow.contrib"].layers = types.SimpleNamespace(layer_norm=layer_norm)
-    sys.path.insert(0, str(clone))  # before the folder of this script, which has a pretrain.py of its own
+    sys.path.insert(0, str(clone))
 
 
 def record_steps(seed, replay):

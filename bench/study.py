@@ -31,7 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plot
-import pretrain
+import step_against_transformers
 
 import model
 from glue import TASKS
@@ -117,7 +117,8 @@ def exercises(options):
 
 def steps_for(flops, arm, generator_size=GENERATOR_SIZE):
     shape = SHAPE | dict(vocab_size=VOCAB, objective=arm, generator_size=generator_size)
-    return int(flops / (pretrain.flops_per_token(model.ElectraConfig(**shape), LENGTH) * LENGTH * BATCH))
+    per_token = step_against_transformers.flops_per_token(model.ElectraConfig(**shape), LENGTH)
+    return int(flops / (per_token * LENGTH * BATCH))
 
 
 def folder_of(arm, lr, flops, generator_size=GENERATOR_SIZE):

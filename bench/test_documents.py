@@ -57,7 +57,7 @@ README, DETAILS = ((HERE / name).read_text(encoding="utf-8") for name in ("READM
 @pytest.mark.parametrize("module, configs", [
     (train, (train.TrainConfig, DataConfig, ElectraConfig)), (finetune, (finetune.FinetuneConfig,))])
 def test_the_flags_that_the_readme_names_exist(module, configs, capsys):
-    """The README's commands have only flags that --help lists, and it lists every field with a comment."""
+    """README's commands have only flags that --help lists, which are all fields but those set by the text."""
     with pytest.raises(SystemExit):
         module.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -173,13 +173,12 @@ def test_the_figures_of_the_gpu_are_those_of_the_runs():
     log = (HERE / "LOG.md").read_text(encoding="utf-8")
     steps, dev, run, mlm = (json.loads((HERE / f"bench/results/h100/{name}.json").read_text(encoding="utf-8"))
                             for name in ("steps", "small_20k_dev", "small_20k", "small_20k_mlm"))
-    shown = {"transformers eager": "transformers' modules", "ours compiled": "compiled",
-             "ours compiled, one CUDA graph, in the real loop": "this code"}
-    for name, title in shown.items():
+    for name in "transformers eager", "ours compiled", "ours compiled, one CUDA graph, in the real loop":
         row = steps["small"]["variants"][name]
-        cells = f"| {row['ms']:.1f} | {row['steps_per_s']:.1f} | {row['tokens_per_s']:,.0f} |"
-        assert re.search(rf"{title}.*{re.escape(cells)}\n", README)
-        assert cells.strip("|") in log.replace("*", "")
+        assert f"{row['ms']:.1f} ms" in README
+        cells = f" {row['ms']:.1f} | {row['steps_per_s']:.1f} | {row['tokens_per_s']:,.0f} "
+        assert cells in log.replace("*", "")
+    assert f"{row['tokens_per_s']:,.0f} tokens/s" in README
     metrics = "cola matthews", "mrpc accuracy", "stsb spearman", "sst2 accuracy"
     arms = dict(random="random weights", mlm="20,000 steps", electra="ELECTRA, 20,000 steps")
     for arm, title in arms.items():
@@ -225,7 +224,7 @@ def test_imports_only_go_up_the_list_and_five_packages_are_enough():
     pins = (HERE / "requirements.txt").read_text().split()
     packages = {pin.split("==")[0] for pin in pins if "==" in pin}
     assert packages == {"torch", "numpy", "tokenizers", "requests", "tqdm"}
-    may_import = dict(model=set(), data=set(), train={"model", "data"}, glue={"data", "train"},
+    may_import = dict(model=set(), data=set(), train={"model", "data"}, glue={"data"},
                       finetune={"model", "data", "train", "glue"})
     for module, allowed in may_import.items():
         code = (HERE / f"{module}.py").read_text(encoding="utf-8")

@@ -47,7 +47,6 @@ from test_electra import (
     CHILD,
     GLUE_FILES,
     HERE,
-    OWNERS,
     SMALL_VOCAB,
     STSB,
     STSB_ROW,
@@ -151,18 +150,18 @@ def test_glue_is_downloaded_once_and_checked(corpus, quick):
         file.writestr("WNLI/dev.tsv", GLUE_FILES["wnli", "dev"][0])
     archive = Path("WNLI.zip").read_bytes()
     with Server({"/WNLI.zip": archive}) as server:
-        good = replace(glue.TASKS["wnli"], source=source(server, "/WNLI.zip", archive), rows=dict(dev=1))
-        wrong = replace(good, source=source(server, "/WNLI.zip", archive[:-1] + b"x"))
+        good = replace(glue.TASKS["wnli"], download=source(server, "/WNLI.zip", archive), rows=dict(dev=1))
+        wrong = replace(good, download=source(server, "/WNLI.zip", archive[:-1] + b"x"))
         with pytest.raises(UserError, match=r"SHA-256 \w{64} instead of \w{64}; try again, or put WNLI.zip"):
-            glue.read_examples(wrong, "dev", "cache")
+            wrong.read("dev", "cache")
         assert [path.suffix for path in Path("cache/glue").iterdir()] == [".lock"]  # nothing half-written
-        assert len(glue.read_examples(good, "dev", "cache")[0]) == 1
+        assert len(good.read("dev", "cache")[0]) == 1
     glue.fetch_official.cache_clear()  # a new process, and the server is gone
-    assert len(glue.read_examples(good, "dev", "cache")[0]) == 1
+    assert len(good.read("dev", "cache")[0]) == 1
     Path("cache/glue/WNLI.zip").write_bytes(archive[: len(archive) // 2])
     glue.fetch_official.cache_clear()
     with pytest.raises(UserError, match=r"WNLI.zip has SHA-256 \w{64} instead of \w{64}; delete it"):
-        glue.read_examples(good, "dev", "cache")
+        good.read("dev", "cache")
 
 
 def test_the_vocabulary_is_downloaded_once_and_checked(corpus, monkeypatch, quick):
@@ -228,20 +227,21 @@ def test_damaged_archives_are_refused_by_name(corpus):
     ("cola", b"gj04\t1\t\tA.\ngj04\t2\t\tB.\n", "train.tsv, line 2: the label is '2' and not one of 0, 1"),
     ("cola", b"gj04\t1\t\tA.\ngj04\t1\t\tA\tB.\n", "train.tsv, line 2, has 5 fields"),
     ("cola", b"<html>\n", "train.tsv, line 1, has 1 fields"),
+    ("sst2", b"<html>\n", "SST-2/train.tsv, line 1, has no column sentence; it was damaged or edited"),
     ("stsb", f"{STSB}\tscore\n{STSB_ROW}A\tB\tC\n".encode(), "line 2: the label is 'C' and not a number"),
 ])
 def test_damaged_glue_files_are_refused(name, content, message, corpus, monkeypatch):
     """A TSV that was cut, edited or replaced is named, with the line."""
-    monkeypatch.setitem(OWNERS[name].rows, "train", 2)
+    monkeypatch.setitem(glue.TASKS[name].rows, "train", 2)
     write_split(name, "train", content)
     with pytest.raises(UserError, match=message):
-        glue.read_examples(OWNERS[name], "train", "cache", "glue")
+        glue.TASKS[name].read("train", "cache", "glue")
 
 
 def test_damaged_files_of_ours_and_a_folder_in_use_are_reported(corpus):
     """A damaged checkpoint or shard says what to do; two processes do not train in one folder."""
     pretrain("--num-train-steps 2")
-    with (data.lock(Path("out/small/lock")),
+    with (data.try_lock(Path("out/small/lock")),
           pytest.raises(UserError, match="another process is training in out/small")):
         pretrain("--num-train-steps 2")
     for name, flags, message in [
@@ -273,7 +273,7 @@ def streaming(corpus, monkeypatch):
     monkeypatch.chdir(corpus)
     monkeypatch.setattr(data, "SHARD_CHARACTERS", 10_000)
     settings = "data.SHARD_CHARACTERS, data.WORKERS = 10_000, 2"
-    Path("child.py").write_text(f"import sys, data\n{settings}\nsys.exit(data.run_as_child())\n")
+    Path("child.py").write_text(f"import sys, data\n{settings}\nsys.exit(data.run_as_child(sys.argv[1]))\n")
     monkeypatch.setattr(subprocess, "Popen", use_small_shards)
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     _, content = make_openwebtext()
@@ -350,7 +350,7 @@ def test_an_error_in_the_text_comes_after_the_shards_before_it(corpus, monkeypat
 
 def test_text_that_changes_while_it_is_read_gives_no_complete_cache(corpus, monkeypatch):
     """What was read is compared with what is there before the cache counts as complete."""
-    watch(monkeypatch, Shards, "write_shard", lambda *args: Path("corpus.txt").write_text("other text"))
+    watch(monkeypatch, Shards, "add", lambda *args: Path("corpus.txt").write_text("other text"))
     with pytest.raises(UserError, match="the text changed while it was being read"):
         data.prepare(data_config())
     assert not list(Path("cache").rglob("complete"))
@@ -411,7 +411,7 @@ def test_no_child_and_no_worker_outlives_its_parent(streaming):
     os.mkfifo("silent.txt")  # nobody writes to it: the child waits
     script = f"""{SMALL}
 config = data.DataConfig(data=["silent.txt"], vocab="vocab.txt", max_length=32)
-with data.prepare_in_child(data.Shards(config, data.load_wordpiece(config))):
+with data.GrowingShards(config, data.load_wordpiece(config)).prepare_in_child():
     signal.pause()"""
     parent = subprocess.Popen([sys.executable, "-c", script])
     pids = []
@@ -437,7 +437,7 @@ def test_workers_make_the_same_bytes_and_one_that_is_killed_is_reported(corpus, 
     monkeypatch.setattr(data, "WORKERS", 2)
     config = replace(config, cache="cache2")
     with monkeypatch.context() as patch:
-        watch(patch, Shards, "write_shard", lambda shards, number, *args: number == 1 and workers[0].kill())
+        watch(patch, Shards, "add", lambda shards, *args: len(shards.infos) == 1 and workers[0].kill())
         with pytest.raises(UserError, match="prepares text ended with status -9; run the same command again"):
             data.prepare(config)
     assert 1 < len(list(Path("cache2").rglob("shard-*.npz"))) < len(expected) - 1
@@ -465,7 +465,7 @@ def test_a_full_disk_loses_nothing_and_the_same_command_resumes(corpus, monkeypa
 @pytest.mark.parametrize("victim", ["results.jsonl", ".npz"])
 def test_finished_seeds_survive_and_are_never_repeated(toy_glue, monkeypatch, capsys, victim):
     """A full disk costs the seed that it cuts short; the same command does that again, and no other."""
-    sweep, path = "--task wnli --seeds 2 --predict ", Path("out/glue/results.jsonl")
+    sweep, path = "--task wnli --seeds 2 --keep-predictions ", Path("out/glue/results.jsonl")
     tune(sweep + "--out whole")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail_at(victim, 1))
@@ -478,7 +478,7 @@ def test_finished_seeds_survive_and_are_never_repeated(toy_glue, monkeypatch, ca
     assert read_results() == read_results("whole") and lines.startswith(first)
     monkeypatch.setattr(finetune.Finetuner, "run", None)  # it is not called again
     capsys.readouterr()
-    tune("--task WNLI --seeds 2 --predict")
+    tune("--task WNLI --seeds 2 --keep-predictions")
     assert "WNLI " in capsys.readouterr().out and path.read_bytes() == lines
 
 
@@ -519,7 +519,7 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(corpus, monkeypatch
     ("--vocab nowhere.txt", None, "there is no vocabulary nowhere.txt"),
     ("--max-length 33", None, "max_length 33 is beyond the model's 32 positions"),
     ("--max-length 4", None, "max_length is 4; a row needs at least 8"),
-    ("--micro-batch-size 3", None, "a batch of 8 rows does not split into 1 times micro-batches of 3"),
+    ("--micro-batch-size 3", None, "batch_size 8 must be a multiple of 3, the number of processes"),
     ("--batch-size 0", None, "batch_size is 0; it must be at least 1"),
     ("--hidden-size 33", None, "hidden_size 33 is not a multiple of num_attention_heads 2"),
     ("--hidden-dropout-prob 2", None, "hidden_dropout_prob is 2.0; it must be at least 0 and below 1"),
@@ -644,13 +644,13 @@ def test_what_is_kept_replaces_nothing_else(toy_glue, monkeypatch):
     with pytest.raises(UserError, match="--save would overwrite mine/own, which is not a network"):
         tune("--task mine/own --out mine --save")
     assert Path("mine/own/train.tsv").exists()
-    watch(monkeypatch, finetune, "load_splits", lambda _: Path("mine/own/dev.tsv").write_text("changed"))
+    watch(monkeypatch, finetune, "tokenize_splits", lambda _: Path("mine/own/dev.tsv").write_text("changed"))
     with pytest.raises(UserError, match="mine/own/dev.tsv has no rows"):
         tune("--task mine/own")
     write_task("mine/own")
     monkeypatch.undo()
     monkeypatch.chdir(toy_glue)
-    watch(monkeypatch, finetune, "load_splits", lambda _: write_task("mine/own", count=20))
+    watch(monkeypatch, finetune, "tokenize_splits", lambda _: write_task("mine/own", count=20))
     with pytest.raises(UserError, match="the files of own have changed; run the same command again"):
         finetune.main("--task mine/own --max-length 32".split())
 
@@ -665,7 +665,7 @@ def test_ranks_that_cannot_work_together_say_why(corpus, monkeypatch):
         printed = process.communicate(timeout=120)[0]
         assert process.returncode == 1 and re.search(message, printed), printed
     monkeypatch.setattr(train, "WORLD_SIZE", 3)
-    with pytest.raises(UserError, match="a batch of 8 rows does not split into 3 times micro-batches"):
+    with pytest.raises(UserError, match="batch_size 8 must be a multiple of 3, the number of processes"):
         pretrain()
 
 

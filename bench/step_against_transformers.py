@@ -1,6 +1,7 @@
 """One pre-training step, ours against one made of transformers' modules, interleaved in one process.
 
-    python bench/pretrain.py [--size small] [--batch-size 32] [--dtype bf16] [--threads 2] [--rounds 5]
+    python bench/step_against_transformers.py [--size small] [--batch-size 32] [--dtype bf16] [--threads 2]
+        [--rounds 5]
 
 Both steps read the same random rows, apply the same masks, and end with clipping and the fused AdamW. The
 other is built as replications of ELECTRA build it: ElectraForMaskedLM and ElectraForPreTraining with one
@@ -81,10 +82,13 @@ class TransformersElectra(torch.nn.Module):
         self.generator.tie_weights()
 
     def forward(self, input_ids, uniforms):
-        K = self.config.num_slots(input_ids.shape[1])
-        attention_mask, types = model.mask_and_types(input_ids, self.config.sep_token_id)
-        positions, slot_weights, masked_ids = model.mask(input_ids, uniforms[:, :-K], self.config)
-        is_masked = torch.zeros_like(attention_mask).scatter(1, positions, slot_weights > 0)
+        L = input_ids.shape[1]
+        K = self.config.num_slots(L)
+        priorities, mask_uniforms, _ = uniforms.split([L, K, K], dim=1)
+        attention_mask, types = model.attention_mask_and_token_types(input_ids, self.config.sep_token_id)
+        positions, is_used, masked_ids = model.mask_tokens(
+            input_ids, priorities, mask_uniforms, self.config)
+        is_masked = torch.zeros_like(attention_mask).scatter(1, positions, is_used)
         logits = self.generator(masked_ids, attention_mask, types).logits  # (B, L, V)
         labels = input_ids.masked_fill(~is_masked, -100)
         mlm_loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
@@ -92,7 +96,7 @@ class TransformersElectra(torch.nn.Module):
             chosen = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1])).float()
             gumbel = -torch.log(-torch.log(torch.rand_like(chosen).clamp(1e-9, 1 - 1e-7)))
             sampled = (chosen + gumbel).argmax(-1)
-        corrupted = model.corrupt(input_ids, positions, slot_weights, sampled)
+        corrupted = model.corrupt(input_ids, positions, is_used, sampled)
         disc_logits = self.discriminator(corrupted, attention_mask, types).logits.float()
         losses = F.binary_cross_entropy_with_logits(
             disc_logits, (corrupted != input_ids).float(), reduction="none")

@@ -1,6 +1,6 @@
 """Pre-train from a server that fails, under kills, and compare with a run that nothing happened to.
 
-    python bench/soak.py --subsets DIR --vocab FILE [--files 2] [--faults 100] [--kills 20]
+    python bench/survives_faults.py --subsets DIR --vocab FILE [--files 2] [--faults 100] [--kills 20]
 
 DIR holds tars in OpenWebText's nesting (urlsf_subset00.tar, ...), and FILE is BERT's vocabulary. A server on
 the loopback interface hands them out under the paths of the hub, the first --files tars as they are and empty

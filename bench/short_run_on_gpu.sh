@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A short pre-training run on a GPU and what it is good for:  bench/gpu_run.sh STEPS TEXT GLUE
+# A short pre-training run on a GPU and what it is good for:  bench/short_run_on_gpu.sh STEPS TEXT GLUE
 # Pre-trains small by its recipe, decayed over STEPS, on a folder of text; then PROCESSES (4) processes share the
 # fine-tuning of CoLA, MRPC, STS-B and SST-2 with SEEDS (3) seeds each. On an H100: a minute for compiling, 12 ms a
 # step, and some four minutes for fine-tuning. Each part stops after LIMIT (500) seconds; the same command goes on.
@@ -13,7 +13,7 @@ fi
 steps=$1 text=$(realpath "$2") glue=$(realpath "$3")
 cd "$(dirname "$0")/.."
 LIMIT=${LIMIT:-500} SIZE=${SIZE:-small} SEEDS=${SEEDS:-3} PROCESSES=${PROCESSES:-4} VOCAB=${VOCAB:-bert}
-OUT=${OUT:-out/gpu_run}
+OUT=${OUT:-out/short_run}
 
 timeout -s TERM "$LIMIT" python train.py --size "$SIZE" --num-train-steps "$steps" --data "$text" --vocab "$VOCAB" \
     --out "$OUT" ${MORE:-}

@@ -1,11 +1,12 @@
 """What a GPU makes of a step: tokens/s, time on the host, memory and kernels of each way to run it.
 
-    python bench/gpu.py [--size small] [--only "eager;eager, graph"] [--glue-dir GLUE] [--json FILE]
+    python bench/step_on_gpu.py [--size small] [--only "eager;eager, graph"] [--glue-dir GLUE] [--json FILE]
 
 All ways run in one process, which takes a few minutes, most of them for compiling. Each reads the recipe's
 batch, draws random numbers, sets rates and the seed, and ends with clipping and AdamW. `transformers` is the
-step of bench/pretrain.py. With GLUE, a folder laid out as the official zips are, MRPC is fine-tuned for an
-epoch, twice: the first time includes captures. `--device cpu --batch-size 4` is a trial, without graphs.
+step of bench/step_against_transformers.py. With GLUE, a folder laid out as the official zips are, MRPC is
+fine-tuned for an epoch, twice: the first time includes captures. `--device cpu --batch-size 4` is a trial,
+without graphs.
 """
 
 import argparse
@@ -21,8 +22,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import mrpc
-import pretrain
+import finetuning_overhead
+import step_against_transformers
 
 import data
 import finetune
@@ -68,9 +69,9 @@ def make_recipe(options):
 
 def make_step(config, shape, length, kind="ours", graph=False, compile=None):
     """A function of the step's number that does what train.train does in a step that is not logged."""
-    rows = pretrain.make_rows(shape, config.batch_size, length)
+    rows = step_against_transformers.make_rows(shape, config.batch_size, length)
     torch.manual_seed(0)
-    network = model.Electra(shape) if kind == "ours" else pretrain.TransformersElectra(shape)
+    network = model.Electra(shape) if kind == "ours" else step_against_transformers.TransformersElectra(shape)
     network = network.to(config.device).train()
     optimizer = train.build_optimizer(network.named_parameters(), config)
     config = replace(config, graph=graph, compile=False)
@@ -116,7 +117,7 @@ def warm_up(step, device):
     began = time.perf_counter()
     for number in range(train.WARM_UP_CALLS + 3):
         step(number)
-    pretrain.synchronize(device)
+    step_against_transformers.synchronize(device)
     return time.perf_counter() - began
 
 
@@ -128,7 +129,7 @@ def measure(step, device, num_steps):
         for number in range(num_steps):
             step(100 + timing * num_steps + number)
         host.append((time.perf_counter() - began) / num_steps)
-        pretrain.synchronize(device)
+        step_against_transformers.synchronize(device)
         whole.append((time.perf_counter() - began) / num_steps)
     return statistics.median(whole), statistics.median(host)
 
@@ -139,7 +140,7 @@ def kernels(step, device):
     with profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU]) as profiler:
         for number in range(3):
             step(10_000 + number)
-        pretrain.synchronize(device)
+        step_against_transformers.synchronize(device)
     spent = {}
     for event in profiler.key_averages():
         total = event.self_device_time_total if is_cuda else event.self_cpu_time_total
@@ -156,8 +157,9 @@ def measure_variant(options, name):
     first = warm_up(step, config.device)
     seconds, host = measure(step, config.device, options.steps)
     rate = config.batch_size * length / seconds
+    flops = rate * step_against_transformers.flops_per_token(shape, length)  # a second
     figures = dict(ms=1e3 * seconds, host_ms=1e3 * host, steps_per_second=1 / seconds, tokens_per_second=rate,
-                   first_seconds=first, share=rate * pretrain.flops_per_token(shape, length) / options.rate)
+                   first_seconds=first, share=flops / options.rate)
     if config.device.startswith("cuda"):
         figures["peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
     listed = kernels(step, config.device)
@@ -168,22 +170,22 @@ def measure_variant(options, name):
 
 def mrpc_epochs(options):
     """Seconds of an epoch of MRPC, pairs in one order: with captures, and after them."""
-    finetuner, rows, labels = mrpc.make_finetuner(
+    finetuner, tokenized = finetuning_overhead.make_finetuner(
         options.glue_dir, options.size, device=options.device, dtype=options.dtype)
     seconds = []
     for seed in range(2):
         began = time.perf_counter()
-        finetuner.run(seed, {"train": (rows, labels)})
-        pretrain.synchronize(finetuner.config.device)
+        finetuner.run(seed, {"train": tokenized})
+        step_against_transformers.synchronize(finetuner.config.device)
         seconds.append(time.perf_counter() - began)
-    steps = finetune.num_steps(len(rows), finetuner.config.batch_size, 1)
+    steps = finetune.num_steps(len(tokenized.rows), finetuner.config.batch_size, 1)
     return dict(steps=steps, first=seconds[0], second=seconds[1])
 
 
 def main():
     options = parse()
     config, _, length = make_recipe(options)
-    options.rate = pretrain.matmul_rate(config)
+    options.rate = step_against_transformers.matmul_rate(config)
     is_cuda = config.device.startswith("cuda")
     names = options.only.split(";") if options.only else list(VARIANTS)
     if not is_cuda:

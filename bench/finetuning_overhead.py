@@ -1,6 +1,6 @@
 """An epoch of MRPC with random weights of small's shape: the share of it spent outside the network.
 
-    python bench/mrpc.py --glue-dir GLUE [--examples 640] [--threads 1]
+    python bench/finetuning_overhead.py --glue-dir GLUE [--examples 640] [--threads 1]
 
 Inside are forward, backward, clipping and the optimizer. On a GPU the host waits after each of them here.
 """
@@ -24,20 +24,21 @@ from data import SPECIAL_TOKENS, WordPiece
 
 
 def make_finetuner(glue_dir, size, num_examples=None, **flags):
-    """A Finetuner of MRPC with random weights of a size, for an epoch, and rows and labels to train on."""
+    """A Finetuner of MRPC with random weights of a size, for an epoch, and what to train on."""
     config = train.resolve_device(finetune.FinetuneConfig(glue_dir=glue_dir, num_train_epochs=1, **flags))
     task = glue.TASKS["mrpc"]
     shape = train.make_config(model.ElectraConfig, train.SIZES[size])
     config = finetune.fill_in_recipe(config, task, shape.hidden_size)
-    examples, _ = glue.read_examples(task, "train", config.cache, glue_dir)
+    examples, _ = task.read("train", config.cache, glue_dir)
     # A vocabulary of the words that are there: rows are about as long as with BERT's.
     words = {word for example in examples for word in " ".join(example[:2]).lower().split()}
     wordpiece = WordPiece([*SPECIAL_TOKENS, *sorted(words)])
     shape = replace(shape, sep_token_id=wordpiece.sep_token_id,
                     max_position_embeddings=max(128, shape.max_position_embeddings))
-    rows, labels = finetune.tokenize_examples(examples[:num_examples], wordpiece, config.max_length)
+    tokenized = finetune.tokenize_examples(examples[:num_examples], wordpiece, config.max_length)
     pretrained = finetune.Pretrained(Path("random"), shape, wordpiece, None, "random")
-    return finetune.Finetuner(task, pretrained, config), rows, labels
+    experiment = finetune.Experiment(task, config, pretrained, {})
+    return finetune.Finetuner(experiment), tokenized
 
 
 def main():
@@ -49,7 +50,7 @@ def main():
     parser.add_argument("--json", help="file for the figures")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    finetuner, rows, labels = make_finetuner(options.glue_dir, options.size, options.examples)
+    finetuner, tokenized = make_finetuner(options.glue_dir, options.size, options.examples)
     config = finetuner.config
     inside = [0.0]
 
@@ -77,13 +78,13 @@ def main():
         return learning_rate(*args)
 
     train.learning_rate = mark
-    finetuner.run(0, {"train": (rows, labels)})
+    finetuner.run(0, {"train": tokenized})
     (began, inside_before), (ended, inside_after) = marks[0], marks[-1]
     seconds, steps = ended - began, len(marks) - 1
     outside = 1 - (inside_after - inside_before) / seconds
     figures = dict(device=config.device, dtype=config.dtype, size=options.size, steps=steps, outside=outside,
                    examples_per_second=steps * config.batch_size / seconds,
-                   epoch_seconds=seconds / steps * int(np.ceil(len(rows) / config.batch_size)))
+                   epoch_seconds=seconds / steps * int(np.ceil(len(tokenized.rows) / config.batch_size)))
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
     print("{device}, {dtype}, {size}, {steps} steps: {examples_per_second:,.0f} examples/s; {outside:.1%} of "

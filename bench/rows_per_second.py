@@ -1,6 +1,6 @@
 """How many rows a second text gives, and what limits that on many cores.
 
-    python bench/rate.py --data PATH --vocab FILE [--workers 1] [--in-place] [--rounds 5]
+    python bench/rows_per_second.py --data PATH --vocab FILE [--workers 1] [--in-place] [--rounds 5]
 
 Each round times, one after the other:
 
@@ -25,6 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 
@@ -34,8 +36,10 @@ import numpy as np
 pickle.load(sys.stdin.buffer)
 rows = np.random.default_rng(0).integers(0, 30_000, ({rows}, {length}), dtype=np.uint16)
 while True:
-    number, (texts, end) = pickle.load(sys.stdin.buffer)
-    pickle.dump((number, rows, rows[:0], {{"end": end}}), sys.stdout.buffer)
+    number, texts, position = pickle.load(sys.stdin.buffer)
+    info = dict(documents=len(texts), tokens_kept=0, tokens_dropped=0, end=position,
+                rows=len(rows), heldout_rows=0)
+    pickle.dump((rows, rows[:0], info), sys.stdout.buffer)
     sys.stdout.buffer.flush()
 """
 
@@ -64,12 +68,13 @@ def main():
 
 def compare(config, options):
     wordpiece = data.load_wordpiece(config)
-    units = list(enumerate(data.read_units(config, (0, 0))))
-    texts = [text for _, (texts, _) in units for text in texts]
+    units = list(data.read_units(config, (0, 0), 0))
+    texts = [text for _, texts, _ in units for text in texts]
     lines = [line for text in texts for line in text.split("\n") if line.strip()]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    tokenizer = data.blank_tokenizer(config.do_lower_case, config.strip_accents)
-    tokenizer.model = wordpiece.tokenizer.model
+    tokenizer = Tokenizer(wordpiece.tokenizer.model)
+    tokenizer.pre_tokenizer = wordpiece.tokenizer.pre_tokenizer
+    tokenizer.normalizer = wordpiece.normalizer
     shards = data.prepare(config, progress=False)
     rows = shards.total("rows") + shards.total("heldout_rows")
     stub = Path(config.cache) / "stub.py"
@@ -85,7 +90,7 @@ def compare(config, options):
         data.prepare(config, progress=False)
 
     def read():
-        for _ in data.read_units(config, (0, 0)):
+        for _ in data.read_units(config, (0, 0), 0):
             pass
 
     def parent():
