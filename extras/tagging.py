@@ -5,19 +5,20 @@ word and its tag on a line, and an empty line between sentences. Tags are O, or 
 as B-NP. The results, --save and --predict-file are as in finetune.py. [Tnn] marks a detail with a test.
 """
 
-import gzip
-import hashlib
-import itertools
-import re
 import sys
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # before torch, as in finetune.py
 
 # isort: split
+import gzip
+import hashlib
+import itertools
+import re
+from dataclasses import dataclass, replace
+from typing import Annotated, NamedTuple
+
 import numpy as np
 import torch.nn.functional as F
 
@@ -29,22 +30,22 @@ import model
 CONLL2000 = "https://www.clips.uantwerpen.be/conll2000/chunking/"
 SHA256 = {"train.txt": "82033cd7a72b209923a98007793e8f9de3abc1c8b79d646c50648eb949b87cea",  # unpacked [T01]
           "test.txt": "73b7b1e565fa75a1e22fe52ecdf41b6624d6f59dacb591d44252bf4d692b1628"}
+WORD = re.compile(r"[^ \t\r\n]+")  # a no-break space is part of a word
 NO_WORD = -100  # the class of a token that does not begin a word
 
 
 @dataclass(frozen=True)
 class TaggingConfig(finetune.FinetuneConfig):
-    """The recipe, and where and how it runs."""
+    """Words, and how their tags are learned. An annotated field is a flag, and the text is its help."""
 
-    task: Annotated[str, "chunking, or a folder of your own"] = "chunking"
-    data_dir: Annotated[str, "folder with CoNLL-2000's train.txt; without it the files are downloaded"] = ""
-    num_train_epochs: Annotated[int, "passes over the sentences", 1, 10_000] = 3  # [T18]
-    max_length: Annotated[int, "tokens in a row; a longer sentence continues in the next",
-                          8, 65_536] = finetune.FinetuneConfig.max_length
-    predict_file: Annotated[str, "a file, or - for standard input, with a sentence on each line, its words "
-                                 "separated by spaces: print words and tags"] = ""
+    task: Annotated[str, "chunking, which is downloaded, or a folder with train.txt"] = "chunking"
+    max_length: Annotated[int, "tokens in a row; a longer sentence takes several", 8, 65_536] = 128
+    num_train_epochs: Annotated[int, "passes over the sentences [T18]", 1, 10_000] = 3
+    predict_file: Annotated[str, "a file, or - for standard input, with a sentence on each line and spaces "
+                                 "between its words: print words and tags"] = ""
     out: Annotated[str, "folder for results"] = "out/tagging"
-    # Not flags here: the test set has tags and is scored in every run.
+
+    # What tags do not need is not a flag here: a test set has tags, and is scored in every run.
     regression: bool = False
     glue_dir: str = ""
     keep_predictions: bool = False
@@ -52,17 +53,62 @@ class TaggingConfig(finetune.FinetuneConfig):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files
+# What finetune.py must know of the task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(glue.OwnTask):
+    """A folder of words and tags. Without a dev.txt, `files` has train.txt for dev, too."""
+
+    submissions = {}
+    dev_splits = property(lambda self: self.splits[1:])
+
+    def read(self, split, cache=None, glue_dir=None):
+        """The sentences of a split, (words, tags), and the SHA-256 of its file."""
+        path = self.files[split]
+        raw = path.read_bytes()
+        sentences = parse(raw, path)
+        if path == self.files["train"] == self.files["dev"]:
+            # As for CoNLL-2000: a random tenth of train is held out, the same in every run.
+            is_kept = data.rng(0, "held-out sentences").permutation(len(sentences)) < len(sentences) / 10
+            if split == "train":
+                is_kept = ~is_kept
+            sentences = list(itertools.compress(sentences, is_kept))
+        if not sentences:
+            raise data.UserError(f"{path} needs a sentence, and train.txt two if there is no dev.txt")
+        return sentences, hashlib.sha256(raw).hexdigest()
+
+
+class Experiment(finetune.Experiment):
+    """Words in the place of sentences. A test set is scored beside the dev set, which picks the best seed."""
+
+    def tokenize(self, split, examples):
+        return tokenize(examples, self.task.labels, self.pretrained.wordpiece, self.config.max_length)
+
+    def new_network(self):
+        return Tagger(self.pretrained.config, len(self.task.labels))
+
+    def predict(self, network, tokenized):
+        return predict_tags(network, tokenized, self.task.labels, self.config)
+
+    def score(self, predictions, splits):
+        metrics = {}
+        for split, predicted in predictions.items():
+            prefix = "test " if split == "test" else ""
+            scores = score(predicted, [tags for _, tags in splits[split].sentences])
+            metrics |= {prefix + name: value for name, value in scores.items()}
+        return dict(metrics=metrics, is_constant=len(set(itertools.chain(*predictions["dev"]))) == 1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files and tags
 
 
 def find_task(config):
     """The Task of a command. Its labels are those of train. [T05]"""
     folder = Path(config.task)
     if config.task == "chunking":
-        folder = Path(config.data_dir or Path(config.cache, "conll2000"))
-        if not config.data_dir:
-            for name in SHA256:
-                data.make_once(folder / name, lambda path=folder / name: fetch(path))
+        folder = fetch_conll2000(config.cache)
     files = {split: folder / f"{split}.txt" for split in ("train", "dev", "test")}
     if not files["dev"].exists():
         files["dev"] = files["train"]
@@ -73,25 +119,12 @@ def find_task(config):
     return replace(task, labels=tuple(sorted({tag for _, tags in sentences for tag in tags})))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Task(glue.OwnTask):
-    """A folder of words and tags. If there is no dev.txt, `files` has train.txt for dev, too."""
-
-    submissions = {}  # the test set has tags
-    dev_splits = property(lambda self: self.splits[1:])
-
-    def read(self, split, cache=None, glue_dir=None):
-        """The sentences of a split, (words, tags), and the SHA-256 of its file."""
-        path = self.files[split]
-        raw = path.read_bytes()
-        sentences = parse(raw, path)
-        if path == self.files["train"] == self.files["dev"]:
-            # As in CoNLL-2000: a random tenth of train is held out, the same in every run.
-            is_dev = data.rng(0, "held-out sentences").permutation(len(sentences)) < len(sentences) / 10
-            sentences = list(itertools.compress(sentences, is_dev if split == "dev" else ~is_dev))
-        if not sentences:
-            raise data.UserError(f"{path} needs a sentence, and train.txt two if there is no dev.txt")
-        return sentences, hashlib.sha256(raw).hexdigest()
+def fetch_conll2000(cache):
+    """The folder of CoNLL-2000's files. They are downloaded, unpacked and checked once."""
+    folder = Path(cache, "conll2000")
+    for name in SHA256:
+        data.make_once(folder / name, lambda path=folder / name: fetch(path))
+    return folder
 
 
 def fetch(path):
@@ -117,7 +150,7 @@ def parse(raw, source):
     pairs = []
     # Unlike in the official code, a last sentence without an empty line after it is not lost.
     for number, line in enumerate([*data.decode_utf8(raw, source).split("\n"), ""], 1):
-        columns = split_words(line)
+        columns = WORD.findall(line)
         if columns and columns[0] != "-DOCSTART-":
             if len(columns) == 1 or not re.fullmatch("O|[BIES]-.+", columns[-1]):
                 raise data.UserError(f"{source}, line {number}, needs a word, and last a tag: O, or B-, I-, "
@@ -129,10 +162,6 @@ def parse(raw, source):
             sentences.append((words, to_bioes(find_spans(tags), len(tags))))
             pairs = []
     return sentences
-
-
-def split_words(line):
-    return re.findall(r"[^ \t\r\n]+", line)  # a no-break space is part of a word
 
 
 def find_spans(tags, official=False):
@@ -175,7 +204,7 @@ class Tokenized(NamedTuple):
 
 
 def tokenize(sentences, names, wordpiece, max_length):
-    """Tokenize sentences, (words, tags). `names` are the tags of the classes.
+    """Tokenize sentences, (words, tags). `names` has the tag of each class.
 
     >>> wordpiece = data.WordPiece([*data.SPECIAL_TOKENS, "do", "it", "##ing"])
     >>> tokenized = tokenize([(["doing", "it"], ["O", "S-NP"])], ["O", "S-NP"], wordpiece, 6)
@@ -183,6 +212,7 @@ def tokenize(sentences, names, wordpiece, max_length):
     ([[2, 5, 7, 6, 3, 0]], [[-100, 0, -100, 1, -100, -100]])
     """
     unknown = [wordpiece.tokens.index(data.UNK)]
+    classes = {name: number for number, name in enumerate(names)}
     rows = []
     labels = []
     for words, tags in sentences:
@@ -199,7 +229,7 @@ def tokenize(sentences, names, wordpiece, max_length):
                 rows[-1][0] = wordpiece.cls_token_id
                 end = 1
             # [T05] Unlike in the official code, classes are train's tags. Another one, in dev, is not used.
-            labels[-1][end] = names.index(tag) if tag in names else 0
+            labels[-1][end] = classes.get(tag, 0)
             rows[-1][end : end + len(pieces)] = pieces
             end += len(pieces)
             rows[-1][end] = wordpiece.sep_token_id  # until the next word takes its place
@@ -242,67 +272,29 @@ def score(predicted, actual):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The sweep, predictions of a saved network, and the command line
-
-
-class Experiment(finetune.Experiment):
-    """A task of tags. The test set is scored beside the dev set, which decides which seed is the best."""
-
-    def tokenize(self, split, examples):
-        return tokenize(examples, self.task.labels, self.pretrained.wordpiece, self.config.max_length)
-
-    def new_network(self):
-        return Tagger(self.pretrained.config, len(self.task.labels))
-
-    def predict(self, network, tokenized):
-        return predict_tags(network, tokenized, self.task.labels, self.config)
-
-    def score(self, predictions, splits):
-        metrics = {}
-        for split, predicted in predictions.items():
-            prefix = "" if split == "dev" else "test "
-            scores = score(predicted, [tags for _, tags in splits[split].sentences])
-            metrics |= {prefix + name: value for name, value in scores.items()}
-        return dict(metrics=metrics, is_constant=len(set(itertools.chain(*predictions["dev"]))) == 1)
-
-
-class Predictor:
-    """A tagger in a folder that --save wrote.
-
-        predictor = Predictor("out/tagging/chunking")
-        [tags] = predictor.predict([["He", "left", "early", "."]])
-    """
-
-    def __init__(self, folder, config=None):
-        saved = finetune.read_saved_config(Path(folder))
-        if not saved or saved["head"] != "Tagger":
-            raise data.UserError(f"{folder} has no tagger; --model takes what --save wrote, as "
-                                 "out/tagging/chunking")
-        self.config = config or TaggingConfig(device="cpu", dtype="fp32")
-        self.names = list(saved["id2label"].values())
-        self.wordpiece, self.max_length = data.read_tokenizer(folder)
-        self.network = Tagger(model.load_config(folder), len(self.names))
-        model.load_weights(self.network, folder)
-        self.network.to(self.config.device)
-
-    def predict(self, sentences):
-        """The tags of sentences, which are lists of words."""
-        untagged = [(words, ["O"] * len(words)) for words in sentences]
-        tokenized = tokenize(untagged, self.names, self.wordpiece, self.max_length)
-        return predict_tags(self.network, tokenized, self.names, self.config)
+# The command line
 
 
 def predict_file(config):
-    """Print the words and tags of a file of any size in the format of train.txt."""
-    predictor = Predictor(config.model, config)
+    """Print the words and tags of a file of any size, in the format of train.txt."""
+    folder = Path(config.model)
+    saved = finetune.read_saved_config(folder)
+    if not saved or saved["head"] != "Tagger":
+        raise data.UserError(f"{folder} does not tag words; --model takes what --save wrote, as "
+                             "out/tagging/chunking")
+    names = list(saved["id2label"].values())
+    wordpiece, max_length = data.read_tokenizer(folder)
+    network = Tagger(model.load_config(folder), len(names))
+    model.load_weights(network, folder)
+    network.to(config.device)
     source = config.predict_file
-    file = sys.stdin.buffer if source == "-" else open(source, "rb")
-    with file:
+    with sys.stdin.buffer if source == "-" else open(source, "rb") as file:
         lines = (data.decode_utf8(line, f"{source}, line {number},") for number, line in enumerate(file, 1))
-        sentences = filter(None, map(split_words, lines))
+        sentences = ((words, ["O"] * len(words)) for words in map(WORD.findall, lines) if words)
         while chunk := list(itertools.islice(sentences, finetune.CHUNK)):
-            for words, tags in zip(chunk, predictor.predict(chunk), strict=True):
-                print(*map("{} {}".format, words, tags), "", sep="\n")
+            tags = predict_tags(network, tokenize(chunk, names, wordpiece, max_length), names, config)
+            for (words, _), predicted in zip(chunk, tags, strict=True):
+                print(*map("{} {}".format, words, predicted), "", sep="\n")
 
 
 def main(argv=None):
