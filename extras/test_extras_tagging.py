@@ -378,8 +378,8 @@ def tag(flags):
                  f"--dropout 0 --num-train-epochs 8 --device cpu --dtype fp32 {flags}".split())
 
 
-def test_a_command_trains_scores_resumes_saves_and_predicts(own_words, monkeypatch, capsys):
-    """A test set is scored, sentences of several rows, too; no finished seed is repeated; words get tags."""
+def test_T14_a_command_trains_scores_resumes_saves_and_predicts(own_words, monkeypatch, capsys):
+    """Words get their likeliest tags, also in sentences of several rows; finished seeds are not repeated."""
     ran = []
     watch(monkeypatch, finetune.Finetuner, "run", lambda finetuner, seed, splits: ran.append(seed))
     tag("--seeds 1")
