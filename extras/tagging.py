@@ -1,62 +1,143 @@
-"""Label every word of a sentence: the chunks of CoNLL-2000, or the tags in a folder of your own.
+"""Tag the words of sentences: fine-tune, score, predict. `python extras/tagging.py --task chunking --seeds 3`
 
-The folder has train.txt and perhaps dev.txt and test.txt: a word and its tag on a line, and an empty line
-between sentences. Tags are O, or B-, I-, E- or S- with a type, as B-NP. [Tnn] marks a detail with a test.
+The task is CoNLL-2000's chunks, or a folder of your own. It has train.txt and perhaps dev.txt and test.txt: a
+word and its tag on a line, and an empty line between sentences. Tags are O, or B-, I-, E- or S- with a type,
+as B-NP. finetune.py has the sweep over seeds and the training. [Tnn] marks a detail with a test.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train  # before torch, as in finetune.py
+
+# isort: split
 import gzip
 import hashlib
 import itertools
 import re
-import sys
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import finetune
+import glue
 import model
 
 CONLL2000 = "https://www.clips.uantwerpen.be/conll2000/chunking/"
 SHA256 = {"train.txt": "82033cd7a72b209923a98007793e8f9de3abc1c8b79d646c50648eb949b87cea",  # unpacked [T01]
           "test.txt": "73b7b1e565fa75a1e22fe52ecdf41b6624d6f59dacb591d44252bf4d692b1628"}
+WORD = re.compile(r"[^ \t\r\n]+")  # a no-break space is part of a word
 NO_WORD = -100  # the class of a token that does not begin a word
 
 
-def read_splits(name, cache):
-    """The sentences of train, dev and, if there is one, test, by split. `name` is chunking or a folder."""
-    folder = Path(name)
-    if name == "chunking":
-        folder = Path(cache) / "conll2000"
-        for name in SHA256:
-            data.make_once(folder / name, lambda path=folder / name: fetch(path))
-    files = {split: folder / f"{split}.txt" for split in ("train", "dev", "test")}
-    splits = {split: parse(path.read_bytes(), path) for split, path in files.items()
-              if path.exists() or split == "train"}
-    if "dev" not in splits:  # as in CoNLL-2000: a random tenth of train is held out, the same in every run
-        sentences = splits["train"]
-        is_dev = data.rng(0, "held-out sentences").permutation(len(sentences)) < len(sentences) / 10
-        splits["train"] = list(itertools.compress(sentences, ~is_dev))
-        splits["dev"] = list(itertools.compress(sentences, is_dev))
-    for split, sentences in splits.items():
+@dataclass(frozen=True)
+class TaggingConfig(finetune.FinetuneConfig):
+    """Words, and how their tags are learned. An annotated field is a flag, and the text is its help."""
+
+    task: Annotated[str, "chunking, which is downloaded, or a folder with train.txt"] = "chunking"
+    # [T18] The official code has rows of 256, a weight decay of 0.01 and, for small, a learning rate of 1e-4.
+    # The longest sentence that CoNLL-2000 has for training is 107 tokens.
+    max_length: Annotated[int, "tokens in a row; a longer sentence takes several", 8, 65_536] = 128
+    num_train_epochs: Annotated[int, "passes over the sentences", 1, 10_000] = 3
+    predict_file: Annotated[str, "a file, or - for standard input, with a sentence on each line and spaces "
+                                 "between its words: print words and tags"] = ""
+    out: Annotated[str, "folder for results"] = "out/tagging"
+
+    # What tags do not need is not a flag here: a test set has tags, and is scored in every run.
+    regression: bool = False
+    glue_dir: str = ""
+    keep_predictions: bool = False
+    submit: bool = False
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What finetune.py must know of the task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(glue.OwnTask):
+    """A folder of words and tags. Without a dev.txt, `files` has train.txt for dev, too."""
+
+    submissions = {}
+    dev_splits = property(lambda self: self.splits[1:])
+
+    def read(self, split, cache=None, glue_dir=None):
+        """The sentences of a split, (words, tags), and the SHA-256 of its file."""
+        path = self.files[split]
+        raw = path.read_bytes()
+        sentences = parse(raw, path)
+        if path == self.files["train"] == self.files["dev"]:
+            # As for CoNLL-2000: a random tenth of train is held out, the same in every run.
+            is_kept = data.rng(0, "held-out sentences").permutation(len(sentences)) < len(sentences) / 10
+            if split == "train":
+                is_kept = ~is_kept
+            sentences = list(itertools.compress(sentences, is_kept))
         if not sentences:
-            raise data.UserError(f"{files[split]} needs a sentence, and train.txt two if there is no dev.txt")
-    return splits
+            raise data.UserError(f"{path} needs a sentence, and train.txt two if there is no dev.txt")
+        return sentences, hashlib.sha256(raw).hexdigest()
 
 
-def fetch(path):
-    """Download a file of CoNLL-2000, unpack it to `path` and check it."""
-    address = f"{CONLL2000}{path.name}.gz"
-    advice = f"put {path.name} into {path.parent}"
-    raw = b"".join(data.fetch(address, advice))
-    if raw.startswith(b"\x1f\x8b"):  # it is not a web page
-        raw = gzip.decompress(raw)
-    if hashlib.sha256(raw).hexdigest() != SHA256[path.name]:
-        raise data.UserError(f"{address} is not the official file; {advice}")
-    with data.atomic_write(path) as file:
-        file.write(raw)
+class Experiment(finetune.Experiment):
+    """Words in the place of sentences. A test set is scored beside the dev set, which picks the best seed."""
+
+    def tokenize(self, split, examples):
+        return tokenize(examples, self.task.labels, self.pretrained.wordpiece, self.config.max_length)
+
+    def new_network(self):
+        return Tagger(self.pretrained.config, len(self.task.labels))
+
+    def predict(self, network, tokenized):
+        return predict_tags(network, tokenized, self.task.labels, self.config)
+
+    def score(self, predictions, splits):
+        metrics = {}
+        for split, predicted in predictions.items():
+            prefix = "test " if split == "test" else ""
+            scores = score(predicted, [tags for _, tags in splits[split].sentences])
+            metrics |= {prefix + name: value for name, value in scores.items()}
+        return dict(metrics=metrics, is_constant=len(set(itertools.chain(*predictions["dev"]))) == 1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files and tags
+
+
+def find_task(config):
+    """The Task of a command. Its labels are those of train. [T05]"""
+    folder = Path(config.task)
+    if config.task == "chunking":
+        folder = fetch_conll2000(config.cache)
+    train, dev, test = (folder / f"{split}.txt" for split in ("train", "dev", "test"))
+    files = dict(train=train, dev=dev if dev.exists() else train)
+    if test.exists():
+        files["test"] = test
+    task = Task(title=Path(config.task).resolve().name, files=files, metrics=("f1",))
+    sentences, _ = task.read("train")
+    return replace(task, labels=tuple(sorted({tag for _, tags in sentences for tag in tags})))
+
+
+def fetch_conll2000(cache):
+    """The folder of CoNLL-2000's files. They are downloaded, unpacked and checked once."""
+    folder = Path(cache, "conll2000")
+    with data.lock(folder / "lock", f"waiting for another process to fill {folder}"):
+        for name, sha256 in SHA256.items():
+            path = folder / name
+            if path.exists():
+                continue
+            address = f"{CONLL2000}{name}.gz"
+            advice = f"put {name} into {folder}"
+            raw = b"".join(data.fetch(address, advice))
+            if raw.startswith(b"\x1f\x8b"):  # it is not a web page
+                raw = gzip.decompress(raw)
+            if hashlib.sha256(raw).hexdigest() != sha256:
+                raise data.UserError(f"{address} is not the official file; {advice}")
+            with data.atomic_write(path) as file:
+                file.write(raw)
+    return folder
 
 
 def parse(raw, source):
@@ -69,7 +150,7 @@ def parse(raw, source):
     pairs = []
     # Unlike in the official code, a last sentence without an empty line after it is not lost.
     for number, line in enumerate([*data.decode_utf8(raw, source).split("\n"), ""], 1):
-        columns = re.findall(r"[^ \t\r]+", line)
+        columns = WORD.findall(line)
         if columns and columns[0] != "-DOCSTART-":
             if len(columns) == 1 or not re.fullmatch("O|[BIES]-.+", columns[-1]):
                 raise data.UserError(f"{source}, line {number}, needs a word, and last a tag: O, or B-, I-, "
@@ -110,17 +191,30 @@ def to_bioes(spans, num_words):
     return tags
 
 
-def build_rows(sentences, labels, wordpiece, max_length):
-    """Rows, uint16 (N, max_length), and where words begin in them their classes, int64 (N, max_length).
+# ------------------------------------------------------------------------------------------------------------
+# Rows, network and score
+
+
+class Tokenized(NamedTuple):
+    """Sentences as the network takes them."""
+
+    rows: np.ndarray  # uint16 (N, max_length), zero-padded
+    labels: np.ndarray  # int64 (N, max_length), the class of each word where it begins; else NO_WORD
+    sentences: list  # (words, tags); a long one has several rows
+
+
+def tokenize(sentences, names, wordpiece, max_length):
+    """Tokenize sentences, (words, tags). `names` has the tag of each class.
 
     >>> wordpiece = data.WordPiece([*data.SPECIAL_TOKENS, "do", "it", "##ing"])
-    >>> rows, classes = build_rows([(["doing", "it"], ["O", "S-NP"])], ["O", "S-NP"], wordpiece, 6)
-    >>> rows.tolist(), classes.tolist()
+    >>> tokenized = tokenize([(["doing", "it"], ["O", "S-NP"])], ["O", "S-NP"], wordpiece, 6)
+    >>> tokenized.rows.tolist(), tokenized.labels.tolist()
     ([[2, 5, 7, 6, 3, 0]], [[-100, 0, -100, 1, -100, -100]])
     """
     unknown = [wordpiece.tokens.index(data.UNK)]
+    classes = {name: number for number, name in enumerate(names)}
     rows = []
-    classes = []
+    labels = []
     for words, tags in sentences:
         end = max_length  # where the next word begins: no row is begun yet
         # Unlike in the official code, words are tokenized as in pre-training: Chinese by character, cased
@@ -131,15 +225,15 @@ def build_rows(sentences, labels, wordpiece, max_length):
             # continues in the next row, so that all words are trained on and scored. [T16]
             if end + len(pieces) + 1 > max_length:
                 rows.append(np.zeros(max_length, dtype=np.uint16))
-                classes.append(np.full(max_length, NO_WORD))
+                labels.append(np.full(max_length, NO_WORD))
                 rows[-1][0] = wordpiece.cls_token_id
                 end = 1
-            # [T05] Unlike in the official code, labels are those of train. Others, as in dev, are not used.
-            classes[-1][end] = labels.index(tag) if tag in labels else 0
+            # [T05] Unlike in the official code, classes are train's tags. Another one, in dev, is not used.
+            labels[-1][end] = classes.get(tag, 0)
             rows[-1][end : end + len(pieces)] = pieces
             end += len(pieces)
             rows[-1][end] = wordpiece.sep_token_id  # until the next word takes its place
-    return np.stack(rows), np.stack(classes)
+    return Tokenized(np.stack(rows), np.stack(labels), sentences)
 
 
 class Tagger(finetune.Classifier):
@@ -151,16 +245,20 @@ class Tagger(finetune.Classifier):
         token_types = attention_mask.long()  # [T08] 1 everywhere; in pre-training a first segment has 0
         return model.in_fp32(self.classifier(self.encoder(input_ids, attention_mask, token_types)))
 
-    def losses(self, logits, labels):
+    def losses(self, input_ids, labels):
         """The cross-entropy of each word, 0 elsewhere, (B, L). Training takes the sum. [T13]"""
-        labels = labels[:, : logits.shape[1]]  # rows are cut to the longest of their batch
-        return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=NO_WORD, reduction="none")
+        logits = self(input_ids).transpose(1, 2)
+        labels = labels[:, : input_ids.shape[1]]  # rows are cut to the longest of their batch
+        return F.cross_entropy(logits, labels, ignore_index=NO_WORD, reduction="none")
 
 
-def name_tags(predicted, labels, sentences):
-    """The predicted tags of each sentence, from the classes predicted for all words, (words,)."""
-    tags = (labels[number] for number in predicted)
-    return [list(itertools.islice(tags, len(words))) for words, _ in sentences]
+def predict_tags(network, tokenized, names, config):
+    """The most likely tags of each sentence, a list of lists. [T14]"""
+    classes = np.zeros_like(tokenized.labels)
+    for numbers, logits in finetune.run_network(network, tokenized.rows, config):
+        classes[numbers, : logits.shape[1]] = logits.argmax(2).cpu()
+    tags = (names[number] for number in classes[tokenized.labels != NO_WORD])
+    return [list(itertools.islice(tags, len(words))) for words, _ in tokenized.sentences]
 
 
 def score(predicted, actual):
@@ -171,3 +269,45 @@ def score(predicted, actual):
                         for span in find_spans(tags, official)} for sentences in (predicted, actual))
         metrics[name] = 2 * len(found & gold) / max(1, len(found) + len(gold))
     return metrics
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def predict_file(config):
+    """Print the words of a file of any size with their tags, in the format of train.txt."""
+    folder = Path(config.model)
+    saved = finetune.read_saved_config(folder)
+    if not saved or saved["head"] != "Tagger":
+        raise data.UserError(f"{folder} does not tag words; --model takes what --save wrote")
+    names = list(saved["id2label"].values())
+    wordpiece, max_length = data.read_tokenizer(folder)
+    network = Tagger(model.load_config(folder), len(names))
+    model.load_weights(network, folder)
+    network.to(config.device)
+    source = config.predict_file
+    with sys.stdin.buffer if source == "-" else open(source, "rb") as file:
+        lines = (data.decode_utf8(line, f"{source}, line {number},") for number, line in enumerate(file, 1))
+        sentences = ((words, ["O"] * len(words)) for words in map(WORD.findall, lines) if words)
+        while chunk := list(itertools.islice(sentences, finetune.CHUNK)):
+            tags = predict_tags(network, tokenize(chunk, names, wordpiece, max_length), names, config)
+            for (words, _), predicted in zip(chunk, tags, strict=True):
+                for word, tag in zip(words, predicted, strict=True):
+                    print(word, tag)
+                print()
+
+
+def main(argv=None):
+    description = "Fine-tune on tagged words, and score. The same command resumes."
+    [config], _ = train.parse(argv, description, [TaggingConfig], {})
+    config = train.resolve_device(config)
+    if config.predict_file:
+        predict_file(config)
+        return
+    task = find_task(config)
+    finetune.run(config, {task.name: task}, finetune.load_pretrained(config), Experiment)
+
+
+if __name__ == "__main__":
+    sys.exit(train.run_command(main))

@@ -7,6 +7,7 @@ Q04 to Q47 or T01 to T16 quotes the fact that it checks.
 import doctest
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import random
@@ -677,12 +678,18 @@ NP = (b"The DT B-NP\ndog NN I-NP\nbarks VBZ B-VP\n\n"
 
 def make_rows(sentences, max_length=32, vocab=VOCAB):
     """The rows of sentences, as lists of tokens without padding, and the indices where words begin."""
-    labels = sorted({tag for _, tags in sentences for tag in tags})
-    rows, classes = tagging.build_rows(sentences, labels, data.WordPiece(vocab), max_length)
+    names = sorted({tag for _, tags in sentences for tag in tags})
+    rows, classes, _ = tagging.tokenize(sentences, names, data.WordPiece(vocab), max_length)
     assert rows.dtype == np.uint16 and rows.shape == classes.shape == (len(rows), max_length)
     tokens = [[vocab[number] for number in row if number] for row in rows]
     assert all(not row[len(texts):].any() for row, texts in zip(rows, tokens, strict=True))
     return tokens, [np.flatnonzero(row != tagging.NO_WORD).tolist() for row in classes]
+
+
+def read_task(name, cache="cache"):
+    """The sentences of a task by split."""
+    task = tagging.find_task(tagging.TaggingConfig(task=str(name), cache=str(cache)))
+    return {split: task.read(split)[0] for split in task.splits}
 
 
 def make_tags(random_, length, types=("NP", "VP")):
@@ -728,18 +735,18 @@ def test_T01_conll2000_is_downloaded_once_and_its_unpacked_files_are_checked(tmp
 
     monkeypatch.setattr(data, "fetch", fetch)
     with pytest.raises(data.UserError, match="train.txt.gz is not the official file; put train.txt into"):
-        tagging.read_splits("chunking", tmp_path)
+        read_task("chunking", tmp_path)
     monkeypatch.setattr(data, "fetch", lambda address, advice: [b"<html>"])
     with pytest.raises(data.UserError, match="not the official file"):
-        tagging.read_splits("chunking", tmp_path)
+        read_task("chunking", tmp_path)
 
     monkeypatch.setattr(data, "fetch", fetch)
     monkeypatch.setattr(tagging, "SHA256",
                         {name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
     asked.clear()
-    splits = tagging.read_splits("chunking", tmp_path)
+    splits = read_task("chunking", tmp_path)
     assert {split: len(sentences) for split, sentences in splits.items()} == dict(train=36, dev=4, test=2)
-    assert tagging.read_splits("chunking", tmp_path) == splits
+    assert read_task("chunking", tmp_path) == splits
     folder = "https://www.clips.uantwerpen.be/conll2000/chunking/"
     assert asked == [f"{folder}train.txt.gz", f"{folder}test.txt.gz"]
 
@@ -748,13 +755,13 @@ def test_T01_without_a_dev_set_a_random_tenth_of_train_is_one(tmp_path):
     """Of 95 sentences 10 are held out, not in a block, the same every time; a dev set at hand is used."""
     sentences = [f"w{number} O\n" for number in range(95)]
     (tmp_path / "train.txt").write_text("\n".join(sentences))
-    splits = tagging.read_splits(tmp_path, "cache")
-    assert splits == tagging.read_splits(tmp_path, "cache") and set(splits) == {"train", "dev"}
+    splits = read_task(tmp_path)
+    assert splits == read_task(tmp_path) and set(splits) == {"train", "dev"}
     train, dev = ([int(words[0][1:]) for words, _ in splits[split]] for split in ("train", "dev"))
     assert train == sorted(set(range(95)) - set(dev)) and dev == sorted(dev) and len(dev) == 10
     assert max(np.diff(dev)) > 1
     (tmp_path / "dev.txt").write_text("x O")
-    splits = tagging.read_splits(tmp_path, "cache")
+    splits = read_task(tmp_path)
     assert (len(splits["train"]), splits["dev"]) == (95, [(("x",), ["O"])])
 
 
@@ -808,10 +815,10 @@ def test_T03_labels_of_recorded_sentences():
 def test_bad_files_are_named_with_the_line(tmp_path, content, message):
     """One sentence says which file, which line and what it should hold. A missing file is named, too."""
     with pytest.raises(FileNotFoundError, match="train.txt"):
-        tagging.read_splits(tmp_path, "cache")
+        read_task(tmp_path)
     (tmp_path / "train.txt").write_bytes(content)
     with pytest.raises(data.UserError, match="train.txt") as error:
-        tagging.read_splits(tmp_path, "cache")
+        read_task(tmp_path)
     assert re.search(message, str(error.value)) and len(str(error.value)) < 300
 
 
@@ -819,14 +826,15 @@ def test_bad_files_are_named_with_the_line(tmp_path, content, message):
 # Rows
 
 
-def test_T05_labels_are_those_of_train_and_others_count_as_wrong():
+def test_T05_labels_are_those_of_train_and_others_count_as_wrong(monkeypatch):
     """Classes are sorted labels. Deviation: one that only dev has is no class, but gold in the score."""
     dev = [(("the", "dog", "barks"), ["B-NP", "E-NP", "S-VP"])]
-    labels = ["B-NP", "E-NP", "O"]
-    _, classes = tagging.build_rows(dev, labels, data.WordPiece(VOCAB), 8)
-    predicted = np.full(classes.shape, 2)
-    predicted[0, 1], predicted[0, 2] = 0, 1
-    tags = tagging.name_tags(predicted[classes != tagging.NO_WORD], labels, dev)
+    names = ["B-NP", "E-NP", "O"]
+    tokenized = tagging.tokenize(dev, names, data.WordPiece(VOCAB), 8)
+    logits = torch.zeros(1, 6, 3)
+    logits[0, [1, 2, 3, 4], [0, 1, 2, 2]] = 1.0
+    monkeypatch.setattr(finetune, "run_network", lambda *_: [([0], logits)])
+    tags = tagging.predict_tags(None, tokenized, names, None)
     assert tags == [["B-NP", "E-NP", "O"]]
     assert tagging.score(tags, [tags for _, tags in dev])["f1"] == pytest.approx(2 / 3)
 
@@ -897,7 +905,7 @@ def test_T08_T09_T12_T13_recorded_losses_and_gradients():
             strict=True):
         row[positions[mask].astype(int)] = torch.from_numpy(labels[mask].astype(int))
     longer = F.pad(classes, (0, 5), value=7)  # rows, but not their classes, are cut to the longest of a batch
-    losses = tagger.losses(tagger(torch.from_numpy(record["input_ids"].astype(int))), longer)
+    losses = tagger.losses(torch.from_numpy(record["input_ids"].astype(int)), longer)
     assert losses.sum(1).tolist() == pytest.approx(record["loss"].tolist(), rel=1e-6)
     losses.sum().backward()
     gradients = views(lambda parameter: parameter.grad)
@@ -918,37 +926,6 @@ def test_T12_the_head_has_no_dropout_and_starts_from_glorot_uniform():
     ids = torch.tensor([[101, 7, 8, 102, 0]])
     assert torch.equal(tagger(ids), tagger(ids))
     assert tagger(ids).shape == (1, 5, 36)
-
-
-def test_a_network_learns_to_tag():
-    """A network that was trained on six words tags them in other sentences, also in those of several rows."""
-    tag_of = {"dog": "S-NP", "barks": "S-VP", "twenty-one": "S-NP", "the": "O", "ran": "S-VP", "a": "O"}
-    random_ = random.Random(0)
-
-    def make_sentences(longest):
-        sentences = [random_.choices(list(tag_of), k=random_.randint(1, longest)) for _ in range(40)]
-        return [(words, [tag_of[word] for word in words]) for words in sentences]
-
-    torch.manual_seed(0)
-    wordpiece = data.WordPiece(VOCAB)
-    config = model.ElectraConfig(vocab_size=len(VOCAB), embedding_size=32, hidden_size=32,
-                                 num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-                                 max_position_embeddings=16, hidden_dropout_prob=0.0,
-                                 attention_probs_dropout_prob=0.0)
-    labels = ["O", "S-NP", "S-VP"]
-    tagger = tagging.Tagger(config, len(labels))
-    optimizer = torch.optim.Adam(tagger.parameters(), 0.01)
-    rows, classes = tagging.build_rows(make_sentences(8), labels, wordpiece, 16)
-    for _ in range(20):
-        optimizer.zero_grad()
-        tagger.losses(tagger(torch.from_numpy(rows.astype(int))), torch.from_numpy(classes)).sum().backward()
-        optimizer.step()
-    test = make_sentences(30)
-    rows, classes = tagging.build_rows(test, labels, wordpiece, 16)
-    assert len(rows) > 60
-    predicted = tagger(torch.from_numpy(rows.astype(int))).argmax(-1).numpy()
-    tags = tagging.name_tags(predicted[classes != tagging.NO_WORD], labels, test)
-    assert tagging.score(tags, [tags for _, tags in test]) == {"f1": 1.0, "official f1": 1.0}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -993,3 +970,97 @@ def test_T15_a_score_of_nothing_is_0():
     assert tagging.score([["O"]], [["O"]]) == nothing
     assert tagging.score([["S-NP"]], [["S-VP"]]) == nothing
     assert tagging.score([["S-NP"]], [["O"]]) == nothing
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
+
+TAG_OF = {"dog": "S-NP", "barks": "S-VP", "twenty-one": "S-NP", "the": "O", "ran": "S-VP", "a": "O"}
+
+
+def write_sentences(longest):
+    """The bytes of 40 sentences of at most `longest` words."""
+    random_ = random.Random(longest)
+    sentences = [random_.choices(list(TAG_OF), k=random_.randint(1, longest)) for _ in range(40)]
+    return "\n".join("".join(f"{word} {TAG_OF[word]}\n" for word in words) for words in sentences).encode()
+
+
+@pytest.fixture
+def own_words(tmp_path, monkeypatch):
+    """A tiny model in out/small and six words with their tags in own/. The folder is the current one."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    wordpiece = data.WordPiece(VOCAB)
+    config = model.ElectraConfig(vocab_size=len(VOCAB), embedding_size=32, hidden_size=32,
+                                 num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+                                 max_position_embeddings=16)
+    train.write_network(Path("out/small/discriminator"), tagging.Tagger(config, 1), wordpiece, 16)
+    write_files("own", {"train.txt": write_sentences(20), "dev.txt": write_sentences(6),
+                        "test.txt": write_sentences(30)})
+
+
+def tag(flags):
+    tagging.main(f"--task ./own --max-length 16 --batch-size 8 --learning-rate 1e-2 --layerwise-lr-decay 1 "
+                 f"--dropout 0 --num-train-epochs 8 --device cpu --dtype fp32 {flags}".split())
+
+
+def test_T14_a_command_trains_scores_resumes_saves_and_predicts(own_words, monkeypatch, capsys):
+    """Words get their likeliest tags, also in sentences of several rows; finished seeds are not repeated."""
+    ran = []
+    watch(monkeypatch, finetune.Finetuner, "run", lambda finetuner, seed, splits: ran.append(seed))
+    tag("--seeds 1")
+    tag("--seeds 2 --save")
+    assert ran == [0, 1, 0]  # both are perfect, and the first one's network had not been saved
+    results = read_results("out/tagging")
+    assert set(results) == {("own", 0), ("own", 1)}
+    for result in results.values():
+        assert result["metrics"] == {"f1": 1.0, "official f1": 1.0, "test f1": 1.0, "test official f1": 1.0}
+        assert result["examples"]["dev"] == 40 and result["examples"]["test"] > 60
+    tag("--seeds 2 --save")
+    assert len(ran) == 3 and read_results("out/tagging") == results
+    lines = capsys.readouterr().out.splitlines()
+    assert any(re.match(r"own +test f1 +2 +100\.00", line) for line in lines)
+
+    [saved] = [path.parent for path in Path("out/tagging").rglob("config.json")]
+    sentences = ["the dog barks", "dog", " ".join(TAG_OF) + " dog" * 40]
+    content = "\n\n".join(sentences).encode()
+    Path("new.txt").write_bytes(content)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    expected = "\n".join("".join(f"{word} {TAG_OF[word]}\n" for word in sentence.split())
+                         for sentence in sentences) + "\n"
+    for file in "new.txt", "-":
+        tagging.main(f"--predict-file {file} --model {saved} --device cpu".split())
+        assert capsys.readouterr().out == expected
+
+    with pytest.raises(data.UserError, match="has no classifier"):
+        finetune.main(f"--predict-file new.txt --model {saved} --device cpu".split())
+    with pytest.raises(data.UserError, match="out/small/discriminator does not tag words; --model"):
+        tagging.main("--predict-file new.txt --model out/small/discriminator --device cpu".split())
+
+
+def test_T18_the_recipe():
+    """3 epochs and batches of 32. Deviations: rows of 128, which hold every sentence of CoNLL-2000, not 256;
+    learning rates as for GLUE."""
+    config = tagging.TaggingConfig()
+    assert (config.max_length, config.num_train_epochs, config.batch_size) == (128, 3, 32)
+    task = SimpleNamespace(num_train_epochs=10)
+    rates = [finetune.fill_in_recipe(config, task, size).learning_rate for size in (256, 768, 1024)]
+    assert rates == [3e-4, 1e-4, 5e-5]
+
+
+def test_no_step_of_a_tagger_waits_for_the_device(own_words):
+    """Nothing in a step has a size or a branch that depends on data, so that it can be a CUDA graph."""
+    tokenized = tagging.tokenize(tagging.parse(write_sentences(8), "f"), sorted(set(TAG_OF.values())),
+                                 data.WordPiece(VOCAB), 16)
+    tagger = tagging.Tagger(model.load_config(Path("out/small/discriminator")), 3)
+    with NoSync():
+        tagger.losses(torch.from_numpy(tokenized.rows.astype(np.int32)),
+                      torch.from_numpy(tokenized.labels)).sum().backward()
+
+
+def test_a_network_that_diverged_is_scored_and_noted(own_words, monkeypatch, capsys):
+    """If weights are not finite, every word gets the same tag. The table says so."""
+    watch(monkeypatch, tagging, "predict_tags",
+          lambda network, *_: network.classifier.bias.data.fill_(np.nan))
+    tag("--num-train-epochs 1")
+    assert "own: seed 0 gave every example the same answer" in capsys.readouterr().out
