@@ -548,7 +548,7 @@ def load_config(folder):
     ids = read_vocabulary(folder)
     if ids:
         num_tokens = 1 + max(ids.values())
-        if not 0 <= config.vocab_size - num_tokens <= MAX_PADDING:
+        if not 0 <= config.vocab_size - num_tokens <= min(MAX_PADDING, num_tokens // 4):
             raise ModelError(f"{folder} is inconsistent: its vocabulary has {num_tokens:,} tokens, and "
                              f"config.json says {config.vocab_size:,}")
         config = replace(

@@ -2059,7 +2059,8 @@ def test_a_warm_up_that_fills_the_run_is_a_warning(corpus, capsys):
     """small's 10,000 steps of warm-up leave a run of 24 at a fraction of its learning rate."""
     for steps, is_warned in (4, False), (5, True), (10_000, True):
         pretrain(f"--num-warmup-steps {steps} --restart")
-        assert ("of 24 steps; a short run needs fewer: --num-warmup-steps 1" in capsys.readouterr().out) == is_warned
+        printed = capsys.readouterr().out
+        assert ("of 24 steps; a short run needs fewer: --num-warmup-steps 1" in printed) == is_warned
 
 
 def test_training_works_in_a_thread_and_in_a_notebook(corpus, monkeypatch):

@@ -56,7 +56,7 @@ class StepConfig:
     adam_beta1: Annotated[float, "decay of Adam's first moment", 0, 0.9999] = 0.9
     adam_beta2: Annotated[float, "decay of Adam's second moment", 0, 0.9999] = 0.999
     adam_epsilon: Annotated[float, "added to the root of Adam's second moment", 1e-12, 1] = 1e-6
-    max_grad_norm: Annotated[float, "global norm to which gradients are clipped", 1e-6, 1e6] = 1.0
+    max_grad_norm: Annotated[float, "global norm to which gradients are clipped", 1e-6, 1e12] = 1.0
     dtype: Annotated[str, "fp32, bf16 or fp16; auto is bf16 on a GPU that has it, fp16 on another, "
                           "else fp32"] = "auto"
     device: Annotated[str, "cpu, cuda, cuda:1 or mps; auto is cuda if there is one, else cpu"] = "auto"
@@ -532,8 +532,6 @@ def gather(value):
 # The folder of a run
 
 MIN_LOSS_SCALE = 1e-4  # of fp16; below it every step has overflowed for long
-
-
 # What `write_network` writes. Without a config.json, a folder is no network.
 NETWORK_FILES = ("config.json", "tokenizer_config.json", "vocab.txt", "model.safetensors")
 
@@ -643,9 +641,9 @@ class RunFolder:
         return f"{self.path} holds another run ({reason}); use its settings, another --out, or --restart"
 
     def load(self, state, electra, optimizer, scaler):
-        """Load what `read_checkpoint` returned on rank 0 into all ranks. Returns its step."""
+        """Load what `read_checkpoint` returned on rank 0 into all ranks. Returns its step, or 0."""
         step = 0
-        if RANK == 0:
+        if state is not None:
             step = state["step"]
             electra.load_state_dict(state["model"])
             # Keep this run's groups. Their settings may be new, and their learning rates are on this device.
@@ -657,8 +655,6 @@ class RunFolder:
 
     def begin(self, electra, optimizer, scaler):
         """Make a new run. With --restart, the old one is deleted first, and its checkpoint last."""
-        if RANK > 0:
-            return
         if self.config.restart:
             for file in [*written_files(self.path), self.checkpoint]:
                 file.unlink(missing_ok=True)
@@ -670,8 +666,6 @@ class RunFolder:
 
     def resume(self, step, old_numerics, electra):
         """Bring the log and the networks into line with the checkpoint, and say where the run stands."""
-        if RANK > 0:
-            return
         self.cut_log(step, old_numerics)
         if step > 0:
             self.export(step, electra, self.path)
@@ -1022,15 +1016,15 @@ def main(argv=None):
         if LOCAL_RANK == 0:
             stack.enter_context(shards.prepare_in_child())
         read_together(shards.wait_for_shards, 1)  # before the folder is touched: bad text cannot harm a run
-        step = 0
         if run:
             folder.check_text(run)
-            step = folder.load(state, electra, optimizer, scaler)
-        if run and not config.eval_only:
-            folder.resume(step, run["numerics"], electra)
-        elif not run:
-            folder.begin(electra, optimizer, scaler)
+        step = folder.load(state, electra, optimizer, scaler)
         del state  # it takes memory
+        if RANK == 0 and not config.eval_only:
+            if run:
+                folder.resume(step, run["numerics"], electra)
+            else:
+                folder.begin(electra, optimizer, scaler)
 
         print(shards.describe())
         if not config.eval_only:
@@ -1040,9 +1034,10 @@ def main(argv=None):
 
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
-    exported = " and ".join(str(folder.path / name) for name in networks_of(electra))
-    print(f"\ntransformers can load {exported}; to fine-tune:\n"
-          f"python finetune.py --model {folder.path} --task mrpc --max-length {data_config.max_length}")
+    exported = [folder.path / name for name in networks_of(electra)]
+    if all(path.exists() for path in exported):  # --eval-only does not make them
+        print(f"\ntransformers can load {' and '.join(map(str, exported))}; to fine-tune:\n"
+              f"python finetune.py --model {folder.path} --task mrpc --max-length {data_config.max_length}")
 
 
 MAX_WARMUP_SHARE = 0.2  # a run whose learning rate rises for longer gets a warning
