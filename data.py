@@ -35,6 +35,7 @@ import platform
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -49,7 +50,6 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import urlsplit
 
 import numpy as np
 import requests
@@ -175,9 +175,12 @@ def read_json(path):
 def parse_json(text, source):
     """The JSON object in `text`. Errors name `source`."""
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError):
-        raise UserError(f"{source} is damaged: it is not a JSON object") from None
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{source} is damaged: it is not a JSON object")
+    return found
 
 
 def decode_utf8(raw, source):
@@ -292,12 +295,10 @@ def read_source(name, config):
     if name == "python-docs":
         yield from python_docs()
         return
-    path = name
-    if is_address(name):
-        path = urlsplit(name).path
+    path = without_secrets(name)
     one_document = config.one_document_per_file or name in OPENWEBTEXT
     with open_source(name) as stream:
-        yield from read_file(stream, path, name, one_document)
+        yield from read_file(stream, path, path, one_document)
 
 
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, tarfile.TarError)
@@ -976,7 +977,7 @@ def read_tokenizer(folder):
     tokens = read_vocab(vocab)
     path = Path(folder, "tokenizer_config.json")
     settings = {}
-    if path.exists():
+    if path.is_file():
         settings = read_json(path)
     if vocab.suffix == ".json":  # its rules outweigh those of tokenizer_config.json
         rules = read_json(vocab).get("normalizer") or {}
@@ -1065,10 +1066,16 @@ def read_vocab(path):
         raise UserError(f"there is no vocabulary {path}; --vocab takes a vocab.txt, train:SIZE or bert")
     text = decode_utf8(path.read_bytes(), path)
     if path.suffix == ".json":
-        ids = parse_json(text, path).get("model", {}).get("vocab", {})
-        if not isinstance(ids, dict) or sorted(ids.values()) != list(range(len(ids))):
+        content = parse_json(text, path)
+        try:
+            ids = content["model"]["vocab"]
+            tokens = sorted(ids, key=ids.get)
+            is_whole = [ids[token] for token in tokens] == list(range(len(tokens)))
+            "".join(tokens).encode()
+        except (AttributeError, KeyError, TypeError, UnicodeEncodeError):  # half a surrogate pair
+            is_whole = False
+        if not is_whole:
             raise UserError(f"{path} is not a WordPiece tokenizer, as ELECTRA's and BERT's are")
-        tokens = sorted(ids, key=ids.get)
     else:
         tokens = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     if tokens[:1] != [PAD] or not set(SPECIAL_TOKENS) <= set(tokens):
@@ -1167,17 +1174,19 @@ def find_files(config):
             files += OPENWEBTEXT
         elif os.path.isdir(name):
             files += sorted(walk(name))
-        elif name == "python-docs" or is_address(name) or os.path.exists(name):
+        elif name == "python-docs" or is_address(name) or os.path.isfile(name):
             files.append(name)
         else:
-            raise UserError(f"there is no {name}; --data takes paths, addresses, openwebtext or python-docs")
+            raise UserError(f"there is no file {without_secrets(name)}; --data takes files, folders, "
+                            "addresses, openwebtext or python-docs")
     if not files:
         raise UserError(f"{config.data[0]} holds no .txt, .jsonl, .json or .tar file, plain, .gz or .xz")
     return files
 
 
 def no_text(config):
-    return UserError(f"there is no text to train on in {' '.join(config.data)}")
+    names = " ".join(without_secrets(name) for name in config.data)
+    return UserError(f"there is no text to train on in {names}")
 
 
 def walk(folder):
@@ -1229,8 +1238,9 @@ def identify(name):
 
 
 def source_name(config):
-    """The name of the first source, fit for the name of a file."""
-    return re.sub(r"[^\w.-]", "_", Path(config.data[0]).name) or "text"
+    """The name of the first source, fit for the name of a file: short, and without secrets."""
+    name = Path(without_secrets(config.data[0])).name
+    return re.sub(r"[^\w.-]", "_", name)[:40] or "text"
 
 
 def open_source(name):
@@ -1277,70 +1287,110 @@ def download(path, address, advice, size=None, sha256=None):
             found.update(chunk)
             bar.update(len(chunk))
         if sha256 is not None and found.hexdigest() != sha256:
-            raise UserError(f"{url_of(address)} has SHA-256 {found.hexdigest()} instead of {sha256}; try "
-                            f"again, or {advice}")
+            raise UserError(f"{without_secrets(address)} has SHA-256 {found.hexdigest()} instead of "
+                            f"{sha256}; try again, or {advice}")
 
 
 def fetch(address, advice="use --data PATH or --data python-docs"):
     """Yield the bytes at an address. A dropped connection resumes at the byte where it broke off."""
-    url = url_of(address)
+    name = without_secrets(address)
     position = 0
-    etag = ""
+    length = None  # of the whole; None if the server does not say
+    version = ""
     failures = 0  # in a row
-    while True:
+    while position != length:
         try:
-            with requests.get(url, headers=range_headers(position, etag), stream=True,
+            with requests.get(url_of(address), headers=request_headers(position, version), stream=True,
                               timeout=TIMEOUT) as response:
-                etag = response.headers.get("ETag", "")
-                check_status(response, url, position, advice)
-                for chunk in response.iter_content(1 << 14):  # raises if the body ends early
+                check_status(response, name, advice)
+                begin, total, found = describe_answer(response)
+                if position == 0:
+                    length = None
+                    version = found
+                if length is None:
+                    length = total
+                if (begin, total, found) != (position, length, version):
+                    raise UserError(f"{name} cannot be resumed at byte {position:,}: it has changed, or the "
+                                    "server cannot send a part; download it and use --data PATH")
+                for chunk in response.iter_content(1 << 14):
                     position += len(chunk)
                     failures = 0
                     yield chunk
-                return
-        except requests.RequestException as error:
+                if length is None:
+                    return
+                if position != length:
+                    raise requests.ConnectionError("the body ended early")
+        except UserError:  # also a ValueError
+            raise
+        except (requests.RequestException, ValueError) as error:
+            if position == 0 and cannot_pass(error):
+                raise UserError(f"{name} is not the address of a server; {advice}") from None
             failures += 1
-            wait_or_give_up(error, failures, url, position, advice)
+            wait_or_give_up(error, failures, name, position, advice)
 
 
-def wait_or_give_up(error, failures, url, position, advice):
+def request_headers(position, version):
+    """The headers that ask for the bytes from `position` on."""
+    headers = {"Accept-Encoding": "identity"}
+    if position:
+        headers["Range"] = f"bytes={position}-"
+    if version.startswith('"'):  # a strong ETag: the server answers 200 with all of a file that has changed
+        headers["If-Range"] = version
+    return headers
+
+
+def describe_answer(response):
+    """(First byte, length of the whole, version) of an answer: a part or the whole. None is unknown."""
+    headers = response.headers
+    version = headers.get("ETag") or headers.get("Last-Modified") or ""
+    if response.status_code == 206:
+        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
+        if not match:
+            return None, None, version
+        return int(match[1]), int(match[2]), version
+    length = headers.get("Content-Length", "")
+    if not length.isdecimal() or "Content-Encoding" in headers:  # of the encoded bytes
+        return 0, None, version
+    return 0, int(length), version
+
+
+def check_status(response, name, advice):
+    """Raise requests.HTTPError if it is worth another attempt, and UserError if it is not."""
+    status = response.status_code
+    if status == 429 or status >= 500:
+        response.raise_for_status()
+    if status not in (200, 206):
+        kind = NotFound if status == 404 else UserError
+        raise kind(f"{name} answers {status} {response.reason}; {advice}")
+
+
+def cannot_pass(error):
+    """Whether no attempt can succeed: the address is malformed, or there is no such host."""
+    if isinstance(error, ValueError):  # so requests and urllib3 call malformed addresses
+        return True
+    while error is not None:
+        if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def wait_or_give_up(error, failures, name, position, advice):
     """Wait before the next attempt. Raises UserError after too many failures in a row."""
     attempts = ATTEMPTS
-    if error.response is not None:
-        reason = f"it answers {error.response.status_code}"
+    response = getattr(error, "response", None)
+    if response is not None:
+        reason = f"it answers {response.status_code}"
     else:
         reason = type(error).__name__
         if position == 0:  # perhaps there is no such server
             attempts = ATTEMPTS_WITHOUT_ANSWER
     if failures >= attempts:
-        raise UserError(f"{url} cannot be read: {reason}, {failures} times in a row; the same command "
+        raise UserError(f"{name} cannot be read: {reason}, {failures} times in a row; the same command "
                         f"resumes later; or {advice}") from None
     seconds = min(60, BACKOFF * 2**failures)
-    tqdm.write(f"{url}: {reason}, at byte {position:,}; trying again in {seconds:.0f} s", file=sys.stderr)
+    tqdm.write(f"{name}: {reason}, at byte {position:,}; trying again in {seconds:.0f} s", file=sys.stderr)
     time.sleep(seconds)
-
-
-def range_headers(position, etag):
-    """The headers that ask for the bytes from `position` on."""
-    headers = {"Accept-Encoding": "identity"}
-    if position:
-        headers["Range"] = f"bytes={position}-"
-    if etag.startswith('"'):  # a strong ETag: if the file has changed, the server answers 200 with all of it
-        headers["If-Range"] = etag
-    return headers
-
-
-def check_status(response, url, position, advice):
-    """Raise requests.HTTPError if it is worth another attempt, and UserError if it is not."""
-    status = response.status_code
-    if status == 429 or status >= 500:
-        response.raise_for_status()
-    if status == 200 and position:
-        raise UserError(f"{url} cannot be resumed at byte {position:,}: it has changed, or the "
-                        "server cannot send a part; download it and use --data PATH")
-    if status not in (200, 206):
-        kind = NotFound if status == 404 else UserError
-        raise kind(f"{url} answers {status} {response.reason}; {advice}")
 
 
 def url_of(address):
@@ -1349,6 +1399,14 @@ def url_of(address):
         return address
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     return hub + address.removeprefix("hub:")
+
+
+def without_secrets(name):
+    """A path as it is; an address without user, password, query and fragment, which can hold secrets."""
+    url = url_of(name)
+    if "://" not in url:
+        return name
+    return re.sub(r"//[^/?#]*@", "//", re.split("[?#]", url)[0])
 
 
 if __name__ == "__main__":

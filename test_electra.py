@@ -225,7 +225,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(302, headers={"Location": f"{self.path}?again"})
         elif asked and server.has_ranges and self.headers.get("If-Range", etag) == etag:
             start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
-            self.answer(206, body[start:], trouble, {"ETag": etag})
+            span = f"bytes {start}-{len(body) - 1}/{len(body)}"
+            self.answer(206, body[start:], trouble, {"ETag": etag, "Content-Range": span})
         else:
             self.answer(200, body, trouble, {"ETag": etag})
 

@@ -13,14 +13,17 @@ Helpers are those of test_electra.py, and fixtures come by way of conftest.py.
 
 import gzip
 import hashlib
+import http.server
 import inspect
 import io
+import itertools
 import math
 import os
 import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -31,8 +34,10 @@ import zipfile
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import requests
 import torch
 
 import data
@@ -138,6 +143,100 @@ def test_files_that_change_or_cannot_be_continued_are_refused(corpus, quick):
     with Server({"/a.txt": b"ba " * 20_000}, lambda: troubles.pop(), is_chunked=True) as server:
         assert read_texts(f"{server.url}/a.txt") == [("ba " * 20_000).strip()]  # an unknown length
     assert troubles == ["cut"]
+
+
+class PartHandler(http.server.BaseHTTPRequestHandler):
+    """Gives the server's `answers`, (status, body, headers), one after the other."""
+
+    def do_GET(self):
+        self.server.ranges_asked.append(self.headers.get("Range"))
+        status, body, headers = self.server.answers.pop(0)
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+K = 1 << 12  # the file is 8 K; the first answer breaks off after 4 K
+BODY = b"".join(bytes([65 + number]) * K for number in range(8))
+TAG, DATE = {"ETag": '"1"'}, {"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}
+
+
+def span(begin, total):
+    return {"Content-Range": f"bytes {begin}-{8 * K - 1}/{total}"}
+
+
+@pytest.mark.parametrize("first, status, begin, headers, is_accepted", [
+    (TAG, 206, 4 * K, TAG | span(4 * K, 8 * K), True),
+    (DATE, 206, 4 * K, DATE | span(4 * K, 8 * K), True),
+    (TAG, 206, 2 * K, TAG | span(2 * K, 8 * K), False),  # another position than the one asked for
+    (TAG, 206, 4 * K, TAG | span(4 * K, 9 * K), False),
+    (TAG, 206, 4 * K, TAG | span(4 * K, "*"), False),
+    (TAG, 206, 4 * K, TAG, False),
+    (TAG, 206, 4 * K, {"ETag": '"2"'} | span(4 * K, 8 * K), False),
+    (DATE, 206, 4 * K, {"Last-Modified": "later"} | span(4 * K, 8 * K), False),
+    (TAG, 200, 0, TAG, False),  # the whole instead of a part
+    (TAG, 206, 4 * K, TAG | {"Content-Range": f"bytes {4 * K}-{6 * K - 1}/{8 * K}"}, True),  # a smaller part
+])
+def test_a_part_is_accepted_only_if_it_continues_the_same_file(quick, first, status, begin, headers,
+                                                              is_accepted):
+    """A part comes from the position asked for, with the total and the validator of the first answer."""
+    body = BODY[begin : 6 * K if "-24575" in headers.get("Content-Range", "") else None]
+    with Server({}) as server:
+        server.RequestHandlerClass = PartHandler
+        server.answers = [(200, BODY[: 4 * K], first | {"Content-Length": 8 * K}),
+                          (status, body, headers | {"Content-Length": len(body)}),
+                          (206, BODY[6 * K :], TAG | span(6 * K, 8 * K))]
+        if is_accepted:
+            assert b"".join(data.fetch(f"{server.url}/a.txt")) == BODY
+        else:
+            with pytest.raises(UserError, match="a.txt cannot be resumed at byte 16,384: it has changed, or"):
+                list(data.fetch(f"{server.url}/a.txt"))
+    assert server.ranges_asked[:2] == [None, f"bytes={4 * K}-"]
+
+
+def test_a_body_that_ends_early_without_an_error_is_noticed(quick, monkeypatch):
+    """Whatever the HTTP library says, a whole is taken only with as many bytes as its Content-Length."""
+    content = requests.Response.iter_content
+    monkeypatch.setattr(requests.Response, "iter_content", lambda *args: itertools.islice(content(*args), 1))
+    with Server({"/a.txt": BODY}) as server:
+        assert b"".join(data.fetch(f"{server.url}/a.txt")) == BODY
+    assert server.ranges_asked == ["", f"bytes={4 * K}-"]
+
+
+@pytest.mark.parametrize("address", ["http://[bad/a.txt", "http://x:port/a.txt", "http://a..b/a.txt", "https:///a.txt",
+                                     "http://user:password@nowhere/a.txt?signature#fragment"])
+def test_what_cannot_be_an_address_is_refused_at_once(monkeypatch, address):
+    """No attempt is repeated, and the sentence holds no secret."""
+    error = socket.gaierror(socket.EAI_NONAME, "no such host")
+    monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=error if "nowhere" in address else None))
+    monkeypatch.setattr(data.time, "sleep", None)
+    with pytest.raises(UserError, match="is not the address of a server; use --data") as caught:
+        read_texts(address)
+    assert not re.search("user|password|signature|fragment", str(caught.value))
+
+
+def test_no_secret_of_an_address_is_printed_or_names_a_file(corpus, quick, capfd):
+    """Messages and names of folders hold scheme, host and path; names are bounded."""
+    path, troubles = f"/{'x' * 300}.txt", [None, None, "cut", 429]
+    with Server({path: b"ba\n\xff"}, lambda: troubles.pop()) as server:
+        config = data_config(data=(server.url.replace("//", "//me:secret@") + f"{path}?secret#secret",))
+        folder = data.Shards(config, data.WordPiece(SMALL_VOCAB)).folder.name
+        with pytest.raises(UserError, match="is not UTF-8 at byte 0") as not_text:
+            list(data.read_documents(config))
+        server.files = {}
+        with pytest.raises(UserError, match="answers 404") as missing:
+            list(data.read_documents(config))
+    said = capfd.readouterr().err
+    assert "429" in said and len(folder) < 60 and "xxx" in folder
+    for message in str(not_text.value), str(missing.value), str(data.no_text(config)):
+        assert f"{server.url}/xxx" in message
+        said += message
+    assert "secret" not in said + folder
 
 
 def source(server, path, content):
@@ -507,7 +606,7 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(corpus, monkeypatch
 
 
 @pytest.mark.parametrize("flags, content, message", [
-    ("--data nowhere", None, "there is no nowhere; --data takes"),
+    ("--data nowhere", None, "there is no file nowhere; --data takes"),
     ("--data blank.txt", b"\n \n\n", "there is no text to train on in blank.txt"),
     ("--data odd.pdf", b"", "odd.pdf cannot be read; .txt, .jsonl, .json and .tar can"),
     ("--data folder", None, "folder holds no .txt, .jsonl, .json or .tar file"),
@@ -561,6 +660,11 @@ CUT_SHORT = struct.pack("<Q", 61) + b'{"a": {"dtype": "F32", "shape": [2], "data
     ("", {"vocab.txt": b"\n".join([b"[PAD]", b"[UNK]", b"[CLS]", b"[SEP]", b"[MASK]"])},
      "its vocabulary has 5 tokens, and config.json says 48"),
     ("", {"vocab.txt": None, "tokenizer.json": b'{"model": {"vocab": {"a": 1}}}'}, "is not a WordPiece tok"),
+    ("", {TOKENIZER: b"[]"}, "tokenizer_config.json is damaged: it is not a JSON object"),
+    ("", {TOKENIZER: b"[" * 99_999}, "tokenizer_config.json is damaged: it is not a JSON object"),
+    *[("", {"vocab.txt": None, "tokenizer.json": content}, "tokenizer.json is not a WordPiece tokenizer") for
+      content in [b"{}", b'{"model": 1}', b'{"model": {"vocab": 1}}', b'{"model": {"vocab": [["a", 0]]}}',
+                  b'{"model": {"vocab": {"a": "x", "b": 0}}}', b'{"model": {"vocab": {"\\ud800": 0}}}']],
     ("", {TOKENIZER: b'{"tokenize_chinese_chars": false}'}, "that this tokenizer lacks"),
     ("", {WEIGHTS: None}, "has neither model.safetensors nor pytorch_model.bin"),
     ("", {WEIGHTS: CUT_SHORT}, "is damaged, or not a safetensors file"),
