@@ -45,7 +45,7 @@ import threading
 import time
 import zipfile
 import zlib
-from collections import deque
+from collections import Counter, deque
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -296,7 +296,8 @@ def read_source(name, config):
         yield from python_docs()
         return
     path = without_secrets(name)
-    one_document = config.one_document_per_file or name in OPENWEBTEXT
+    is_openwebtext = any(name in addresses for addresses in OPENWEBTEXT.values())
+    one_document = config.one_document_per_file or is_openwebtext
     with open_source(name) as stream:
         yield from read_file(stream, path, path, one_document)
 
@@ -933,64 +934,154 @@ def rng(seed, purpose, *numbers):
 # ------------------------------------------------------------------------------------------------------------
 # Model folders: a path, a run of train.py, or a name on the hub
 
+WEIGHTS = "model.safetensors"
+SHARD_INDEX = "model.safetensors.index.json"  # names the files of a model whose weights are in several
+OLD_WEIGHTS = "pytorch_model.bin"
 
-def find_model(name, cache, networks=("discriminator", "generator")):
-    """The folder of a model: `name` itself, the first of these networks of a run, or a download."""
-    folders = [Path(name)]
-    folders += [Path(name, network) for network in networks]
-    for folder in folders:
-        if (folder / "config.json").is_file():
-            return folder
-    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None  # OWNER/NAME
+
+def find_model(name, cache, network=None):
+    """The folder of a model: `name` itself, a network of a run of train.py, or a download.
+
+    `network` is discriminator or generator. By default it is the one that the run trains for fine-tuning.
+    """
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        folder = folder / (network or trained_network(folder))
+    if (folder / "config.json").is_file():
+        return folder
+    is_hub_name = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name) is not None  # OWNER/NAME
     is_local = name.startswith("out/") or Path(name).exists()  # out/: a run that is yet to be made
     if is_local or not is_hub_name:
-        raise UserError(f"there is no model in {name}; pre-train one with `python train.py --size small`, or "
-                        "give google/electra-small-discriminator or another name on the hub")
+        raise UserError(f"there is no model in {folder}; pre-train one with `python train.py --size small`, "
+                        "or give google/electra-small-discriminator or another name on the hub")
+    snapshot = find_snapshot(name)
+    if snapshot is not None:
+        return snapshot
     folder = Path(cache) / "models" / name.replace("/", "--")
     make_once(folder / "config.json", lambda: download_model(name, folder))
     return folder
+
+
+def trained_network(folder):
+    """The network that a run of train.py, or a step-N in it, trains for fine-tuning.
+
+    The objective decides. What happens to be there does not: a generator never replaces a discriminator.
+    """
+    run = folder.parent if folder.name.startswith("step-") else folder
+    with suppress(FileNotFoundError), open(run / "log.jsonl", "rb") as file:
+        if b'"objective": "mlm"' in file.readline():  # the settings
+            return "generator"
+    return "discriminator"
+
+
+def find_snapshot(name):
+    """The folder of a whole model that transformers has downloaded from the hub, or None."""
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    repository = Path(home, "hub", f"models--{name.replace('/', '--')}")
+    with suppress(FileNotFoundError):
+        folder = repository / "snapshots" / (repository / "refs" / "main").read_text()
+        files = set(os.listdir(folder))
+        has_vocab = files & {"vocab.txt", "tokenizer.json"}
+        has_weights = files & {WEIGHTS, SHARD_INDEX, OLD_WEIGHTS}
+        if "config.json" in files and has_vocab and has_weights:
+            return folder
+    return None
 
 
 def download_model(name, folder):
     """Download a model from the hub. config.json comes last and marks a complete download."""
     advice = f"check the name: there is no folder {name} here either"
 
-    def get(file):
-        download(folder / file, f"hub:/{name}/resolve/main/{file}", advice)
+    def get(*files):
+        """Download the first of these files that the hub has."""
+        for file in files:
+            try:
+                download(folder / file, f"hub:/{name}/resolve/main/{file}", advice)
+                return file
+            except NotFound:
+                if file == files[-1]:
+                    raise
 
-    try:
-        get("vocab.txt")
-    except NotFound:
-        get("tokenizer.json")
-    with suppress(NotFound):
-        get("tokenizer_config.json")
-    try:
-        get("model.safetensors")
-    except NotFound:
-        get("pytorch_model.bin")
+    for file in "vocab.txt", "tokenizer.json", "tokenizer_config.json":  # either of the first two is enough
+        with suppress(NotFound):
+            get(file)
+    if get(WEIGHTS, SHARD_INDEX, OLD_WEIGHTS) == SHARD_INDEX:
+        index = (folder / SHARD_INDEX).read_text("utf-8", "replace")
+        for file in sorted(set(re.findall(r'"([\w.-]+\.safetensors)"', index))):  # names, and never paths
+            get(file)
     get("config.json")
 
 
 def read_tokenizer(folder):
     """(WordPiece, max_length or None) of a model folder: vocabulary, case, accents, the length trained on."""
-    vocab = find_vocab(folder)
-    tokens = read_vocab(vocab)
-    path = Path(folder, "tokenizer_config.json")
-    settings = {}
-    if path.is_file():
-        settings = read_json(path)
-    if vocab.suffix == ".json":  # its rules outweigh those of tokenizer_config.json
-        rules = read_json(vocab).get("normalizer") or {}
-        settings |= dict(do_lower_case=rules.get("lowercase"), strip_accents=rules.get("strip_accents"),
-                         tokenize_chinese_chars=rules.get("handle_chinese_chars"))
-    do_lower_case = settings.get("do_lower_case", True)
-    strip_accents = settings.get("strip_accents")
-    if strip_accents is None:  # as in BERT
-        strip_accents = do_lower_case
-    if not settings.get("tokenize_chinese_chars", True) or (strip_accents and not do_lower_case):
-        raise UserError(f"{path} asks for rules that this tokenizer lacks: it can lower-case, and strip "
-                        "accents from lower-cased text")
-    return WordPiece(tokens, do_lower_case, strip_accents), settings.get("model_max_length")
+    tokens = read_vocab(find_vocab(folder))
+    # The rules of tokenizer.json outweigh those of tokenizer_config.json.
+    rules = read_rules(Path(folder, "tokenizer_config.json")) | read_rules(Path(folder, "tokenizer.json"))
+    do_lower_case = rules.get("do_lower_case") is not False
+    strip_accents = rules.get("strip_accents") is not False  # if it is lower-cased, as in BERT
+    return WordPiece(tokens, do_lower_case, strip_accents), rules.get("model_max_length")
+
+
+# What the files of a model folder may say about its tokenizer; no entry and null mean the first value.
+RULES = {
+    # tokenizer_config.json. The last two classes leave all rules to tokenizer.json.
+    "tokenizer_class": ["ElectraTokenizer", "ElectraTokenizerFast", "BertTokenizer", "BertTokenizerFast",
+                        "PreTrainedTokenizerFast", "TokenizersBackend"],
+    "do_lower_case": [True, False],
+    "strip_accents": [True, False],
+    "do_basic_tokenize": [True],
+    "word_tokenizer_type": ["basic"],
+    "tokenize_chinese_chars": [True],
+    # tokenizer.json
+    "model.type": ["WordPiece"],
+    "model.continuing_subword_prefix": ["##"],
+    "normalizer.type": ["BertNormalizer"],
+    "normalizer.clean_text": [True],
+    "normalizer.handle_chinese_chars": [True],
+    "pre_tokenizer.type": ["BertPreTokenizer"],
+}
+
+
+def read_rules(path):
+    """What a file of a model folder says about its tokenizer, by the names of RULES. Empty without a file."""
+    if not path.is_file():
+        return {}
+    rules = read_json(path)
+    try:
+        if path.name == "tokenizer.json":
+            rules = flatten(rules)
+        special_tokens = find_special_tokens(rules)
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged, or its tokenizer is not like BERT's") from None
+    lacking = f"{path} asks for a rule that this tokenizer lacks"
+    for name, possible in RULES.items():
+        if rules.get(name) not in [*possible, None]:
+            raise UserError(f"{lacking}: {name} is {rules[name]!r} and not {possible[0]!r}")
+    if rules.get("strip_accents") and rules.get("do_lower_case") is False:
+        raise UserError(f"{lacking}: accents are stripped only from lower-cased text")
+    if not special_tokens <= set(SPECIAL_TOKENS):
+        raise UserError(f"{lacking}: special tokens other than {', '.join(SPECIAL_TOKENS)}")
+    if not isinstance(rules.get("model_max_length"), int | float | None):
+        raise UserError(f"{path} is damaged: model_max_length is {rules['model_max_length']!r}")
+    return rules
+
+
+def flatten(content):
+    """The rules in the content of a tokenizer.json, by the names of RULES."""
+    rules = dict(added_tokens=content["added_tokens"])
+    for part in "model", "normalizer", "pre_tokenizer":
+        rules |= {f"{part}.{name}": value for name, value in content[part].items()}
+    return rules | dict(do_lower_case=rules["normalizer.lowercase"], unk_token=rules["model.unk_token"],
+                        strip_accents=rules["normalizer.strip_accents"])
+
+
+def find_special_tokens(rules):
+    """All special tokens that `rules` names, as strings or as objects with their content."""
+    tokens = [rules.get(f"{name}_token") for name in ("pad", "unk", "cls", "sep", "mask")]
+    tokens += rules.get("additional_special_tokens") or []
+    tokens += rules.get("added_tokens") or []
+    tokens += (rules.get("added_tokens_decoder") or {}).values()
+    return {token["content"] if isinstance(token, dict) else token for token in tokens if token is not None}
 
 
 def find_vocab(folder):
@@ -1010,6 +1101,9 @@ BERT_VOCAB = dict(  # BERT's uncased vocabulary, which is ELECTRA's
     sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 )
 VOCAB_DOCUMENTS = 100_000  # documents used to train a vocabulary
+# BERT's normalizer makes words of these characters, of Chinese and Japanese kanji.
+IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b73f"
+                       "\U0002b740-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]")
 
 
 def load_wordpiece(config):
@@ -1041,23 +1135,39 @@ def make_vocab(config):
 
 
 def train_vocab(config, size, path):
-    """Train a vocabulary of at most `size` tokens on the beginning of the text, and write it to `path`."""
-    documents = itertools.islice(read_documents(config), VOCAB_DOCUMENTS)
-    lines = (line for text, _ in documents for line in text.split("\n"))
+    """Train a vocabulary of at most `size` tokens on the beginning of the text, and write it to `path`.
+
+    Ideographs are words of their own, so the trainer does not see them. The most frequent ones are added: as
+    many as there is room for, and at least as large a share of the vocabulary as of the text.
+    """
     wordpiece = WordPiece(SPECIAL_TOKENS, config.do_lower_case, config.strip_accents)
-    tokenizer = wordpiece.tokenizer
-    tokenizer.normalizer = wordpiece.normalizer
+    counts = Counter()  # of all characters
     # Letters, which take two tokens each (x and ##x), may fill half of the vocabulary.
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL_TOKENS, show_progress=False,
                                         limit_alphabet=max(1, size // 4))
-    tokenizer.train_from_iterator(lines, trainer)
-    ids = tokenizer.get_vocab()
-    if len(ids) == len(SPECIAL_TOKENS):
+    wordpiece.tokenizer.train_from_iterator(lines_without_ideographs(config, wordpiece, counts), trainer)
+    ids = wordpiece.tokenizer.get_vocab()
+    ideographs = [character for character, _ in counts.most_common() if IDEOGRAPH.match(character)]
+    if len(ids) == len(SPECIAL_TOKENS) and not ideographs:
         raise no_text(config)
-    if len(ids) < size:
-        tqdm.write(f"the text yields a vocabulary of {len(ids):,} and not {size:,}", file=sys.stderr)
+    share = sum(counts[character] for character in ideographs) / counts.total()
+    room = max(size - len(ids), int(share * (size - len(SPECIAL_TOKENS))))
+    kept = ideographs[:room]
+    tokens = sorted(ids, key=ids.get)[: size - len(kept)] + kept
+    if len(tokens) < size:
+        tqdm.write(f"the text yields a vocabulary of {len(tokens):,} and not {size:,}: it has no more pieces "
+                   "of words", file=sys.stderr)
     with atomic_write(path) as file:
-        file.write(vocab_file(sorted(ids, key=ids.get)))
+        file.write(vocab_file(tokens))
+
+
+def lines_without_ideographs(config, wordpiece, counts):
+    """Yield the normalized lines that a vocabulary is trained on, and count their characters in `counts`."""
+    for text, _ in itertools.islice(read_documents(config), VOCAB_DOCUMENTS):
+        for line in text.split("\n"):
+            line = wordpiece.normalize(line)
+            counts.update(line)
+            yield IDEOGRAPH.sub(" ", line)
 
 
 def read_vocab(path):
@@ -1077,7 +1187,11 @@ def read_vocab(path):
         if not is_whole:
             raise UserError(f"{path} is not a WordPiece tokenizer, as ELECTRA's and BERT's are")
     else:
-        tokens = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+        tokens = [line.strip() for line in text.removesuffix("\n").split("\n")]  # as in the official code
+    for number, token in enumerate(tokens, 1):
+        if len(token.split()) > 1:
+            raise UserError(f"the vocabulary {path}, line {number}, holds more than a token: {token!r}; "
+                            "keep one on each line")
     if tokens[:1] != [PAD] or not set(SPECIAL_TOKENS) <= set(tokens):
         raise UserError(f"the vocabulary {path} must begin with {PAD} and hold {', '.join(SPECIAL_TOKENS)}")
     if len(set(tokens)) < len(tokens) or len(tokens) > 65_535:
@@ -1152,9 +1266,16 @@ def vocab_file(tokens):
 # ------------------------------------------------------------------------------------------------------------
 # Source: names, folders and addresses -> files -> bytes
 
-# hub: stands for the hub's address. This revision still has the tars; the main branch has parquet files.
-OPENWEBTEXT = [f"hub:/datasets/Skylion007/openwebtext/resolve/39d1a6d3f3a4c838b27bbc65bfb14a2f6f727740"
-               f"/subsets/urlsf_subset{number:02d}.tar" for number in range(21)]
+# Where OpenWebText may be: tars of a revision that had them, tars of the main branch, or the files to which
+# the hub converts data sets. hub: stands for its address.
+REPOSITORY = "hub:/datasets/Skylion007/openwebtext/resolve"
+TARS = [f"subsets/urlsf_subset{number:02d}.tar" for number in range(21)]
+OPENWEBTEXT = dict(
+    pinned=[f"{REPOSITORY}/39d1a6d3f3a4c838b27bbc65bfb14a2f6f727740/{tar}" for tar in TARS],
+    main=[f"{REPOSITORY}/main/{tar}" for tar in TARS],
+    parquet=[f"{REPOSITORY}/refs%2Fconvert%2Fparquet/plain_text/train/{number:04d}.parquet"
+             for number in range(80)],
+)
 TIMEOUT = 30  # seconds without an answer
 BACKOFF = 0.5  # seconds, doubled before each new attempt, at most a minute
 ATTEMPTS = 16  # in a row; they take ten minutes
@@ -1171,7 +1292,7 @@ def find_files(config):
     files = []
     for name in config.data:
         if name == "openwebtext":
-            files += OPENWEBTEXT
+            files += find_openwebtext(config.cache)
         elif os.path.isdir(name):
             files += sorted(walk(name))
         elif name == "python-docs" or is_address(name) or os.path.isfile(name):
@@ -1184,13 +1305,29 @@ def find_files(config):
     return files
 
 
+def find_openwebtext(cache):
+    """The addresses of OpenWebText's files. The cache keeps the choice, so that a run has one text."""
+    path = Path(cache) / "openwebtext"
+    make_once(path, lambda: write_sealed(path, choose_openwebtext().encode()))
+    return OPENWEBTEXT[read_sealed(path, "delete it").decode()]
+
+
+def choose_openwebtext():
+    """The first of OPENWEBTEXT whose first file is there."""
+    for choice, addresses in OPENWEBTEXT.items():
+        with suppress(NotFound):
+            next(fetch(addresses[0]), None)
+            return choice
+    raise UserError(f"{hub()} does not have OpenWebText; use --data PATH or --data python-docs")
+
+
 def no_text(config):
     names = " ".join(without_secrets(name) for name in config.data)
     return UserError(f"there is no text to train on in {names}")
 
 
 def walk(folder):
-    """The text files in a folder, through symbolic links, without hidden files and folders."""
+    """The text files in a folder, through symbolic links, without pipes and hidden files and folders."""
     seen = set()
     for path, folders, names in os.walk(folder, followlinks=True):
         real_path = os.path.realpath(path)
@@ -1199,7 +1336,8 @@ def walk(folder):
             continue
         seen.add(real_path)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (os.path.join(path, name) for name in names if is_readable(name))
+        paths = [os.path.join(path, name) for name in names if is_readable(name)]
+        yield from (path for path in paths if not Path(path).is_fifo())  # reading a pipe may never end
 
 
 def is_readable(name):
@@ -1294,14 +1432,21 @@ def download(path, address, advice, size=None, sha256=None):
 def fetch(address, advice="use --data PATH or --data python-docs"):
     """Yield the bytes at an address. A dropped connection resumes at the byte where it broke off."""
     name = without_secrets(address)
+    url = url_of(address)
+    is_on_hub = url.startswith(f"{hub()}/")
+    if is_on_hub and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "TRUE", "YES"):
+        raise UserError(f"{name} is not read, because HF_HUB_OFFLINE is set; unset it, or {advice}")
+    authorization = {}
+    if is_on_hub and os.environ.get("HF_TOKEN"):  # requests drops it when another host is redirected to
+        authorization = {"Authorization": f"Bearer {os.environ['HF_TOKEN'].strip()}"}
     position = 0
     length = None  # of the whole; None if the server does not say
     version = ""
     failures = 0  # in a row
     while position != length:
         try:
-            with requests.get(url_of(address), headers=request_headers(position, version), stream=True,
-                              timeout=TIMEOUT) as response:
+            headers = request_headers(position, version) | authorization
+            with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
                 check_status(response, name, advice)
                 begin, total, found = describe_answer(response)
                 if position == 0:
@@ -1397,8 +1542,12 @@ def url_of(address):
     """The URL of an address, which may begin with hub:."""
     if not address.startswith("hub:"):
         return address
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    return hub + address.removeprefix("hub:")
+    return hub() + address.removeprefix("hub:")
+
+
+def hub():
+    """The URL of the hub."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def without_secrets(name):

@@ -1204,7 +1204,7 @@ def find_init(config, data_config, electra_config):
         names = [names[0], names[0]]  # both networks of a run
     elif len(names) == 1:
         networks = ["discriminator"]
-    return [data.find_model(name, data_config.cache, [network]).resolve()
+    return [data.find_model(name, data_config.cache, network).resolve()
             for name, network in zip(names, networks, strict=True)]
 
 

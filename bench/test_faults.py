@@ -17,6 +17,7 @@ import http.server
 import inspect
 import io
 import itertools
+import json
 import math
 import os
 import random
@@ -57,6 +58,7 @@ from test_electra import (
     STSB_ROW,
     TOKENIZER,
     WEIGHTS,
+    Handler,
     Server,
     assert_same_run,
     contents,
@@ -296,6 +298,57 @@ def test_a_model_of_the_hub_is_downloaded_once(toy_glue, monkeypatch, quick, nam
     tune(flags + "--out again")  # the server is gone
     tune("--task wnli --out local")
     assert read_results()["wnli", 0]["metrics"] == read_results("local")["wnli", 0]["metrics"]
+
+
+def test_weights_in_several_files_are_downloaded(corpus, monkeypatch, quick):
+    """The files that the index names are downloaded, each once. A path is not followed out of the folder."""
+    base, index = "/a/b/resolve/main/", "model.safetensors.index.json"
+    files = {"vocab.txt": b"", "config.json": b"{}", "model-1.safetensors": b"1", "model-2.safetensors": b"2"}
+    with Server({f"{base}{name}": content for name, content in files.items()}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        weight_map = {"x": "model-2.safetensors", "y": "model-1.safetensors", "z": "model-2.safetensors",
+                      "path": "../a.safetensors"}
+        server.files[base + index] = json.dumps({"weight_map": weight_map}).encode()
+        folder = data.find_model("a/b", "cache")
+    assert {path.name for path in folder.iterdir()} == {*files, index, "config.lock"}
+    assert (folder / "model-2.safetensors").read_bytes() == b"2"
+
+
+def test_what_transformers_has_downloaded_is_used(corpus, monkeypatch):
+    """A whole snapshot in the hub's cache is the model's folder; with a part of it missing, it is not."""
+    repository = corpus / "hub-cache/hub/models--a--b"
+    snapshot = repository / "snapshots/0123"
+    write_files(repository, {"refs/main": b"0123"})
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = ["config.json", "tokenizer.json", "model.safetensors.index.json"]
+    write_files(snapshot, dict.fromkeys(names, b"{}"))
+    assert data.find_model("a/b", "cache") == snapshot
+    for name in names:
+        (snapshot / name).rename(snapshot / "aside")
+        with pytest.raises(UserError, match="a/b/resolve/main/vocab.txt is not read, because HF_HUB_OFFLINE"):
+            data.find_model("a/b", "cache")
+        (snapshot / "aside").rename(snapshot / name)
+
+
+def test_the_token_goes_to_the_hub_only(corpus, monkeypatch):
+    """HF_TOKEN is sent to the hub's host, and neither to a host it redirects to nor to other addresses."""
+    seen = []
+
+    class TokenHandler(Handler):
+        def do_GET(self):
+            seen.append((self.server is hub, self.headers.get("Authorization")))
+            if self.server is hub:
+                self.answer(302, headers={"Location": f"{other.url}/a.txt?signed"})
+            else:
+                super().do_GET()
+
+    monkeypatch.setenv("HF_TOKEN", "token\n")
+    with Server({}) as hub, Server({"/a.txt": b"ba"}) as other:
+        hub.RequestHandlerClass = other.RequestHandlerClass = TokenHandler
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        for address in "hub:/a.txt", f"{hub.url}/a.txt", f"{other.url}/a.txt":
+            assert read_texts(address) == ["ba"]
+    assert seen == [(True, "Bearer token"), (False, None)] * 2 + [(False, None)]
 
 
 # ============================================================================================================
@@ -616,6 +669,9 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(corpus, monkeypatch
     ("--vocab bad.txt", b"[PAD]\n[UNK]\n[CLS]\na", r"must begin with \[PAD\] and hold"),
     ("--vocab bad.txt", "\n".join([*SMALL_VOCAB, "ba"]).encode(), "at most 65,535 tokens, each once"),
     ("--vocab nowhere.txt", None, "there is no vocabulary nowhere.txt"),
+    ("--vocab folder", None, "there is no vocabulary folder"),
+    ("--vocab pipe", None, "there is no vocabulary pipe"),
+    ("--data pipe", None, "there is no file pipe; --data takes files, folders"),
     ("--max-length 33", None, "max_length 33 is beyond the model's 32 positions"),
     ("--max-length 4", None, "max_length is 4; a row needs at least 8"),
     ("--micro-batch-size 3", None, "batch_size 8 must be a multiple of 3, the number of processes"),
@@ -632,6 +688,7 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(corpus, monkeypatch
 def test_bad_input_to_pre_training(corpus, flags, content, message):
     """Each mistake ends in one sentence, before anything is trained."""
     Path("folder").mkdir()
+    os.mkfifo("pipe")
     if content is not None:
         Path(flags.split()[1]).write_bytes(content)
     with pytest.raises((UserError, ModelError), match=message) as error:
@@ -653,7 +710,7 @@ CUT_SHORT = struct.pack("<Q", 61) + b'{"a": {"dtype": "F32", "shape": [2], "data
     ("--seeds 0", {}, "seeds is 0"), ("--max-length 2", {}, "max_length is 2"),
     ("--task cola rte wnli --glue-dir part", {}, "no part/RTE/train.tsv, .* part/WNLI/dev.tsv; --gl"),
     ("--predict-file a.tsv --model out/small/discriminator", {}, "has no classifier; --model takes"),
-    ("", {"config.json": None}, "there is no model in out/small; pre-train one"),
+    ("", {"config.json": None}, "there is no model in out/small/discriminator; pre-train one"),
     ("", {"config.json": b"{"}, "config.json is not the config of a model"),
     ("", {"config.json": b'{"model_type": "bert"}'}, "describes a model of type 'bert'"),
     ("", {"vocab.txt": None}, "is not a model folder: it has neither vocab.txt nor tokenizer.json"),
