@@ -35,6 +35,7 @@ import platform
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -49,7 +50,6 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import urlsplit
 
 import numpy as np
 import requests
@@ -176,9 +176,12 @@ def read_json(path):
 def parse_json(text, source):
     """The JSON object in `text`. Errors name `source`."""
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError):
-        raise UserError(f"{source} is damaged: it is not a JSON object") from None
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{source} is damaged: it is not a JSON object")
+    return found
 
 
 def decode_utf8(raw, source):
@@ -285,12 +288,11 @@ def read_source(name, config):
     if name == "python-docs":
         yield from python_docs()
         return
-    path = name
-    if is_address(name):
-        path = urlsplit(name).path
-    one_document = config.one_document_per_file or name in OPENWEBTEXT
+    path = without_secrets(name)
+    is_openwebtext = any(name in addresses for addresses in OPENWEBTEXT.values())
+    one_document = config.one_document_per_file or is_openwebtext
     with open_source(name) as stream:
-        yield from read_file(stream, path, name, one_document)
+        yield from read_file(stream, path, path, one_document)
 
 
 def read_file(stream, path, source, one_document):
@@ -1045,64 +1047,154 @@ def rng(seed, purpose, *numbers):
 # ------------------------------------------------------------------------------------------------------------
 # Model folders: a path, a run of train.py, or a name on the hub
 
+WEIGHTS = "model.safetensors"
+SHARD_INDEX = "model.safetensors.index.json"  # names the files of a model whose weights are in several
+OLD_WEIGHTS = "pytorch_model.bin"
 
-def find_model(name, cache, networks=("discriminator", "generator")):
-    """The folder of a model: `name` itself, the first of these networks of a run, or a download."""
-    folders = [Path(name)]
-    folders += [Path(name, network) for network in networks]
-    for folder in folders:
-        if (folder / "config.json").is_file():
-            return folder
-    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None  # OWNER/NAME
+
+def find_model(name, cache, network=None):
+    """The folder of a model: `name` itself, a network of a run of train.py, or a download.
+
+    `network` is discriminator or generator. By default it is the one that the run trains for fine-tuning.
+    """
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        folder = folder / (network or trained_network(folder))
+    if (folder / "config.json").is_file():
+        return folder
+    is_hub_name = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name) is not None  # OWNER/NAME
     is_local = name.startswith("out/") or Path(name).exists()  # out/: a run that is yet to be made
     if is_local or not is_hub_name:
-        raise UserError(f"there is no model in {name}; pre-train one with `python train.py --size small`, or "
-                        "give google/electra-small-discriminator or another name on the hub")
+        raise UserError(f"there is no model in {folder}; pre-train one with `python train.py --size small`, "
+                        "or give google/electra-small-discriminator or another name on the hub")
+    snapshot = find_snapshot(name)
+    if snapshot is not None:
+        return snapshot
     folder = Path(cache) / "models" / name.replace("/", "--")
     make_once(folder / "config.json", lambda: download_model(name, folder))
     return folder
+
+
+def trained_network(folder):
+    """The network that a run of train.py, or a step-N in it, trains for fine-tuning.
+
+    The objective decides. What happens to be there does not: a generator never replaces a discriminator.
+    """
+    run = folder.parent if folder.name.startswith("step-") else folder
+    with suppress(FileNotFoundError), open(run / "log.jsonl", "rb") as file:
+        if b'"objective": "mlm"' in file.readline():  # the settings
+            return "generator"
+    return "discriminator"
+
+
+def find_snapshot(name):
+    """The folder of a whole model that transformers has downloaded from the hub, or None."""
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    repository = Path(home, "hub", f"models--{name.replace('/', '--')}")
+    with suppress(FileNotFoundError):
+        folder = repository / "snapshots" / (repository / "refs" / "main").read_text()
+        files = set(os.listdir(folder))
+        has_vocab = files & {"vocab.txt", "tokenizer.json"}
+        has_weights = files & {WEIGHTS, SHARD_INDEX, OLD_WEIGHTS}
+        if "config.json" in files and has_vocab and has_weights:
+            return folder
+    return None
 
 
 def download_model(name, folder):
     """Download a model from the hub. config.json comes last and marks a complete download."""
     advice = f"check the name: there is no folder {name} here either"
 
-    def get(file):
-        download(folder / file, f"hub:/{name}/resolve/main/{file}", advice)
+    def get(*files):
+        """Download the first of these files that the hub has."""
+        for file in files:
+            try:
+                download(folder / file, f"hub:/{name}/resolve/main/{file}", advice)
+                return file
+            except NotFound:
+                if file == files[-1]:
+                    raise
 
-    try:
-        get("vocab.txt")
-    except NotFound:
-        get("tokenizer.json")
-    with suppress(NotFound):
-        get("tokenizer_config.json")
-    try:
-        get("model.safetensors")
-    except NotFound:
-        get("pytorch_model.bin")
+    for file in "vocab.txt", "tokenizer.json", "tokenizer_config.json":  # either of the first two is enough
+        with suppress(NotFound):
+            get(file)
+    if get(WEIGHTS, SHARD_INDEX, OLD_WEIGHTS) == SHARD_INDEX:
+        index = (folder / SHARD_INDEX).read_text("utf-8", "replace")
+        for file in sorted(set(re.findall(r'"([\w.-]+\.safetensors)"', index))):  # names, and never paths
+            get(file)
     get("config.json")
 
 
 def read_tokenizer(folder):
     """(WordPiece, max_length or None) of a model folder: vocabulary, case, accents, the length trained on."""
-    vocab = find_vocab(folder)
-    tokens = read_vocab(vocab)
-    path = Path(folder, "tokenizer_config.json")
-    settings = {}
-    if path.exists():
-        settings = read_json(path)
-    if vocab.suffix == ".json":  # its rules outweigh those of tokenizer_config.json
-        rules = read_json(vocab).get("normalizer") or {}
-        settings |= dict(do_lower_case=rules.get("lowercase"), strip_accents=rules.get("strip_accents"),
-                         tokenize_chinese_chars=rules.get("handle_chinese_chars"))
-    do_lower_case = settings.get("do_lower_case", True)
-    strip_accents = settings.get("strip_accents")
-    if strip_accents is None:  # as in BERT
-        strip_accents = do_lower_case
-    if not settings.get("tokenize_chinese_chars", True) or (strip_accents and not do_lower_case):
-        raise UserError(f"{path} asks for rules that this tokenizer lacks: it can lower-case, and strip "
-                        "accents from lower-cased text")
-    return WordPiece(tokens, do_lower_case, strip_accents), settings.get("model_max_length")
+    tokens = read_vocab(find_vocab(folder))
+    # The rules of tokenizer.json outweigh those of tokenizer_config.json.
+    rules = read_rules(Path(folder, "tokenizer_config.json")) | read_rules(Path(folder, "tokenizer.json"))
+    do_lower_case = rules.get("do_lower_case") is not False
+    strip_accents = rules.get("strip_accents") is not False  # if it is lower-cased, as in BERT
+    return WordPiece(tokens, do_lower_case, strip_accents), rules.get("model_max_length")
+
+
+# What the files of a model folder may say about its tokenizer; no entry and null mean the first value.
+RULES = {
+    # tokenizer_config.json. The last two classes leave all rules to tokenizer.json.
+    "tokenizer_class": ["ElectraTokenizer", "ElectraTokenizerFast", "BertTokenizer", "BertTokenizerFast",
+                        "PreTrainedTokenizerFast", "TokenizersBackend"],
+    "do_lower_case": [True, False],
+    "strip_accents": [True, False],
+    "do_basic_tokenize": [True],
+    "word_tokenizer_type": ["basic"],
+    "tokenize_chinese_chars": [True],
+    # tokenizer.json
+    "model.type": ["WordPiece"],
+    "model.continuing_subword_prefix": ["##"],
+    "normalizer.type": ["BertNormalizer"],
+    "normalizer.clean_text": [True],
+    "normalizer.handle_chinese_chars": [True],
+    "pre_tokenizer.type": ["BertPreTokenizer"],
+}
+
+
+def read_rules(path):
+    """What a file of a model folder says about its tokenizer, by the names of RULES. Empty without a file."""
+    if not path.is_file():
+        return {}
+    rules = read_json(path)
+    try:
+        if path.name == "tokenizer.json":
+            rules = flatten(rules)
+        special_tokens = find_special_tokens(rules)
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged, or its tokenizer is not like BERT's") from None
+    lacking = f"{path} asks for a rule that this tokenizer lacks"
+    for name, possible in RULES.items():
+        if rules.get(name) not in [*possible, None]:
+            raise UserError(f"{lacking}: {name} is {rules[name]!r} and not {possible[0]!r}")
+    if rules.get("strip_accents") and rules.get("do_lower_case") is False:
+        raise UserError(f"{lacking}: accents are stripped only from lower-cased text")
+    if not special_tokens <= set(SPECIAL_TOKENS):
+        raise UserError(f"{lacking}: special tokens other than {', '.join(SPECIAL_TOKENS)}")
+    if not isinstance(rules.get("model_max_length"), int | float | None):
+        raise UserError(f"{path} is damaged: model_max_length is {rules['model_max_length']!r}")
+    return rules
+
+
+def flatten(content):
+    """The rules in the content of a tokenizer.json, by the names of RULES."""
+    rules = dict(added_tokens=content["added_tokens"])
+    for part in "model", "normalizer", "pre_tokenizer":
+        rules |= {f"{part}.{name}": value for name, value in content[part].items()}
+    return rules | dict(do_lower_case=rules["normalizer.lowercase"], unk_token=rules["model.unk_token"],
+                        strip_accents=rules["normalizer.strip_accents"])
+
+
+def find_special_tokens(rules):
+    """All special tokens that `rules` names, as strings or as objects with their content."""
+    tokens = [rules.get(f"{name}_token") for name in ("pad", "unk", "cls", "sep", "mask")]
+    tokens += rules.get("additional_special_tokens") or []
+    tokens += rules.get("added_tokens") or []
+    tokens += (rules.get("added_tokens_decoder") or {}).values()
+    return {token["content"] if isinstance(token, dict) else token for token in tokens if token is not None}
 
 
 def find_vocab(folder):
@@ -1122,6 +1214,9 @@ BERT_VOCAB = dict(  # BERT's uncased vocabulary, which is ELECTRA's
     sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 )
 VOCAB_DOCUMENTS = 100_000  # documents used to train a vocabulary
+# BERT's normalizer makes words of these characters, of Chinese and Japanese kanji.
+IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b73f"
+                       "\U0002b740-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]")
 
 
 def load_wordpiece(config):
@@ -1153,23 +1248,39 @@ def make_vocab(config):
 
 
 def train_vocab(config, size, path):
-    """Train a vocabulary of at most `size` tokens on the beginning of the text, and write it to `path`."""
-    documents = itertools.islice(read_documents(config), VOCAB_DOCUMENTS)
-    lines = (line for text, _ in documents for line in text.split("\n"))
+    """Train a vocabulary of at most `size` tokens on the beginning of the text, and write it to `path`.
+
+    Ideographs are words of their own, so the trainer does not see them. The most frequent ones are added: as
+    many as there is room for, and at least as large a share of the vocabulary as of the text.
+    """
     wordpiece = WordPiece(SPECIAL_TOKENS, config.do_lower_case, config.strip_accents)
-    tokenizer = wordpiece.tokenizer
-    tokenizer.normalizer = wordpiece.normalizer
+    counts = Counter()  # of all characters
     # Letters, which take two tokens each (x and ##x), may fill half of the vocabulary.
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL_TOKENS, show_progress=False,
                                         limit_alphabet=max(1, size // 4))
-    tokenizer.train_from_iterator(lines, trainer)
-    ids = tokenizer.get_vocab()
-    if len(ids) == len(SPECIAL_TOKENS):
+    wordpiece.tokenizer.train_from_iterator(lines_without_ideographs(config, wordpiece, counts), trainer)
+    ids = wordpiece.tokenizer.get_vocab()
+    ideographs = [character for character, _ in counts.most_common() if IDEOGRAPH.match(character)]
+    if len(ids) == len(SPECIAL_TOKENS) and not ideographs:
         raise no_text(config)
-    if len(ids) < size:
-        tqdm.write(f"the text yields a vocabulary of {len(ids):,} and not {size:,}", file=sys.stderr)
+    share = sum(counts[character] for character in ideographs) / counts.total()
+    room = max(size - len(ids), int(share * (size - len(SPECIAL_TOKENS))))
+    kept = ideographs[:room]
+    tokens = sorted(ids, key=ids.get)[: size - len(kept)] + kept
+    if len(tokens) < size:
+        tqdm.write(f"the text yields a vocabulary of {len(tokens):,} and not {size:,}: it has no more pieces "
+                   "of words", file=sys.stderr)
     with atomic_write(path) as file:
-        file.write(vocab_file(sorted(ids, key=ids.get)))
+        file.write(vocab_file(tokens))
+
+
+def lines_without_ideographs(config, wordpiece, counts):
+    """Yield the normalized lines that a vocabulary is trained on, and count their characters in `counts`."""
+    for text, _ in itertools.islice(read_documents(config), VOCAB_DOCUMENTS):
+        for line in text.split("\n"):
+            line = wordpiece.normalize(line)
+            counts.update(line)
+            yield IDEOGRAPH.sub(" ", line)
 
 
 def read_vocab(path):
@@ -1178,12 +1289,22 @@ def read_vocab(path):
         raise UserError(f"there is no vocabulary {path}; --vocab takes a vocab.txt, train:SIZE or bert")
     text = decode_utf8(path.read_bytes(), path)
     if path.suffix == ".json":
-        ids = parse_json(text, path).get("model", {}).get("vocab", {})
-        if not isinstance(ids, dict) or sorted(ids.values()) != list(range(len(ids))):
+        content = parse_json(text, path)
+        try:
+            ids = content["model"]["vocab"]
+            tokens = sorted(ids, key=ids.get)
+            is_whole = [ids[token] for token in tokens] == list(range(len(tokens)))
+            "".join(tokens).encode()
+        except (AttributeError, KeyError, TypeError, UnicodeEncodeError):  # half a surrogate pair
+            is_whole = False
+        if not is_whole:
             raise UserError(f"{path} is not a WordPiece tokenizer, as ELECTRA's and BERT's are")
-        tokens = sorted(ids, key=ids.get)
     else:
-        tokens = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+        tokens = [line.strip() for line in text.removesuffix("\n").split("\n")]  # as in the official code
+    for number, token in enumerate(tokens, 1):
+        if len(token.split()) > 1:
+            raise UserError(f"the vocabulary {path}, line {number}, holds more than a token: {token!r}; "
+                            "keep one on each line")
     if tokens[:1] != [PAD] or not set(SPECIAL_TOKENS) <= set(tokens):
         raise UserError(f"the vocabulary {path} must begin with {PAD} and hold {', '.join(SPECIAL_TOKENS)}")
     if len(set(tokens)) < len(tokens) or len(tokens) > 65_535:
@@ -1273,9 +1394,16 @@ def vocab_file(tokens):
 # ------------------------------------------------------------------------------------------------------------
 # Source: names, folders and addresses -> files -> bytes
 
-# hub: stands for the hub's address. This revision still has the tars; the main branch has parquet files.
-OPENWEBTEXT = [f"hub:/datasets/Skylion007/openwebtext/resolve/39d1a6d3f3a4c838b27bbc65bfb14a2f6f727740"
-               f"/subsets/urlsf_subset{number:02d}.tar" for number in range(21)]
+# Where OpenWebText may be: tars of a revision that had them, tars of the main branch, or the files to which
+# the hub converts data sets. hub: stands for its address.
+REPOSITORY = "hub:/datasets/Skylion007/openwebtext/resolve"
+TARS = [f"subsets/urlsf_subset{number:02d}.tar" for number in range(21)]
+OPENWEBTEXT = dict(
+    pinned=[f"{REPOSITORY}/39d1a6d3f3a4c838b27bbc65bfb14a2f6f727740/{tar}" for tar in TARS],
+    main=[f"{REPOSITORY}/main/{tar}" for tar in TARS],
+    parquet=[f"{REPOSITORY}/refs%2Fconvert%2Fparquet/plain_text/train/{number:04d}.parquet"
+             for number in range(80)],
+)
 TIMEOUT = 30  # seconds without an answer
 BACKOFF = 0.5  # seconds, doubled before each new attempt, at most a minute
 ATTEMPTS = 16  # in a row; they take ten minutes
@@ -1307,13 +1435,14 @@ def find_files(config):
     files = []
     for name in config.data:
         if name == "openwebtext":
-            files += OPENWEBTEXT
+            files += find_openwebtext(config.cache)
         elif os.path.isdir(name):
             files += sorted(filter(is_readable, walk(name)))
         elif name == "python-docs" or is_address(name) or os.path.exists(name):
             files.append(name)
         else:
-            raise UserError(f"there is no {name}; --data takes paths, addresses, openwebtext or python-docs")
+            raise UserError(f"there is no file {without_secrets(name)}; --data takes files, folders, "
+                            "addresses, openwebtext or python-docs")
     if not files:
         raise UserError(f"{config.data[0]} holds no .txt, .jsonl, .json, .parquet or .tar file, plain, .gz, "
                         ".xz or .zst")
@@ -1323,8 +1452,25 @@ def find_files(config):
     return files
 
 
+def find_openwebtext(cache):
+    """The addresses of OpenWebText's files. The cache keeps the choice, so that a run has one text."""
+    path = Path(cache) / "openwebtext"
+    make_once(path, lambda: write_sealed(path, choose_openwebtext().encode()))
+    return OPENWEBTEXT[read_sealed(path, "delete it").decode()]
+
+
+def choose_openwebtext():
+    """The first of OPENWEBTEXT whose first file is there."""
+    for choice, addresses in OPENWEBTEXT.items():
+        with suppress(NotFound):
+            next(fetch(addresses[0]), None)
+            return choice
+    raise UserError(f"{hub()} does not have OpenWebText; use --data PATH or --data python-docs")
+
+
 def no_text(config):
-    return UserError(f"there is no text to train on in {' '.join(config.data)}")
+    names = " ".join(without_secrets(name) for name in config.data)
+    return UserError(f"there is no text to train on in {names}")
 
 
 def describe_unread(config):
@@ -1385,8 +1531,8 @@ def identify(name, folder):
 
 
 def source_name(config):
-    """The name of the first source, without a query and fit for the name of a file."""
-    name = Path(urlsplit(config.data[0]).path).name
+    """The name of the first source, fit for the name of a file: short, and without secrets."""
+    name = Path(without_secrets(config.data[0])).name
     return re.sub(r"[^\w.-]", "_", name)[:40] or "text"
 
 
@@ -1439,78 +1585,137 @@ def download(path, address, advice, size=None, sha256=None):
             found.update(chunk)
             bar.update(len(chunk))
         if sha256 is not None and found.hexdigest() != sha256:
-            raise UserError(f"{url_of(address)} has SHA-256 {found.hexdigest()} instead of {sha256}; try "
-                            f"again, or {advice}")
+            raise UserError(f"{without_secrets(address)} has SHA-256 {found.hexdigest()} instead of "
+                            f"{sha256}; try again, or {advice}")
 
 
 def fetch(address, advice="use --data PATH or --data python-docs"):
     """Yield the bytes at an address. A dropped connection resumes at the byte where it broke off."""
+    name = without_secrets(address)
     url = url_of(address)
+    is_on_hub = url.startswith(f"{hub()}/")
+    if is_on_hub and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "TRUE", "YES"):
+        raise UserError(f"{name} is not read, because HF_HUB_OFFLINE is set; unset it, or {advice}")
+    authorization = {}
+    if is_on_hub and os.environ.get("HF_TOKEN"):  # requests drops it when another host is redirected to
+        authorization = {"Authorization": f"Bearer {os.environ['HF_TOKEN'].strip()}"}
     position = 0
-    etag = ""
+    length = None  # of the whole; None if the server does not say
+    version = ""
     failures = 0  # in a row
-    while True:
+    while position != length:
         try:
-            with requests.get(url, headers=range_headers(position, etag), stream=True,
-                              timeout=TIMEOUT) as response:
-                etag = response.headers.get("ETag", "")
-                check_status(response, url, position, advice)
-                for chunk in response.iter_content(1 << 14):  # raises if the body ends early
+            headers = request_headers(position, version) | authorization
+            with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+                check_status(response, name, advice)
+                begin, total, found = describe_answer(response)
+                if position == 0:
+                    length = None
+                    version = found
+                if length is None:
+                    length = total
+                if (begin, total, found) != (position, length, version):
+                    raise UserError(f"{name} cannot be resumed at byte {position:,}: it has changed, or the "
+                                    "server cannot send a part; download it and use --data PATH")
+                for chunk in response.iter_content(1 << 14):
                     position += len(chunk)
                     failures = 0
                     yield chunk
-                return
-        except requests.RequestException as error:
+                if length is None:
+                    return
+                if position != length:
+                    raise requests.ConnectionError("the body ended early")
+        except UserError:  # also a ValueError
+            raise
+        except (requests.RequestException, ValueError) as error:
+            if position == 0 and cannot_pass(error):
+                raise UserError(f"{name} is not the address of a server; {advice}") from None
             failures += 1
-            wait_or_give_up(error, failures, url, position, advice)
+            wait_or_give_up(error, failures, name, position, advice)
 
 
-def wait_or_give_up(error, failures, url, position, advice):
+def request_headers(position, version):
+    """The headers that ask for the bytes from `position` on."""
+    headers = {"Accept-Encoding": "identity"}
+    if position:
+        headers["Range"] = f"bytes={position}-"
+    if version.startswith('"'):  # a strong ETag: the server answers 200 with all of a file that has changed
+        headers["If-Range"] = version
+    return headers
+
+
+def describe_answer(response):
+    """(First byte, length of the whole, version) of an answer: a part or the whole. None is unknown."""
+    headers = response.headers
+    version = headers.get("ETag") or headers.get("Last-Modified") or ""
+    if response.status_code == 206:
+        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
+        if not match:
+            return None, None, version
+        return int(match[1]), int(match[2]), version
+    length = headers.get("Content-Length", "")
+    if not length.isdecimal() or "Content-Encoding" in headers:  # of the encoded bytes
+        return 0, None, version
+    return 0, int(length), version
+
+
+def check_status(response, name, advice):
+    """Raise requests.HTTPError if it is worth another attempt, and UserError if it is not."""
+    status = response.status_code
+    if status == 429 or status >= 500:
+        response.raise_for_status()
+    if status not in (200, 206):
+        kind = NotFound if status == 404 else UserError
+        raise kind(f"{name} answers {status} {response.reason}; {advice}")
+
+
+def cannot_pass(error):
+    """Whether no attempt can succeed: the address is malformed, or there is no such host."""
+    if isinstance(error, ValueError):  # so requests and urllib3 call malformed addresses
+        return True
+    while error is not None:
+        if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def wait_or_give_up(error, failures, name, position, advice):
     """Wait before the next attempt. Raises UserError after too many failures in a row."""
     attempts = ATTEMPTS
-    if error.response is not None:
-        reason = f"it answers {error.response.status_code}"
+    response = getattr(error, "response", None)
+    if response is not None:
+        reason = f"it answers {response.status_code}"
     else:
         reason = type(error).__name__
         if position == 0:  # perhaps there is no such server
             attempts = ATTEMPTS_WITHOUT_ANSWER
     if failures >= attempts:
-        raise UserError(f"{url} cannot be read: {reason}, {failures} times in a row; the same command "
+        raise UserError(f"{name} cannot be read: {reason}, {failures} times in a row; the same command "
                         f"resumes later; or {advice}") from None
     seconds = min(60, BACKOFF * 2**failures)
-    tqdm.write(f"{url}: {reason}, at byte {position:,}; trying again in {seconds:.0f} s", file=sys.stderr)
+    tqdm.write(f"{name}: {reason}, at byte {position:,}; trying again in {seconds:.0f} s", file=sys.stderr)
     time.sleep(seconds)
-
-
-def range_headers(position, etag):
-    """The headers that ask for the bytes from `position` on."""
-    headers = {"Accept-Encoding": "identity"}
-    if position:
-        headers["Range"] = f"bytes={position}-"
-    if etag.startswith('"'):  # a strong ETag: if the file has changed, the server answers 200 with all of it
-        headers["If-Range"] = etag
-    return headers
-
-
-def check_status(response, url, position, advice):
-    """Raise requests.HTTPError if it is worth another attempt, and UserError if it is not."""
-    status = response.status_code
-    if status == 429 or status >= 500:
-        response.raise_for_status()
-    if status == 200 and position:
-        raise UserError(f"{url} cannot be resumed at byte {position:,}: it has changed, or the "
-                        "server cannot send a part; download it and use --data PATH")
-    if status not in (200, 206):
-        kind = NotFound if status == 404 else UserError
-        raise kind(f"{url} answers {status} {response.reason}; {advice}")
 
 
 def url_of(address):
     """The URL of an address, which may begin with hub:."""
     if not address.startswith("hub:"):
         return address
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    return hub + address.removeprefix("hub:")
+    return hub() + address.removeprefix("hub:")
+
+
+def hub():
+    """The URL of the hub."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def without_secrets(name):
+    """A path as it is; an address without user, password, query and fragment, which can hold secrets."""
+    url = url_of(name)
+    if "://" not in url:
+        return name
+    return re.sub(r"//[^/?#]*@", "//", re.split("[?#]", url)[0])
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import sklearn.metrics
+import tokenizers
 import torch
 import torch.nn.functional as F
 from scipy import stats
@@ -197,6 +198,7 @@ def corpus(tmp_path, monkeypatch):
     """A folder to work in, with corpus.txt and vocab.txt. Shards are small, so that there are many."""
     monkeypatch.setattr(data.GrowingShards, "prepare_in_child", prepare_in_child)
     monkeypatch.setattr(data, "SHARD_CHARACTERS", 10_000)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub-cache"))  # not what is on this machine
     monkeypatch.chdir(tmp_path)
     Path("corpus.txt").write_text("\n\n".join(make_text()), encoding="utf-8")
     Path("vocab.txt").write_text("\n".join(SMALL_VOCAB) + "\n", encoding="utf-8")
@@ -227,7 +229,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(302, headers={"Location": f"{self.path}?again"})
         elif asked and server.has_ranges and self.headers.get("If-Range", etag) == etag:
             start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
-            self.answer(206, body[start:], trouble, {"ETag": etag})
+            span = f"bytes {start}-{len(body) - 1}/{len(body)}"
+            self.answer(206, body[start:], trouble, {"ETag": etag, "Content-Range": span})
         else:
             self.answer(200, body, trouble, {"ETag": etag})
 
@@ -1232,11 +1235,102 @@ def test_a_vocabulary_is_trained_once_for_a_text(corpus, capsys):
     assert "yields" not in capsys.readouterr().err
     count = len(data.load_wordpiece(data_config(vocab="train:5000")).tokens)
     assert f"the text yields a vocabulary of {count} and not 5,000" in capsys.readouterr().err
-    letters = "".join(chr(0x4E00 + n) + "ab" * (n % 7) for n in range(900))
+    letters = "".join(chr(0xA000 + n) + "ab" * (n % 7) for n in range(900))  # Yi syllables
     Path("corpus.txt").write_text(letters, encoding="utf-8")
     tokens = data.load_wordpiece(config).tokens
     assert tokens[-1] != "marker" and len(tokens) <= 60
     assert any(len(token.removeprefix("##")) > 1 for token in tokens[5:])
+
+
+def test_ideographs_are_kept_as_long_as_there_is_room(corpus, capsys):
+    """A Chinese text has no [UNK] if its characters fit; beside English, they get their share of the text."""
+    wordpiece = WordPiece(SMALL_VOCAB, do_lower_case=False)
+    for number in [*range(0x3000, 0xD800), *range(0xE000, 0x30000)]:  # the normalizer defines what they are
+        is_word = wordpiece.normalize(chr(number)) == f" {chr(number)} "
+        assert bool(data.IDEOGRAPH.match(chr(number))) == is_word
+    random_ = random.Random(0)
+    ideographs = [chr(0x4E00 + 7 * number) for number in range(300)]
+    text = "".join(ideographs) + "。"
+    Path("corpus.txt").write_text(text + "".join(random_.choices(ideographs[:90], k=9000)), encoding="utf-8")
+    whole = data.load_wordpiece(data_config(vocab="train:400"))
+    assert data.UNK not in whole.decode(whole.encode([text])[0])
+    assert "vocabulary of 306 and not 400: it has no more pieces of words" in capsys.readouterr().err
+    part = data.load_wordpiece(data_config(vocab="train:100")).tokens
+    assert len(part) == 100 and set(part[6:]) - set(ideographs[:90]) <= set(ideographs)
+    assert len(set(part) & set(ideographs[:90])) == 90  # the most frequent
+    with open("corpus.txt", "a", encoding="utf-8") as file:
+        file.write("\n" + " ".join(make_text(900)))
+    mixed = data.load_wordpiece(data_config(vocab="train:100")).tokens
+    assert set(mixed) & set(WORDS) and 3 < len(set(mixed) & set(ideographs)) < 30 and len(mixed) == 100
+
+
+def test_vocab_txt_is_read_as_the_official_code_reads_it(tmp_path):
+    """White space around a token does not count, and a line with more than a token is refused."""
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(" \r\n".join([*data.SPECIAL_TOKENS, "\tba", "do"]).encode())
+    assert data.read_vocab(path) == [*data.SPECIAL_TOKENS, "ba", "do"]
+    path.write_bytes("\n".join([*data.SPECIAL_TOKENS, "ba\t-3"]).encode())
+    with pytest.raises(UserError, match=r"vocab.txt, line 6, holds more than a token: 'ba\\t-3'; keep one"):
+        data.read_vocab(path)
+
+
+@pytest.mark.parametrize("architecture", ["Bert", "Electra"])
+@pytest.mark.parametrize("settings", [{}, {"do_lower_case": False}, {"strip_accents": False}])
+def test_tokenizers_of_transformers_are_loaded(tmp_path, architecture, settings):
+    """What transformers writes for BERT and ELECTRA gives the same ids here."""
+    transformers = pytest.importorskip("transformers")
+    tokens = [*data.SPECIAL_TOKENS, "élan", "elan", "Élan", "##s", "中"]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens), encoding="utf-8")
+    theirs = getattr(transformers, f"{architecture}TokenizerFast")(str(tmp_path / "vocab.txt"), **settings)
+    theirs.save_pretrained(tmp_path / "saved")
+    ours, _ = data.read_tokenizer(tmp_path / "saved")
+    text = "Élan élans elan 中中 [x]"
+    assert ours.encode([text])[0] == theirs(text, add_special_tokens=False)["input_ids"]
+    ours.save(tmp_path, 17)
+    again, length = data.read_tokenizer(tmp_path)
+    assert again.encode([text]) == ours.encode([text]) and length == 17
+
+
+def of_tokenizers(model="WordPiece", normalizer=None, pre_tokenizer=None, added=(), **options):
+    """The content of a tokenizer.json, as the library tokenizers writes it."""
+    tokens = {token: number for number, token in enumerate(SMALL_VOCAB)}
+    if model == "BPE":
+        options |= dict(merges=[])
+    tokenizer = tokenizers.Tokenizer(getattr(tokenizers.models, model)(tokens, unk_token="[UNK]", **options))
+    tokenizer.normalizer = normalizer or tokenizers.normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizer or tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens([*data.SPECIAL_TOKENS, *added])
+    return json.loads(tokenizer.to_str())
+
+
+@pytest.mark.parametrize("file, content, message", [
+    (TOKENIZER, {"word_tokenizer_type": "mecab"}, "word_tokenizer_type is 'mecab' and not 'basic'"),
+    (TOKENIZER, {"tokenizer_class": "BertJapaneseTokenizer"}, "tokenizer_class is 'BertJapaneseTokenizer'"),
+    (TOKENIZER, {"do_basic_tokenize": False}, "do_basic_tokenize is False and not True"),
+    (TOKENIZER, {"do_lower_case": "no"}, "do_lower_case is 'no'"),
+    (TOKENIZER, {"do_lower_case": False, "strip_accents": True}, "accents are stripped only from lower"),
+    (TOKENIZER, {"unk_token": "<unk>"}, "special tokens other than"),
+    (TOKENIZER, {"mask_token": {"content": "<mask>"}}, "special tokens other than"),
+    (TOKENIZER, {"added_tokens_decoder": {"48": {"content": "<user>"}}}, "special tokens other than"),
+    (TOKENIZER, {"added_tokens_decoder": [1]}, "is damaged, or its tokenizer is not like BERT's"),
+    (TOKENIZER, {"model_max_length": "512"}, "is damaged: model_max_length is '512'"),
+    ("tokenizer.json", of_tokenizers("BPE", continuing_subword_prefix="##"), "model.type is 'BPE' and not"),
+    ("tokenizer.json", of_tokenizers("WordLevel"), "model.type is 'WordLevel'"),
+    ("tokenizer.json", of_tokenizers(continuing_subword_prefix="@@"), "continuing_subword_prefix is '@@'"),
+    ("tokenizer.json", of_tokenizers(normalizer=tokenizers.normalizers.NFC()), "not like BERT's"),
+    ("tokenizer.json", of_tokenizers(normalizer=tokenizers.normalizers.BertNormalizer(clean_text=False)),
+     "normalizer.clean_text is False"),
+    ("tokenizer.json", of_tokenizers(pre_tokenizer=tokenizers.pre_tokenizers.Whitespace()),
+     "pre_tokenizer.type is 'Whitespace' and not 'BertPreTokenizer'"),
+    ("tokenizer.json", of_tokenizers(added=["<user>"]), "special tokens other than"),
+    ("tokenizer.json", of_tokenizers() | {"normalizer": None}, "its tokenizer is not like BERT's"),
+])
+def test_a_tokenizer_with_other_rules_is_refused(tmp_path, file, content, message):
+    """The file that asks for the rule is named, also where vocab.txt stands beside it."""
+    write_files(tmp_path, {"vocab.txt": "\n".join(SMALL_VOCAB).encode(), file: json.dumps(content).encode()})
+    with pytest.raises(UserError, match=message) as error:
+        data.read_tokenizer(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / file} ")
 
 
 def test_case_and_accents_come_from_the_model_folder(tmp_path):
@@ -1262,6 +1356,21 @@ def test_transformers_tokenizer_agrees_on_case_and_accents(tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.tokenize("Élan elan É") == expected and theirs.model_max_length == 17
     assert [tokens[number] for number in ours.encode(["Élan elan É"])[0]] == expected
+
+
+def test_the_network_of_a_run_is_chosen_by_name(tmp_path):
+    """The objective decides, in a run and in its steps. A missing network is never replaced by the other."""
+    for objective, network, other in [("electra", "discriminator", "generator"),
+                                      ("mlm", "generator", "discriminator")]:
+        run = tmp_path / objective
+        write_files(run, {"log.jsonl": json.dumps({"settings": {"objective": objective}}).encode() + b"\n{"})
+        for place in run, run / "step-5":
+            write_files(place, {f"{network}/config.json": b"", f"{other}/config.json": b""})
+            assert data.find_model(str(place), "cache") == place / network
+            assert data.find_model(str(place), "cache", other) == place / other
+            shutil.rmtree(place / network)
+            with pytest.raises(UserError, match=f"there is no model in {place}/{network}; pre-train"):
+                data.find_model(str(place), "cache")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1377,13 +1486,26 @@ def test_python_docs_are_sentences_of_prose():
     assert len(sentences) > 1000 and len(set(sentences)) == len(sentences)
 
 
-def test_openwebtext_is_21_pinned_tars_of_the_hub(monkeypatch):
-    """HF_ENDPOINT changes where it is read from, and not what it is."""
-    files = data.find_files(DataConfig())
-    assert len(files) == 21 and data.identify_text(DataConfig())[3] == [files[3]]
-    monkeypatch.setenv("HF_ENDPOINT", "http://mirror")
-    assert data.url_of(files[3]) == ("http://mirror/datasets/Skylion007/openwebtext/resolve/"
-                                     "39d1a6d3f3a4c838b27bbc65bfb14a2f6f727740/subsets/urlsf_subset03.tar")
+@pytest.mark.parametrize("choice, first, last, count", [
+    ("pinned", "39d1a6d3f3a4c838b27bbc65bfb14a2f6f727740/subsets/urlsf_subset00.tar", "subset20.tar", 21),
+    ("main", "main/subsets/urlsf_subset00.tar", "main/subsets/urlsf_subset20.tar", 21),
+    ("parquet", "refs%2Fconvert%2Fparquet/plain_text/train/0000.parquet", "train/0079.parquet", 80),
+])
+def test_openwebtext_is_read_where_the_hub_has_it(corpus, monkeypatch, choice, first, last, count):
+    """The first source whose first file is there is taken, and kept even if a better one returns."""
+    repository = "/datasets/Skylion007/openwebtext/resolve/"
+    with Server({repository + first: b""}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        files = data.find_files(DataConfig())
+        assert data.url_of(files[0]) == server.url + repository + first and files[-1].endswith(last)
+        assert len(files) == count and data.identify_text(DataConfig())[3] == [files[3]]
+        server.files = {data.OPENWEBTEXT["pinned"][0].removeprefix("hub:"): b""}
+        assert data.find_files(DataConfig()) == files
+    assert data.find_files(DataConfig()) == files  # without a server
+    with Server({}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        with pytest.raises(UserError, match=f"{server.url} does not have OpenWebText; use --data PATH"):
+            data.find_files(DataConfig(cache="another"))
 
 
 # ------------------------------------------------------------------------------------------------------------

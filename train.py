@@ -1326,7 +1326,7 @@ def find_init(config, data_config, electra_config):
         names = [names[0], names[0]]  # both networks of a run
     elif len(names) == 1:
         networks = ["discriminator"]
-    folders = [data.find_model(name, data_config.cache, [network]).resolve()
+    folders = [data.find_model(name, data_config.cache, network).resolve()
                for name, network in zip(names, networks, strict=True)]
     if any(Path(config.out, config.size).resolve() in folder.parents for folder in folders):
         raise data.UserError("--init names the run that would be overwritten; use another --out")

@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 
 HERE = Path(data.__file__).parent
-PATHS = [address.removeprefix("hub:") for address in [data.BERT_VOCAB["address"], *data.OPENWEBTEXT]]
+ADDRESSES = [data.BERT_VOCAB["address"], *data.OPENWEBTEXT["pinned"]]
+PATHS = [address.removeprefix("hub:") for address in ADDRESSES]
 EMPTY_TAR = bytes(10_240)
 FIRST_BATCH = """
 import os, sys, time, train

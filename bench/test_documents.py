@@ -81,7 +81,7 @@ def test_the_readmes_commands_and_session_run(toy_glue, monkeypatch, quick):
     tiny = shape | dict(data=["corpus.txt"], vocab="vocab.txt")
     monkeypatch.setattr(train, "SIZES", dict(tiny=tiny, small=shape, base=shape))
     vocab, files = Path("vocab.txt").read_bytes(), {"/owt.tar": make_openwebtext()[1]}
-    monkeypatch.setattr(data, "OPENWEBTEXT", ["hub:/owt.tar"])
+    monkeypatch.setattr(data, "OPENWEBTEXT", {"pinned": ["hub:/owt.tar"]})
     monkeypatch.setattr(data, "BERT_VOCAB", data.BERT_VOCAB | dict(
         address="hub:/vocab.txt", size=len(vocab), sha256=hashlib.sha256(vocab).hexdigest()))
     files["/vocab.txt"] = vocab

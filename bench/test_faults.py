@@ -13,8 +13,10 @@ Helpers are those of test_electra.py, and fixtures come by way of conftest.py.
 
 import gzip
 import hashlib
+import http.server
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -22,6 +24,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -32,8 +35,10 @@ import zipfile
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import requests
 import torch
 
 import data
@@ -54,6 +59,7 @@ from test_electra import (
     STSB_ROW,
     TOKENIZER,
     WEIGHTS,
+    Handler,
     Server,
     assert_same_run,
     contents,
@@ -143,6 +149,100 @@ def test_files_that_change_or_cannot_be_continued_are_refused(corpus, quick):
     assert troubles == ["cut"]
 
 
+class PartHandler(http.server.BaseHTTPRequestHandler):
+    """Gives the server's `answers`, (status, body, headers), one after the other."""
+
+    def do_GET(self):
+        self.server.ranges_asked.append(self.headers.get("Range"))
+        status, body, headers = self.server.answers.pop(0)
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+K = 1 << 12  # the file is 8 K; the first answer breaks off after 4 K
+BODY = b"".join(bytes([65 + number]) * K for number in range(8))
+TAG, DATE = {"ETag": '"1"'}, {"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}
+
+
+def span(begin, total):
+    return {"Content-Range": f"bytes {begin}-{8 * K - 1}/{total}"}
+
+
+@pytest.mark.parametrize("first, status, begin, headers, is_accepted", [
+    (TAG, 206, 4 * K, TAG | span(4 * K, 8 * K), True),
+    (DATE, 206, 4 * K, DATE | span(4 * K, 8 * K), True),
+    (TAG, 206, 2 * K, TAG | span(2 * K, 8 * K), False),  # another position than the one asked for
+    (TAG, 206, 4 * K, TAG | span(4 * K, 9 * K), False),
+    (TAG, 206, 4 * K, TAG | span(4 * K, "*"), False),
+    (TAG, 206, 4 * K, TAG, False),
+    (TAG, 206, 4 * K, {"ETag": '"2"'} | span(4 * K, 8 * K), False),
+    (DATE, 206, 4 * K, {"Last-Modified": "later"} | span(4 * K, 8 * K), False),
+    (TAG, 200, 0, TAG, False),  # the whole instead of a part
+    (TAG, 206, 4 * K, TAG | {"Content-Range": f"bytes {4 * K}-{6 * K - 1}/{8 * K}"}, True),  # a smaller part
+])
+def test_a_part_is_accepted_only_if_it_continues_the_same_file(quick, first, status, begin, headers,
+                                                              is_accepted):
+    """A part comes from the position asked for, with the total and the validator of the first answer."""
+    body = BODY[begin : 6 * K if "-24575" in headers.get("Content-Range", "") else None]
+    with Server({}) as server:
+        server.RequestHandlerClass = PartHandler
+        server.answers = [(200, BODY[: 4 * K], first | {"Content-Length": 8 * K}),
+                          (status, body, headers | {"Content-Length": len(body)}),
+                          (206, BODY[6 * K :], TAG | span(6 * K, 8 * K))]
+        if is_accepted:
+            assert b"".join(data.fetch(f"{server.url}/a.txt")) == BODY
+        else:
+            with pytest.raises(UserError, match="a.txt cannot be resumed at byte 16,384: it has changed, or"):
+                list(data.fetch(f"{server.url}/a.txt"))
+    assert server.ranges_asked[:2] == [None, f"bytes={4 * K}-"]
+
+
+def test_a_body_that_ends_early_without_an_error_is_noticed(quick, monkeypatch):
+    """Whatever the HTTP library says, a whole is taken only with as many bytes as its Content-Length."""
+    content = requests.Response.iter_content
+    monkeypatch.setattr(requests.Response, "iter_content", lambda *args: itertools.islice(content(*args), 1))
+    with Server({"/a.txt": BODY}) as server:
+        assert b"".join(data.fetch(f"{server.url}/a.txt")) == BODY
+    assert server.ranges_asked == ["", f"bytes={4 * K}-"]
+
+
+@pytest.mark.parametrize("address", ["http://[bad/a.txt", "http://x:port/a.txt", "http://a..b/a.txt", "https:///a.txt",
+                                     "http://user:password@nowhere/a.txt?signature#fragment"])
+def test_what_cannot_be_an_address_is_refused_at_once(monkeypatch, address):
+    """No attempt is repeated, and the sentence holds no secret."""
+    error = socket.gaierror(socket.EAI_NONAME, "no such host")
+    monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=error if "nowhere" in address else None))
+    monkeypatch.setattr(data.time, "sleep", None)
+    with pytest.raises(UserError, match="is not the address of a server; use --data") as caught:
+        read_texts(address)
+    assert not re.search("user|password|signature|fragment", str(caught.value))
+
+
+def test_no_secret_of_an_address_is_printed_or_names_a_file(corpus, quick, capfd):
+    """Messages and names of folders hold scheme, host and path; names are bounded."""
+    path, troubles = f"/{'x' * 300}.txt", [None, None, "cut", 429]
+    with Server({path: b"ba\n\xff"}, lambda: troubles.pop()) as server:
+        config = data_config(data=(server.url.replace("//", "//me:secret@") + f"{path}?secret#secret",))
+        folder = data.Shards(config, data.WordPiece(SMALL_VOCAB)).folder.name
+        with pytest.raises(UserError, match="is not UTF-8 at byte 0") as not_text:
+            list(data.read_documents(config))
+        server.files = {}
+        with pytest.raises(UserError, match="answers 404") as missing:
+            list(data.read_documents(config))
+    said = capfd.readouterr().err
+    assert "429" in said and len(folder) < 60 and "xxx" in folder
+    for message in str(not_text.value), str(missing.value), str(data.no_text(config)):
+        assert f"{server.url}/xxx" in message
+        said += message
+    assert "secret" not in said + folder
+
+
 def source(server, path, content):
     return f"{server.url}{path}", len(content), hashlib.sha256(content).hexdigest()
 
@@ -200,6 +300,57 @@ def test_a_model_of_the_hub_is_downloaded_once(toy_glue, monkeypatch, quick, nam
     tune(flags + "--out again")  # the server is gone
     tune("--task wnli --out local")
     assert read_results()["wnli", 0]["metrics"] == read_results("local")["wnli", 0]["metrics"]
+
+
+def test_weights_in_several_files_are_downloaded(corpus, monkeypatch, quick):
+    """The files that the index names are downloaded, each once. A path is not followed out of the folder."""
+    base, index = "/a/b/resolve/main/", "model.safetensors.index.json"
+    files = {"vocab.txt": b"", "config.json": b"{}", "model-1.safetensors": b"1", "model-2.safetensors": b"2"}
+    with Server({f"{base}{name}": content for name, content in files.items()}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        weight_map = {"x": "model-2.safetensors", "y": "model-1.safetensors", "z": "model-2.safetensors",
+                      "path": "../a.safetensors"}
+        server.files[base + index] = json.dumps({"weight_map": weight_map}).encode()
+        folder = data.find_model("a/b", "cache")
+    assert {path.name for path in folder.iterdir()} == {*files, index, "config.lock"}
+    assert (folder / "model-2.safetensors").read_bytes() == b"2"
+
+
+def test_what_transformers_has_downloaded_is_used(corpus, monkeypatch):
+    """A whole snapshot in the hub's cache is the model's folder; with a part of it missing, it is not."""
+    repository = corpus / "hub-cache/hub/models--a--b"
+    snapshot = repository / "snapshots/0123"
+    write_files(repository, {"refs/main": b"0123"})
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = ["config.json", "tokenizer.json", "model.safetensors.index.json"]
+    write_files(snapshot, dict.fromkeys(names, b"{}"))
+    assert data.find_model("a/b", "cache") == snapshot
+    for name in names:
+        (snapshot / name).rename(snapshot / "aside")
+        with pytest.raises(UserError, match="a/b/resolve/main/vocab.txt is not read, because HF_HUB_OFFLINE"):
+            data.find_model("a/b", "cache")
+        (snapshot / "aside").rename(snapshot / name)
+
+
+def test_the_token_goes_to_the_hub_only(corpus, monkeypatch):
+    """HF_TOKEN is sent to the hub's host, and neither to a host it redirects to nor to other addresses."""
+    seen = []
+
+    class TokenHandler(Handler):
+        def do_GET(self):
+            seen.append((self.server is hub, self.headers.get("Authorization")))
+            if self.server is hub:
+                self.answer(302, headers={"Location": f"{other.url}/a.txt?signed"})
+            else:
+                super().do_GET()
+
+    monkeypatch.setenv("HF_TOKEN", "token\n")
+    with Server({}) as hub, Server({"/a.txt": b"ba"}) as other:
+        hub.RequestHandlerClass = other.RequestHandlerClass = TokenHandler
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        for address in "hub:/a.txt", f"{hub.url}/a.txt", f"{other.url}/a.txt":
+            assert read_texts(address) == ["ba"]
+    assert seen == [(True, "Bearer token"), (False, None)] * 2 + [(False, None)]
 
 
 # ============================================================================================================
@@ -692,7 +843,7 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(corpus, monkeypatch
 
 
 @pytest.mark.parametrize("flags, content, message", [
-    ("--data nowhere", None, "there is no nowhere; --data takes"),
+    ("--data nowhere", None, "there is no file nowhere; --data takes"),
     ("--data blank.txt", b"\n \n\n", "there is no text to train on in blank.txt"),
     ("--data odd.pdf", b"", "odd.pdf cannot be read; .txt, .jsonl, .json, .parquet and .tar can"),
     ("--data pipe.txt", None, "pipe.txt is not a regular file; copy what it gives to one"),
@@ -705,6 +856,9 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(corpus, monkeypatch
     ("--vocab bad.txt", b"[PAD]\n[UNK]\n[CLS]\na", r"must begin with \[PAD\] and hold"),
     ("--vocab bad.txt", "\n".join([*SMALL_VOCAB, "ba"]).encode(), "at most 65,535 tokens, each once"),
     ("--vocab nowhere.txt", None, "there is no vocabulary nowhere.txt"),
+    ("--vocab folder", None, "there is no vocabulary folder"),
+    ("--vocab pipe", None, "there is no vocabulary pipe"),
+    ("--data pipe", None, "pipe is not a regular file"),
     ("--max-length 33", None, "max_length 33 is beyond the model's 32 positions"),
     ("--max-length 4", None, "max_length is 4; it must be between 8 and 1000000"),
     ("--seed -1", None, "seed is -1; it must be between 0 and 4294967295"),
@@ -723,8 +877,8 @@ def test_bad_input_to_pre_training(corpus, flags, content, message):
     """Each mistake ends in one sentence, before anything is trained."""
     Path("folder").mkdir()
     Path("pipes").mkdir()
-    os.mkfifo("pipe.txt")
-    os.mkfifo("pipes/pipe.txt")
+    for name in "pipe", "pipe.txt", "pipes/pipe.txt":
+        os.mkfifo(name)
     if content is not None:
         Path(flags.split()[1]).write_bytes(content)
     with pytest.raises((UserError, ModelError), match=message) as error:
@@ -748,13 +902,18 @@ CUT_SHORT = struct.pack("<Q", 61) + b'{"a": {"dtype": "F32", "shape": [2], "data
     ("--warmup-proportion nan", {}, "warmup_proportion is nan"), ("--dropout 0.99", {}, "dropout is 0.99"),
     ("--task cola rte wnli --glue-dir part", {}, "no part/RTE/train.tsv, .* part/WNLI/dev.tsv; --gl"),
     ("--predict-file a.tsv --model out/small/discriminator", {}, "has no classifier; --model takes"),
-    ("", {"config.json": None}, "there is no model in out/small; pre-train one"),
+    ("", {"config.json": None}, "there is no model in out/small/discriminator; pre-train one"),
     ("", {"config.json": b"{"}, "config.json is damaged, or not the config of a model"),
     ("", {"config.json": b'{"model_type": "bert"}'}, "describes a model of type 'bert'"),
     ("", {"vocab.txt": None}, "is not a model folder: it has neither vocab.txt nor tokenizer.json"),
     ("", {"vocab.txt": b"\n".join([b"[PAD]", b"[UNK]", b"[CLS]", b"[SEP]", b"[MASK]"])},
      "its vocabulary has 5 tokens, and config.json says 48"),
     ("", {"vocab.txt": None, "tokenizer.json": b'{"model": {"vocab": {"a": 1}}}'}, "is not a WordPiece tok"),
+    ("", {TOKENIZER: b"[]"}, "tokenizer_config.json is damaged: it is not a JSON object"),
+    ("", {TOKENIZER: b"[" * 99_999}, "tokenizer_config.json is damaged: it is not a JSON object"),
+    *[("", {"vocab.txt": None, "tokenizer.json": content}, "tokenizer.json is not a WordPiece tokenizer") for
+      content in [b"{}", b'{"model": 1}', b'{"model": {"vocab": 1}}', b'{"model": {"vocab": [["a", 0]]}}',
+                  b'{"model": {"vocab": {"a": "x", "b": 0}}}', b'{"model": {"vocab": {"\\ud800": 0}}}']],
     ("", {TOKENIZER: b'{"tokenize_chinese_chars": false}'}, "that this tokenizer lacks"),
     ("", {WEIGHTS: None}, "has neither model.safetensors nor pytorch_model.bin"),
     ("", {WEIGHTS: CUT_SHORT}, "is damaged or inconsistent: .* weights have 73 bytes"),
