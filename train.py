@@ -634,7 +634,7 @@ class RunFolder:
         """Refuse to continue a run that has read another text. Waits until the text is prepared that far."""
         history = read_together(self.shards.history, run["num_shards"])
         if history != run["history"]:
-            place = self.shards.changed_file(run["history"])
+            place = data.without_secrets(self.shards.changed_file(run["history"]))
             raise data.UserError(self.refusal(f"the text differs in {place} or after it"))
 
     def refusal(self, reason):
