@@ -81,17 +81,24 @@ def atomic_write(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with errors_named(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno and not error.filename:  # a full disk
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def errors_named(path):
+    """Add a path to an OSError without one, for example of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 def write_sealed(path, content):
@@ -108,16 +115,6 @@ def read_sealed(path, advice):
     if hashlib.sha256(content).digest() != raw[-SEAL_BYTES:]:
         raise UserError(f"{path} is damaged; {advice}")
     return content
-
-
-@contextmanager
-def atomic_folder(folder):
-    """Yield the path for a new folder that takes the place of `folder` once it is filled."""
-    new = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(new, ignore_errors=True)
-    yield new
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
 
 
 def make_once(path, make):
@@ -162,9 +159,10 @@ def acquire(file):
 
 def append_json(file, entry):
     """Append a line of JSON to an open binary file, and flush it to disk."""
-    file.write(json.dumps(entry).encode() + b"\n")
-    file.flush()
-    os.fsync(file.fileno())
+    with errors_named(file.name):
+        file.write(json.dumps(entry).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_json(path):
@@ -220,9 +218,9 @@ class DataConfig:
     cache: Annotated[str, "folder for prepared text and downloads"] = "cache"
 
 
-def prepare(config, progress=True):
+def prepare(config, progress=True, wordpiece=None):
     """Turn text into shards of rows. After a kill it resumes; a finished shard is never made again."""
-    shards = Shards(config, load_wordpiece(config))
+    shards = Shards(config, wordpiece or load_wordpiece(config))
     with lock(shards.folder / "lock", f"waiting for another process to prepare {shards.folder}"):
         shards.refresh()  # the other process may have added some
         if shards.is_complete:
@@ -895,7 +893,7 @@ class GrowingShards(Shards):
             self.child = child
             self.child_output = output
             try:
-                send(child, asdict(self.config))
+                send(child, (self.wordpiece.tokens, asdict(self.config)))
                 yield
             finally:
                 child.kill()
@@ -950,12 +948,14 @@ class GrowingShards(Shards):
 
 
 def run_as_child():
-    """Receive a config from standard input, and prepare its text. Returns the exit status."""
+    """Receive a vocabulary and a config from standard input, and prepare text. Returns the exit status."""
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    config = DataConfig(**pickle.load(sys.stdin.buffer))
+    tokens, settings = pickle.load(sys.stdin.buffer)
+    config = DataConfig(**settings)
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        prepare(config, progress=False)
+        prepare(config, progress=False,
+                wordpiece=WordPiece(tokens, config.do_lower_case, config.strip_accents))
     except (UserError, OSError) as error:
         print(error)
         return 1
@@ -1249,14 +1249,14 @@ class WordPiece:
         words = [self.tokens[number] for number in ids if number != 0]  # 0 is [PAD]
         return " ".join(words).replace(" ##", "")
 
-    def save(self, folder, max_length):
-        """Write vocab.txt and tokenizer_config.json. `max_length` is the length trained on."""
-        (folder / "vocab.txt").write_bytes(vocab_file(self.tokens))
-        # Without this file, transformers always lower-cases and strips accents.
+    def files(self, max_length):
+        """{name: bytes} of vocab.txt and tokenizer_config.json. `max_length` is the length trained on."""
+        # Without tokenizer_config.json, transformers always lower-cases and strips accents.
         settings = dict(tokenizer_class="ElectraTokenizer", do_lower_case=self.do_lower_case,
                         strip_accents=self.strip_accents, tokenize_chinese_chars=True,
                         model_max_length=max_length)
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        return {"vocab.txt": vocab_file(self.tokens),
+                "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode()}
 
 
 def unknown_warning(share):

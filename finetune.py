@@ -749,11 +749,10 @@ def save_best(experiments):
 
 def save_network(experiment, seed, network):
     """Write encoder, head, names of the labels and tokenizer to the network's folder."""
-    with (lock_outputs(experiment.folder, "network"),
-          data.atomic_folder(experiment.network_path()) as folder):
-        model.save_pretrained(network, folder, head=type(network).__name__,
-                              result=experiment.run_name(seed), **experiment.saved_fields(seed))
-        experiment.pretrained.wordpiece.save(folder, experiment.config.max_length)
+    with lock_outputs(experiment.folder, "network"):
+        train.write_network(experiment.network_path(), network, experiment.pretrained.wordpiece,
+                            experiment.config.max_length, head=type(network).__name__,
+                            result=experiment.run_name(seed), **experiment.saved_fields(seed))
 
 
 def read_saved_config(folder):

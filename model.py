@@ -21,11 +21,13 @@ whole network.
   E  embedding size                      H  hidden size of the network in question
 """
 
+import io
 import json
 import math
 import pickle
 import struct
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -44,32 +46,33 @@ class ModelError(ValueError):
 class ElectraConfig:
     """The shape of a network, under HuggingFace's names, and the objective. The defaults are those of small.
 
-    The shape is the discriminator's; `generator_config` derives the generator's. An annotated field is a flag
-    of train.py: the text is its help, and the two numbers are the least and the greatest value allowed.
+    The shape is the discriminator's; `generator_config` derives the generator's. A field that is annotated
+    with a text is a flag of train.py: the text is its help. The two numbers are the least and the greatest
+    value allowed.
     """
 
-    vocab_size: int = 30522
+    vocab_size: Annotated[int, "", 1, 65_535] = 30522
     embedding_size: Annotated[int, "width of the embeddings, which both networks share", 1, 65_536] = 128
     hidden_size: Annotated[int, "width of the discriminator", 1, 65_536] = 256
     num_hidden_layers: Annotated[int, "layers of either network", 1, 1000] = 12
     num_attention_heads: Annotated[int, "attention heads of the discriminator", 1, 1000] = 4
     intermediate_size: Annotated[int, "width of the discriminator's feed-forward layers", 1, 1_000_000] = 1024
     max_position_embeddings: Annotated[int, "longest possible input", 8, 1_000_000] = 512
-    type_vocab_size: int = 2
+    type_vocab_size: Annotated[int, "", 2, 1000] = 2
     hidden_dropout_prob: Annotated[float, "dropout after the embeddings and in every layer", 0, 0.9] = 0.1
     attention_probs_dropout_prob: Annotated[float, "dropout on the attention probabilities", 0, 0.9] = 0.1
     layer_norm_eps: Annotated[float, "epsilon of every LayerNorm", 0, 0.1] = 1e-12
     initializer_range: Annotated[float, "standard deviation of the initial weights, before truncation",
-                                 0, 1] = 0.02
+                                 1e-6, 1] = 0.02
     generator_size: Annotated[float, "width of the generator as a share of the discriminator's", 0, 4] = 0.25
     mask_prob: Annotated[float, "share of the tokens that the generator predicts", 0.01, 1] = 0.15
     discriminator_weight: Annotated[float, "weight of the discriminator's loss; the MLM loss, much "
                                            "larger, has 1", 0, 1e6] = 50.0
     objective: Annotated[str, "electra, or mlm: only a generator, as wide as the discriminator "
                               "would be"] = "electra"
-    cls_token_id: int = 101
-    sep_token_id: int = 102
-    mask_token_id: int = 103
+    cls_token_id: Annotated[int, "", 1, 65_534] = 101
+    sep_token_id: Annotated[int, "", 1, 65_534] = 102
+    mask_token_id: Annotated[int, "", 1, 65_534] = 103
 
     def __post_init__(self):
         check_ranges(self)
@@ -95,13 +98,15 @@ class ElectraConfig:
 def check_ranges(config):
     """Check that the numbers of a config are finite, and in the ranges that annotate their fields."""
     for field in fields(config):
-        number = getattr(config, field.name)
-        if not isinstance(number, int | float):
+        kind = type(field.default)
+        if kind not in (int, float):
             continue
+        number = getattr(config, field.name)
         _, *limits = getattr(field.type, "__metadata__", [""])
         least, most = limits or (-sys.float_info.max, sys.float_info.max)
-        if not least <= number <= most:  # NaN is not, either
-            raise ModelError(f"{field.name} is {number}; it must be between {least} and {most}")
+        if type(number) not in (int, kind) or not least <= number <= most:  # NaN is not, either
+            raise ModelError(f"{field.name} is {number}; it must be between {least} and {most} "
+                             f"({kind.__name__})")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -510,39 +515,18 @@ def huggingface_tensors(network):
     return tensors
 
 
-def save_pretrained(network, folder, **more):
-    """Write a network's config (plus `more`) and weights as a folder that transformers can load."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+def pretrained_files(network, **more):
+    """{name: bytes} of the files with a network's weights and config (plus `more`), for transformers to load.
+
+    config.json comes last, since a folder that has it counts as complete.
+    """
     config = asdict(network.config) | {
         "model_type": "electra", "architectures": [network.architecture], "hidden_act": "gelu",
         "pad_token_id": 0, "tie_word_embeddings": True,
     } | more
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.float().cpu() for name, tensor in huggingface_tensors(network).items()}
-    write_safetensors(folder / "model.safetensors", tensors)
-
-
-def load_config(folder):
-    """The ElectraConfig of a HuggingFace folder. Other fields of its config.json are ignored."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ModelError(f"{folder} is not a model folder: it has no config.json")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        kind = content.get("model_type")
-        activation = content.get("hidden_act", "gelu")
-        shape = {}
-        for field in fields(ElectraConfig):
-            if field.name in content:
-                to_type = type(field.default)  # int, float or str
-                shape[field.name] = to_type(content[field.name])
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path} is not the config of a model ({error})") from None
-    if (kind, activation) != ("electra", "gelu"):
-        raise ModelError(f"{path} describes a model of type {kind!r} with activation {activation!r}; only "
-                         "'electra' with 'gelu' can be loaded")
-    return ElectraConfig(**shape)
+    return {"model.safetensors": to_safetensors(tensors),
+            "config.json": (json.dumps(config, indent=2) + "\n").encode()}
 
 
 def load_electra(discriminator_folder, generator_folder):
@@ -553,6 +537,39 @@ def load_electra(discriminator_folder, generator_folder):
     load_weights(electra.generator, generator_folder)
     load_weights(electra.discriminator, discriminator_folder)  # also the embeddings, which they share
     return electra
+
+
+def load_config(folder):
+    """The ElectraConfig of a HuggingFace folder, checked against the size of its weights.
+
+    They are looked at here, since a network takes memory as soon as it is built.
+    """
+    config = read_config(folder)
+    in_layers = config.num_hidden_layers * config.hidden_size * (
+        4 * config.hidden_size + 2 * config.intermediate_size)
+    in_tables = config.embedding_size * (config.vocab_size + config.max_position_embeddings)
+    size = sum(path.stat().st_size for path in find_weights(folder))
+    if 2 * (in_layers + in_tables) > size:  # a parameter has at least two bytes
+        raise ModelError(f"{folder} is damaged or inconsistent: its config.json describes over "
+                         f"{in_layers + in_tables:,} parameters, and its weights have {size:,} bytes")
+    return config
+
+
+def read_config(folder):
+    """The ElectraConfig in a folder's config.json. Other fields are ignored."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} is not a model folder: it has no config.json")
+    with damage_named(path, "the config of a model"):
+        content = dict(json.loads(path.read_bytes()))
+    kind = content.get("model_type")
+    activation = content.get("hidden_act", "gelu")
+    if (kind, activation) != ("electra", "gelu"):
+        raise ModelError(f"{path} describes a model of type {kind!r} with activation {activation!r}; only "
+                         "'electra' with 'gelu' can be loaded")
+    known = {field.name: content[field.name] for field in fields(ElectraConfig) if field.name in content}
+    with damage_named(path, "the config of a model"):
+        return ElectraConfig(**known)
 
 
 def load_weights(network, folder, encoder_only=False):
@@ -575,7 +592,7 @@ def load_weights(network, folder, encoder_only=False):
         if not tensors[name].isfinite().all():
             raise ModelError(f"{path} is not usable: {name} is not finite")
         ours.copy_(tensors[name])
-    config = load_config(folder)
+    config = read_config(folder)
     for name in ("num_hidden_layers", "num_attention_heads"):  # tensors do not show these
         found = getattr(config, name)
         expected = getattr(network.config, name)
@@ -585,22 +602,36 @@ def load_weights(network, folder, encoder_only=False):
 
 def read_weights(folder):
     """The tensors of a HuggingFace folder by name, fp32 on the CPU, and the path of their file."""
-    safetensors = Path(folder) / "model.safetensors"
-    pickled = Path(folder) / "pytorch_model.bin"
-    if safetensors.is_file():
-        return read_safetensors(safetensors), safetensors
-    if pickled.is_file():
-        return read_pickled(pickled), pickled
+    [path] = find_weights(folder)
+    with damage_named(path, "a file of weights"):
+        if path.suffix == ".safetensors":
+            return read_safetensors(path), path
+        tensors = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+        return {name: tensor.float() for name, tensor in tensors.items()}, path
+
+
+def find_weights(folder):
+    """The files of a folder that hold its weights."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        path = Path(folder) / name
+        if path.is_file():
+            return [path]
     raise ModelError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
 
 
-def read_pickled(path):
-    """Read tensors by name, as fp32, from a file that torch.save wrote."""
+# What json, torch.load and the code below raise on files that were damaged or made by something else.
+DAMAGE = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError,
+          TypeError, ValueError, pickle.UnpicklingError, struct.error)
+
+
+@contextmanager
+def damage_named(path, kind):
+    """Turn what a damaged file raises while it is read into a sentence that names the file."""
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: tensor.float() for name, tensor in tensors.items()}
-    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
-        raise ModelError(f"{path} is damaged, or not a file of weights ({type(error).__name__})") from None
+        yield
+    except DAMAGE as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ModelError(f"{path} is damaged, or not {kind} ({reason})") from None
 
 
 # The package safetensors is not needed, since its format is simple: the header's length in 8 bytes,
@@ -609,34 +640,33 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I64": torch.int64, "I32": torch.int32}
 
 
-def write_safetensors(path, tensors):
-    """Write fp32 tensors by name."""
+def to_safetensors(tensors):
+    """The bytes of a file with fp32 tensors by name."""
     header = {"__metadata__": {"format": "pt"}}
+    parts = []
     end = 0
     for name, tensor in tensors.items():
         start = end
         end += 4 * tensor.numel()
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+        parts.append(np.ascontiguousarray(tensor.numpy(), dtype="<f4"))
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            file.write(np.ascontiguousarray(tensor.numpy(), dtype="<f4"))
+    return b"".join([struct.pack("<Q", len(text)), text, *parts])
 
 
 def read_safetensors(path):
     """Read tensors by name, as fp32."""
     data = path.read_bytes()
-    try:
-        begin = 8 + struct.unpack_from("<Q", data)[0]
-        header = json.loads(data[8:begin])
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            raw = bytearray(data[begin + start : begin + end])
-            tensors[name] = torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]]).view(entry["shape"]).float()
-        return tensors
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, struct.error) as error:
-        raise ModelError(f"{path} is damaged, or not a safetensors file ({error})") from None
+    begin = 8 + struct.unpack_from("<Q", data)[0]
+    header = json.loads(data[8:begin])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        dtype = DTYPES[entry["dtype"]]
+        start, end = entry["data_offsets"]
+        if start < 0 or end - start != math.prod(entry["shape"]) * dtype.itemsize:
+            raise ValueError(f"{name} has other offsets than its shape")
+        raw = bytearray(data[begin + start : begin + end])
+        tensors[name] = torch.frombuffer(raw, dtype=dtype).view(entry["shape"]).float()
+    return tensors

@@ -179,7 +179,7 @@ def write_files(folder, files):
 @contextmanager
 def prepare_in_child(shards):
     """GrowingShards.prepare_in_child without a child process, which would take seconds to start."""
-    data.prepare(shards.config)
+    data.prepare(shards.config, wordpiece=shards.wordpiece)
     yield
 
 
@@ -385,8 +385,7 @@ def save_discriminator(folder, config=FINETUNED):
     """A model folder of random weights, as train.py would leave it."""
     torch.manual_seed(0)
     discriminator = model.Discriminator(config)
-    model.save_pretrained(discriminator, folder)
-    WordPiece(SMALL_VOCAB).save(Path(folder), 64)
+    write_files(folder, model.pretrained_files(discriminator) | WordPiece(SMALL_VOCAB).files(64))
     return discriminator.eval()
 
 
@@ -1256,9 +1255,9 @@ def test_transformers_tokenizer_agrees_on_case_and_accents(tmp_path):
     """The exported tokenizer keeps case and accents, and knows the length that was trained."""
     transformers = pytest.importorskip("transformers")
     tokens, expected = [*data.SPECIAL_TOKENS, "Élan", "elan", "e", "##lan", "É"], ["Élan", "elan", "É"]
-    model.save_pretrained(model.Discriminator(replace(CONFIG, vocab_size=len(tokens))), tmp_path)
+    network = model.Discriminator(replace(CONFIG, vocab_size=len(tokens)))
     ours = WordPiece(tokens, do_lower_case=False)
-    ours.save(tmp_path, 17)
+    write_files(tmp_path, model.pretrained_files(network) | ours.files(17))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.tokenize("Élan elan É") == expected and theirs.model_max_length == 17
     assert [tokens[number] for number in ours.encode(["Élan elan É"])[0]] == expected
@@ -1771,7 +1770,7 @@ def test_transformers_and_we_load_what_the_other_saves(name, architecture, embed
     ours = getattr(make_electra(replace(CONFIG, embedding_size=embedding_size)), name).eval()
     for parameter in ours.parameters():  # biases and [PAD], too; with 0.02 attention is nearly uniform
         parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(ours, tmp_path / "ours")
+    write_files(tmp_path / "ours", model.pretrained_files(ours))
     loader = getattr(transformers, architecture)
     theirs, report = loader.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not report["unexpected_keys"] and not report["missing_keys"] and not report["mismatched_keys"]
@@ -1911,13 +1910,13 @@ def test_a_run_starts_from_weights(corpus, capsys):
     assert_starts_from("half", ["discriminator"])
     assert "--init names no generator" in capsys.readouterr().out
     generator = model.Generator(model.load_config(small / "generator"))
-    model.save_pretrained(generator, "other")
+    write_files("other", model.pretrained_files(generator))
     deeper = replace(model.load_config(small / "generator"), num_hidden_layers=3)
-    model.save_pretrained(model.Generator(deeper), "deeper")
+    write_files("deeper", model.pretrained_files(model.Generator(deeper)))
     shutil.copytree(small / "generator", "cased")
     for name in "other", "deeper":
-        WordPiece(SMALL_VOCAB, do_lower_case=False).save(Path(name), 32)
-    WordPiece(SMALL_VOCAB).save(Path("cased"), 32)
+        write_files(name, WordPiece(SMALL_VOCAB, do_lower_case=False).files(32))
+    write_files("cased", WordPiece(SMALL_VOCAB).files(32))
     train.main(f"{flags} --init {small} other --out mixed".split())
     assert "different embeddings; the discriminator's are used" in capsys.readouterr().out
     table = "electra.embeddings.word_embeddings.weight"
@@ -2437,7 +2436,7 @@ def test_fine_tuning_has_a_dropout_of_its_own(toy_glue, capsys):
     for dropout in (0.1, 0.3):
         loaded = finetune.load_pretrained(replace(config, dropout=dropout)).config
         assert loaded.hidden_dropout_prob == loaded.attention_probs_dropout_prob == dropout
-    WordPiece(SMALL_VOCAB).save(Path("out/small/discriminator"), 24)
+    write_files("out/small/discriminator", WordPiece(SMALL_VOCAB).files(24))
     finetune.load_pretrained(replace(config, max_length=24))
     assert "warning" not in capsys.readouterr().out
     finetune.load_pretrained(replace(config, max_length=32))
@@ -2510,7 +2509,7 @@ def test_folders_of_transformers_and_generators_are_taken(toy_glue, capsys, tmp_
     tune("--task wnli --model encoder")
     assert len(read_results()) == 1  # the same weights
     torch.manual_seed(0)
-    model.save_pretrained(model.Generator(FINETUNED), "theirs")
+    write_files("theirs", model.pretrained_files(model.Generator(FINETUNED)))
     tune("--task wnli --model theirs")
     assert "theirs is a generator or a masked language model; its encoder is" in capsys.readouterr().out
 

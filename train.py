@@ -19,14 +19,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import argparse
 import collections
 import io
-import pickle
+import json
+import math
 import re
-import shutil
 import signal
 import sys
 import time
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -50,11 +50,11 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 class StepConfig:
     """Flags shared by pre-training and fine-tuning, each with its help."""
 
-    weight_decay: Annotated[float, "decoupled weight decay; LayerNorms and biases are exempt"] = 0.01
-    adam_beta1: Annotated[float, "decay of Adam's first moment"] = 0.9
-    adam_beta2: Annotated[float, "decay of Adam's second moment"] = 0.999
-    adam_epsilon: Annotated[float, "added to the root of Adam's second moment"] = 1e-6
-    max_grad_norm: Annotated[float, "global norm to which gradients are clipped"] = 1.0
+    weight_decay: Annotated[float, "decoupled weight decay; LayerNorms and biases are exempt", 0, 1] = 0.01
+    adam_beta1: Annotated[float, "decay of Adam's first moment", 0, 0.9999] = 0.9
+    adam_beta2: Annotated[float, "decay of Adam's second moment", 0, 0.9999] = 0.999
+    adam_epsilon: Annotated[float, "added to the root of Adam's second moment", 1e-12, 1] = 1e-6
+    max_grad_norm: Annotated[float, "global norm to which gradients are clipped", 1e-6, 1e12] = 1.0
     dtype: Annotated[str, "fp32, bf16 or fp16; auto is bf16 on a GPU that has it, fp16 on another, "
                           "else fp32"] = "auto"
     device: Annotated[str, "cpu, cuda, cuda:1 or mps; auto is cuda if there is one, else cpu"] = "auto"
@@ -68,31 +68,29 @@ class TrainConfig(StepConfig):
     """The recipe, and where and how it runs. An annotated field is a flag, and the text is its help."""
 
     size: Annotated[str, "tiny, small, base or large: the model and its recipe"] = "small"
-    batch_size: Annotated[int, "rows in a step"] = 128
-    num_train_steps: Annotated[int, "steps in all; the learning rate decays to 0"] = 1_000_000
-    learning_rate: Annotated[float, "peak learning rate"] = 5e-4
-    num_warmup_steps: Annotated[int, "steps over which the learning rate rises from 0"] = 10_000
-    micro_batch_size: Annotated[int, "rows in a forward pass, to save memory; 0 is all"] = 0
+    batch_size: Annotated[int, "rows in a step", 1, 1_000_000] = 128
+    num_train_steps: Annotated[int, "steps in all; the learning rate decays to 0",
+                               1, 1_000_000_000] = 1_000_000
+    learning_rate: Annotated[float, "peak learning rate", 0, 1] = 5e-4
+    num_warmup_steps: Annotated[int, "steps over which the learning rate rises from 0",
+                                0, 1_000_000_000] = 10_000
+    micro_batch_size: Annotated[int, "rows in a forward pass, to save memory; 0 is all", 0, 1_000_000] = 0
     init: Annotated[list, "start from weights: DISCRIMINATOR [GENERATOR], runs, folders or names on the "
                           "hub"] = ()
     compile: Annotated[bool, "use torch.compile; by default on a GPU, with torch 2.11 or later"] = None
     out: Annotated[str, "parent folder; the run goes to OUT/SIZE"] = "out"
-    log_every: Annotated[int, "steps between lines of log.jsonl"] = 100
-    eval_every: Annotated[int, "steps between evaluations on held-out text"] = 1000
-    save_every: Annotated[int, "steps between checkpoints; there is one every ten minutes, too"] = 1000
+    log_every: Annotated[int, "steps between lines of log.jsonl", 1, 1_000_000_000] = 100
+    eval_every: Annotated[int, "steps between evaluations on held-out text", 1, 1_000_000_000] = 1000
+    save_every: Annotated[int, "steps between checkpoints; there is one every ten minutes, too",
+                          1, 1_000_000_000] = 1000
     restart: Annotated[bool, "delete the run in the folder and start over"] = False
     eval_only: Annotated[bool, "evaluate a saved run, and do not train"] = False
     prepare_only: Annotated[bool, "prepare the text, and do not train"] = False
-    show: Annotated[int, "with --prepare-only: print this many rows"] = 0
+    show: Annotated[int, "with --prepare-only: print this many rows", 0, 1_000_000_000] = 0
 
     def __post_init__(self):
         if self.size not in SIZES:
             raise data.UserError(f"there is no size {self.size}; there are {', '.join(SIZES)}")
-        for name in ("batch_size", "num_train_steps", "log_every", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise data.UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.num_warmup_steps < 0 or self.micro_batch_size < 0:
-            raise data.UserError("num_warmup_steps and micro_batch_size must be 0 or more")
         divisor = WORLD_SIZE * max(1, self.micro_batch_size)
         if self.batch_size % divisor:
             raise data.UserError(f"batch_size {self.batch_size} must be a multiple of {divisor}, the number "
@@ -204,10 +202,10 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
 
                 # Save.
                 if step in snapshot_steps:
-                    folder.export(electra, folder.path / f"step-{step}")
+                    folder.export(step, electra, folder.path / f"step-{step}")
                 is_time = time.perf_counter() - saved_at > SAVE_SECONDS
                 if is_last or is_time or step % config.save_every == 0:
-                    folder.save(step, electra, optimizer, scaler)
+                    folder.save(step, electra, optimizer, scaler, order)
                     saved_at = time.perf_counter()
                 if is_logged or step == first_step + 1:  # rates leave out compiling, evaluating and saving
                     logged_at = time.perf_counter()
@@ -216,7 +214,7 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
         text_error = str(error)
     if step < config.num_train_steps:
         if step > first_step:
-            folder.save(step, electra, optimizer, scaler)
+            folder.save(step, electra, optimizer, scaler, order)
         wait_for_ranks()  # for the one that saves, since torchrun ends all ranks when one has ended
         if text_error:
             raise data.UserError(text_error)
@@ -527,15 +525,74 @@ def gather(value):
 # The folder of a run
 
 MIN_LOSS_SCALE = 1e-4  # of fp16; below it every step has overflowed for long
+# What `write_network` writes. Without a config.json, a folder is no network.
+NETWORK_FILES = ("config.json", "tokenizer_config.json", "vocab.txt", "model.safetensors")
+
+
+@contextmanager
+def lock_run(path):
+    """Only one process at a time may train in a folder."""
+    with data.try_lock(path / "lock") as is_ours:
+        if not is_ours:
+            raise data.UserError(f"another process is training in {path}; use another --out")
+        yield
+
+
+def read_checkpoint(path, restart):
+    """The state of the run in a folder. None if there is no run, or none that is to be kept.
+
+    Networks or a log without a checkpoint are refused: a new run would write over them.
+    """
+    if restart:
+        return None
+    checkpoint = path / "checkpoint.pt"
+    if not checkpoint.exists():
+        for found in written_files(path):
+            raise data.UserError(f"{path} has no checkpoint.pt, but {found.relative_to(path)}; use another "
+                                 "--out, or --restart, which deletes it")
+        return None
+    content = data.read_sealed(checkpoint, "--restart starts over; if a former version wrote it, use another "
+                                           f"--out and --init {path}, which takes its networks")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def written_files(path):
+    """Yield the files in the folder of a run that the run has written, apart from its checkpoint."""
+    for parent in [path, *path.glob("step-*")]:
+        for network in ("generator", "discriminator"):
+            for name in NETWORK_FILES:
+                file = parent / network / name
+                if file.exists():
+                    yield file
+    if (path / "log.jsonl").exists():
+        yield path / "log.jsonl"
+
+
+def write_network(folder, network, wordpiece, max_length, **more):
+    """Write a network and its tokenizer as a folder that transformers can load.
+
+    Each file is replaced at once, and the weights are the only one that changes in a run. So a reader finds a
+    whole network at any time.
+    """
+    files = wordpiece.files(max_length) | model.pretrained_files(network, **more)
+    for name, content in files.items():
+        path = folder / name
+        if not path.is_file() or path.read_bytes() != content:
+            with data.atomic_write(path) as file:
+                file.write(content)
 
 
 class RunFolder:
-    """The folder of a run: settings, log, checkpoint, networks. Only rank 0 writes."""
+    """The folder of a run: checkpoint, log, networks. Only rank 0 writes.
 
-    def __init__(self, config, electra_config, shards):
+    There is a run if there is a checkpoint, since the run begins with one, at step 0. It holds all that the
+    run needs, and the log and the networks are brought into line with it at every start.
+    """
+
+    def __init__(self, config, electra_config, shards, inputs):
         self.config = config
-        self.wordpiece = shards.wordpiece
-        self.max_length = shards.config.max_length
+        self.shards = shards
+        self.inputs = inputs
         self.path = Path(config.out) / config.size
         self.checkpoint = self.path / "checkpoint.pt"
         self.log_path = self.path / "log.jsonl"
@@ -547,120 +604,127 @@ class RunFolder:
                              micro_batch_size=config.micro_batch_size, ranks=WORLD_SIZE,
                              threads=torch.get_num_threads(), torch=str(torch.__version__))
 
-    @contextmanager
-    def lock(self):
-        """Only one process at a time may train here."""
-        with data.try_lock(self.path / "lock") as is_ours:
-            if not is_ours:
-                raise data.UserError(f"another process is training in {self.path}; use another --out")
-            yield
-
-    def resume(self, electra, optimizer, scaler):
-        """Load the checkpoint, or start over. Returns the number of steps that were taken."""
-        step = 0
-        if RANK == 0:
-            if self.config.restart:
-                self.checkpoint.unlink(missing_ok=True)  # first, so that it never pairs with a new run's log
-            if self.checkpoint.exists():
-                step = self.load(electra, optimizer, scaler)
-            else:
-                self.start_over()
-        return broadcast_state(step, electra, optimizer, scaler)
-
-    def start_over(self):
-        """Delete the networks of an earlier run, and begin a log."""
-        for folder in (self.path / "discriminator", self.path / "generator", *self.path.glob("step-*")):
-            shutil.rmtree(folder, ignore_errors=True)
-        with open(self.log_path, "wb") as log:
-            data.append_json(log, dict(settings=self.settings, numerics=self.numerics))
-
-    def load(self, electra, optimizer, scaler):
-        """Load the checkpoint, and cut off what was logged after it. Returns its step."""
-        try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            settings = state["settings"]
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError):
-            raise data.UserError(f"{self.checkpoint} is damaged; --restart starts over") from None
-        self.check_settings(settings)
-        electra.load_state_dict(state["model"])
-        # Keep this run's groups. Their settings may be new, and their learning rates are on this device.
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict(state["optimizer"] | dict(param_groups=groups))
-        if state["scaler"] and scaler.is_enabled():
-            scaler.load_state_dict(state["scaler"])
-        if not self.config.eval_only:
-            self.resume_log(state)
-        return state["step"]
-
-    def check_settings(self, old):
+    def check_settings(self, run):
         """Refuse to continue a run that has other settings."""
+        old = run["settings"]
         new = self.settings
         changes = []
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) == new.get(name):
                 continue
-            if name == "files":
-                changes.append("the text differs")
-            elif name == "vocab":
+            if name == "vocab":
                 changes.append("the vocabulary differs")
             else:
                 changes.append(f"{name} was {old.get(name)} and is now {new.get(name)}")
         if not changes:
             return
-        message = (f"{self.path} holds another run ({'; '.join(changes)}); use its settings, another "
-                   "--out, or --restart")
+        message = self.refusal("; ".join(changes))
         if old.get("num_train_steps") != new["num_train_steps"] and not self.config.eval_only:
             message += f"; to train it for longer, use another --out and --init {self.path}"
         raise data.UserError(message)
 
-    def resume_log(self, state):
-        """Cut off what was logged after the checkpoint, and log the numerics if they changed."""
-        step = state["step"]
-        with open(self.log_path, "r+b") as log:
-            log.truncate(state["log_bytes"])
-            log.seek(0, os.SEEK_END)
-            if state["numerics"] != self.numerics:
-                data.append_json(log, dict(step=step, numerics=self.numerics))
+    def check_text(self, run):
+        """Refuse to continue a run that has read another text. Waits until the text is prepared that far."""
+        history = read_together(self.shards.history, run["num_shards"])
+        if history != run["history"]:
+            place = self.shards.changed_file(run["history"])
+            raise data.UserError(self.refusal(f"the text differs in {place} or after it"))
+
+    def refusal(self, reason):
+        return f"{self.path} holds another run ({reason}); use its settings, another --out, or --restart"
+
+    def load(self, state, electra, optimizer, scaler):
+        """Load what `read_checkpoint` returned on rank 0 into all ranks. Returns its step, or 0."""
+        step = 0
+        if state is not None:
+            step = state["step"]
+            electra.load_state_dict(state["model"])
+            # Keep this run's groups. Their settings may be new, and their learning rates are on this device.
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict(state["optimizer"] | dict(param_groups=groups))
+            if state["scaler"] and scaler.is_enabled():
+                scaler.load_state_dict(state["scaler"])
+        return broadcast_state(step, electra, optimizer, scaler)
+
+    def begin(self, electra, optimizer, scaler):
+        """Make a new run. With --restart, the old one is deleted first, and its checkpoint last."""
+        if self.config.restart:
+            for file in [*written_files(self.path), self.checkpoint]:
+                file.unlink(missing_ok=True)
+                with suppress(OSError):  # what others have written there stays
+                    file.parent.rmdir()
+                    file.parent.parent.rmdir()
+        self.write_checkpoint(0, electra, optimizer, scaler, num_shards=0)
+        self.cut_log(0, self.numerics)
+
+    def resume(self, step, old_numerics, electra):
+        """Bring the log and the networks into line with the checkpoint, and say where the run stands."""
+        self.cut_log(step, old_numerics)
+        if step > 0:
+            self.export(step, electra, self.path)
         if step == self.config.num_train_steps:
             print(f"all {step} steps are done already; after a change of the code, use another --out")
         else:
             print(f"resuming after step {step} of {self.config.num_train_steps}")
 
+    def cut_log(self, step, old_numerics):
+        """Keep the lines up to a step, and log the numerics if they have changed."""
+        kept = []
+        if self.log_path.exists():
+            for line in self.log_path.read_bytes().splitlines():
+                with suppress(ValueError, TypeError):  # the last line may be cut short
+                    entry = dict(json.loads(line))
+                    logged_at = entry.get("step", -1)  # the settings come before all steps
+                    is_change = entry.keys() == {"step", "numerics"}  # logged after the checkpoint of a step
+                    if logged_at < step or (logged_at == step and not is_change):
+                        kept.append(entry)
+        if not kept:
+            kept.append(dict(settings=self.settings, numerics=old_numerics))
+        if old_numerics != self.numerics:
+            kept.append(dict(step=step, numerics=self.numerics))
+        with data.atomic_write(self.log_path) as file:
+            file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode())
+
     def log(self, split, step, epoch, **values):
         """Append a line to log.jsonl. Its `tokens` are those trained on so far, padding included."""
         if RANK > 0:
             return
-        num_positions = step * self.config.batch_size * self.max_length
+        num_positions = step * self.config.batch_size * self.shards.config.max_length
+        entry = dict(split=split, step=step, tokens=num_positions, epoch=epoch)
+        for name, value in values.items():
+            entry[name] = value if math.isfinite(value) else None  # JSON has no NaN
         with open(self.log_path, "ab") as log:
-            data.append_json(log, dict(split=split, step=step, tokens=num_positions, epoch=epoch, **values))
+            data.append_json(log, entry)
 
-    def save(self, step, electra, optimizer, scaler):
-        """Write the networks, then the checkpoint. The previous one stays until this one is complete."""
+    def save(self, step, electra, optimizer, scaler, order):
+        """Write the networks, then the checkpoint."""
+        if RANK > 0:
+            return
+        if scaler.is_enabled() and scaler.get_scale() < MIN_LOSS_SCALE:
+            raise data.UserError(f"the loss overflows in fp16 at step {step}, and nothing is learned; use "
+                                 "--dtype fp32, or --restart with a lower --learning-rate")
+        self.export(step, electra, self.path)
+        self.write_checkpoint(step, electra, optimizer, scaler, order.num_shards_used)
+
+    def write_checkpoint(self, step, electra, optimizer, scaler, num_shards):
+        """Write all that the run needs. The text that it has read stands for the rest of the text."""
+        run = dict(inputs=self.inputs, settings=self.settings, numerics=self.numerics, num_shards=num_shards,
+                   history=self.shards.history(num_shards))
+        state = dict(run=run, step=step, model=electra.state_dict(), optimizer=optimizer.state_dict(),
+                     scaler=scaler.state_dict())
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        data.write_sealed(self.checkpoint, buffer.getbuffer())
+
+    def export(self, step, electra, parent):
+        """Write the networks as folders in `parent`."""
         if RANK > 0:
             return
         if not all(parameter.isfinite().all() for parameter in electra.parameters()):
             raise data.UserError(f"the weights are not finite after step {step}, and are not saved; use "
                                  "--restart with a lower --learning-rate")
-        if scaler.is_enabled() and scaler.get_scale() < MIN_LOSS_SCALE:
-            raise data.UserError(f"the loss overflows in fp16 at step {step}, and nothing is learned; use "
-                                 "--dtype fp32, or --restart with a lower --learning-rate")
-        self.export(electra, self.path)
-        state = dict(step=step, settings=self.settings, numerics=self.numerics, model=electra.state_dict(),
-                     optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                     log_bytes=self.log_path.stat().st_size)
-        buffer = io.BytesIO()  # torch.save hides a full disk behind an error of its own
-        torch.save(state, buffer)
-        with data.atomic_write(self.checkpoint) as file:
-            file.write(buffer.getbuffer())
-
-    def export(self, electra, parent):
-        """Write the networks as folders in `parent`. An old folder stays until the new one is complete."""
-        if RANK > 0:
-            return
         for name, network in networks_of(electra).items():
-            with data.atomic_folder(parent / name) as folder:
-                model.save_pretrained(network, folder)
-                self.wordpiece.save(folder, self.max_length)
+            write_network(parent / name, network, self.shards.wordpiece, self.shards.config.max_length)
 
 
 def networks_of(electra):
@@ -905,40 +969,56 @@ def print_sentences(outputs, input_ids, wordpiece):
 
 
 def main(argv=None):
-    config, data_config, electra_config = configure(argv)
+    config, data_config, electra_config, typed = configure(argv)
     if config.prepare_only:
-        prepare_only(config, data_config)
+        inputs, _ = find_inputs(None, config, data_config, electra_config)
+        prepare_only(config, *apply_inputs(inputs, data_config, electra_config, typed))
         return
     check_configs(config, data_config, electra_config)
     if WORLD_SIZE > 1:
         start_ranks(config)
 
-    # The text: it is prepared in a child process, below.
-    wordpiece = data.load_wordpiece(data_config)
-    electra_config = replace(
-        electra_config, vocab_size=len(wordpiece.tokens), cls_token_id=wordpiece.cls_token_id,
-        sep_token_id=wordpiece.sep_token_id, mask_token_id=wordpiece.mask_token_id)
-    shards = data.GrowingShards(data_config, wordpiece)
-    folder = RunFolder(config, electra_config, shards)
-    compare_ranks(folder, shards)
-
     with ExitStack() as stack:
-        if RANK == 0 and not config.eval_only:
-            stack.enter_context(folder.lock())
+        # The run, if there is one.
+        path = Path(config.out, config.size)
+        state = None
+        if RANK == 0:
+            if not config.eval_only:
+                stack.enter_context(lock_run(path))
+            state = read_checkpoint(path, config.restart)
+        run = gather(state and state["run"])[0]
+
+        # What it is made from. The text is prepared in a child process, below.
+        inputs, init_folders = find_inputs(run, config, data_config, electra_config)
+        data_config, electra_config, wordpiece = apply_inputs(inputs, data_config, electra_config, typed)
+        shards = data.GrowingShards(data_config, wordpiece)
+        folder = RunFolder(config, electra_config, shards, inputs)
+        compare_ranks(folder, shards)
+        if run:
+            folder.check_settings(run)
 
         # The networks and their optimizer.
         torch.manual_seed(data_config.seed)
         electra = model.Electra(electra_config).train()
-        load_init(electra, config.init)
+        load_init(electra, init_folders)
         electra.to(config.device)
         optimizer = build_optimizer(electra.named_parameters(), config)
         scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
 
-        # The run.
+        # The text and the run come together.
         if LOCAL_RANK == 0:
             stack.enter_context(shards.prepare_in_child())
         read_together(shards.wait_for_shards, 1)  # before the folder is touched: bad text cannot harm a run
-        step = folder.resume(electra, optimizer, scaler)
+        if run:
+            folder.check_text(run)
+        step = folder.load(state, electra, optimizer, scaler)
+        del state  # it takes memory
+        if RANK == 0 and not config.eval_only:
+            if run:
+                folder.resume(step, run["numerics"], electra)
+            else:
+                folder.begin(electra, optimizer, scaler)
+
         print(shards.describe())
         if not config.eval_only:
             train(config, electra, optimizer, scaler, shards, folder, step)
@@ -947,9 +1027,10 @@ def main(argv=None):
 
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
-    exported = " and ".join(str(folder.path / name) for name in networks_of(electra))
-    print(f"\ntransformers can load {exported}; to fine-tune:\n"
-          f"python finetune.py --model {folder.path} --task mrpc --max-length {data_config.max_length}")
+    exported = [folder.path / name for name in networks_of(electra)]
+    if all(path.exists() for path in exported):  # --eval-only does not make them
+        print(f"\ntransformers can load {' and '.join(map(str, exported))}; to fine-tune:\n"
+              f"python finetune.py --model {folder.path} --task mrpc --max-length {data_config.max_length}")
 
 
 # torch 2.6 was seen to compile wrong gradients of embeddings on a CPU, and 2.11 to be right. Comparisons with
@@ -958,7 +1039,7 @@ COMPILES_SINCE = "2.11"
 
 
 def configure(argv):
-    """The three configs of a command line, with every automatic value filled in."""
+    """The three configs of a command line, with every automatic value filled in, and the flags typed."""
     description = "Pre-train ELECTRA. After a stop or a kill the same command resumes."
     configs, typed = parse(argv, description, (TrainConfig, data.DataConfig, model.ElectraConfig), SIZES)
     config, data_config, electra_config = configs
@@ -972,9 +1053,7 @@ def configure(argv):
     if config.compile and config.device == "cpu" and torch.__version__ < COMPILES_SINCE:
         raise data.UserError(f"torch {torch.__version__} may compile wrong gradients of embeddings on a CPU; "
                              f"leave out --compile, or use torch {COMPILES_SINCE} or later")
-    if config.init:
-        return resolve_init(config, data_config, electra_config, typed)
-    return config, data_config, electra_config
+    return config, data_config, electra_config, typed
 
 
 def compiles_by_default(config):
@@ -987,12 +1066,12 @@ def compiles_by_default(config):
     return config.device.startswith("cuda") and torch.__version__ >= COMPILES_SINCE
 
 
-def prepare_only(config, data_config):
+def prepare_only(config, data_config, electra_config, wordpiece):
     """Prepare the text, and print rows of it."""
-    shards = data.prepare(data_config)
+    shards = data.prepare(data_config, wordpiece=wordpiece)
     print(shards.describe())
     for row in shards.load("train", 0)[: config.show]:
-        print("\n" + shards.wordpiece.decode(row))
+        print("\n" + wordpiece.decode(row))
 
 
 def check_configs(config, data_config, electra_config):
@@ -1049,7 +1128,7 @@ def parse(argv, description, config_classes, sizes):
         own = [field for field in fields(config_class) if field.name in vars(config_class)]
         inherited = [field for field in fields(config_class) if field.name not in vars(config_class)]
         for field in own + inherited:
-            if get_origin(field.type) is Annotated:
+            if get_origin(field.type) is Annotated and get_args(field.type)[1]:
                 add_flag(group, field, sizes)
     try:
         arguments, unknown = parser.parse_known_args(argv)
@@ -1065,10 +1144,15 @@ def parse(argv, description, config_classes, sizes):
 
 def make_config(config_class, values):
     """A config with those of the values that are its fields, checked for numbers out of range."""
-    names = {field.name for field in fields(config_class)}
-    config = config_class(**{name: value for name, value in values.items() if name in names})
+    config = config_class(**own_values(config_class, values))
     model.check_ranges(config)
     return config
+
+
+def own_values(config_class, values):
+    """Those of the values that are fields of a config."""
+    names = {field.name for field in fields(config_class)}
+    return {name: value for name, value in values.items() if name in names}
 
 
 def add_flag(group, field, sizes):
@@ -1164,32 +1248,53 @@ SHAPE = ("vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "nu
          "intermediate_size", "max_position_embeddings", "type_vocab_size", "layer_norm_eps")
 
 
-def resolve_init(config, data_config, electra_config, typed):
-    """The configs for --init: shape, vocabulary and case are those of the folders."""
-    folders = find_init(config, data_config, electra_config)
-    prescribed = {*SHAPE, "vocab", "do_lower_case", "strip_accents"}
-    if len(folders) == 2:
-        prescribed.add("generator_size")
-    refused = sorted(prescribed & typed)
-    if refused:
-        raise data.UserError(f"--init prescribes {', '.join(refused)}; leave these flags out")
-    if any(Path(config.out, config.size).resolve() in folder.parents for folder in folders):
-        raise data.UserError("--init names the run that would be overwritten; use another --out")
+def find_inputs(run, config, data_config, electra_config):
+    """What a run is made from: (tokens of the vocabulary and what --init prescribes, folders of --init).
 
+    A run that exists has it in its checkpoint. Only a vocabulary that is a file is read again, to compare it.
+    """
+    if run and not Path(data_config.vocab).is_file():
+        inputs = run["inputs"]
+        if (inputs["init"], inputs["vocab"]) == (list(config.init), data_config.vocab):
+            return inputs, []
+    folders = []
+    prescribed = {}
+    if config.init:
+        folders = find_init(config, data_config, electra_config)
+        tokens, prescribed = read_init(folders)
+    else:
+        tokens = data.load_wordpiece(data_config).tokens
+    inputs = dict(init=list(config.init), vocab=data_config.vocab, tokens=tokens, prescribed=prescribed)
+    return inputs, folders
+
+
+def apply_inputs(inputs, data_config, electra_config, typed):
+    """(DataConfig, ElectraConfig, WordPiece) of a run that is made from these inputs."""
+    prescribed = inputs["prescribed"]
+    refused = sorted({"vocab", *prescribed} & typed)
+    if prescribed and refused:
+        raise data.UserError(f"--init prescribes {', '.join(refused)}; leave these flags out")
+    data_config = replace(data_config, **own_values(data.DataConfig, prescribed))
+    electra_config = replace(electra_config, **own_values(model.ElectraConfig, prescribed))
+    wordpiece = data.WordPiece(inputs["tokens"], data_config.do_lower_case, data_config.strip_accents)
+    electra_config = replace(
+        electra_config, vocab_size=len(wordpiece.tokens), cls_token_id=wordpiece.cls_token_id,
+        sep_token_id=wordpiece.sep_token_id, mask_token_id=wordpiece.mask_token_id)
+    return data_config, electra_config, wordpiece
+
+
+def read_init(folders):
+    """The tokens of the folders of --init, and what they prescribe: the shape, and the rules for case."""
     tokenizers = [data.read_tokenizer(folder)[0] for folder in folders]
     rules = {(each.sha256, each.do_lower_case, each.strip_accents) for each in tokenizers}
     if len(rules) > 1:
         raise data.UserError(f"{folders[0]} and {folders[1]} have different vocabularies, or rules for case")
-
     shapes = [model.load_config(folder) for folder in folders]
-    shape = {name: getattr(shapes[0], name) for name in SHAPE}
+    prescribed = {name: getattr(shapes[0], name) for name in SHAPE}
     if len(folders) == 2:
-        shape["generator_size"] = shapes[1].hidden_size / shapes[0].hidden_size
-    config = replace(config, init=[str(folder) for folder in folders])
-    data_config = replace(data_config, vocab=str(data.find_vocab(folders[0])),
-                          do_lower_case=tokenizers[0].do_lower_case,
-                          strip_accents=tokenizers[0].strip_accents)
-    return config, data_config, replace(electra_config, **shape)
+        prescribed["generator_size"] = shapes[1].hidden_size / shapes[0].hidden_size
+    prescribed |= dict(do_lower_case=tokenizers[0].do_lower_case, strip_accents=tokenizers[0].strip_accents)
+    return tokenizers[0].tokens, prescribed
 
 
 def find_init(config, data_config, electra_config):
@@ -1204,8 +1309,11 @@ def find_init(config, data_config, electra_config):
         names = [names[0], names[0]]  # both networks of a run
     elif len(names) == 1:
         networks = ["discriminator"]
-    return [data.find_model(name, data_config.cache, [network]).resolve()
-            for name, network in zip(names, networks, strict=True)]
+    folders = [data.find_model(name, data_config.cache, [network]).resolve()
+               for name, network in zip(names, networks, strict=True)]
+    if any(Path(config.out, config.size).resolve() in folder.parents for folder in folders):
+        raise data.UserError("--init names the run that would be overwritten; use another --out")
+    return folders
 
 
 def load_init(electra, folders):

@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import inspect
 import io
+import json
 import math
 import os
 import random
@@ -45,6 +46,7 @@ from model import ModelError
 from test_electra import (
     ARGUMENTS,
     CHILD,
+    CONFIG,
     GLUE_FILES,
     HERE,
     SMALL_VOCAB,
@@ -288,6 +290,151 @@ def test_a_shard_that_is_gone_from_a_growing_cache_is_made_again(corpus, number)
     (shards.folder / "complete").unlink()
     shards.path(range(len(shards.infos))[number]).unlink()
     assert contents(data.prepare(data_config())) == whole
+
+
+def everything(folder):
+    """The bytes of each file in a folder, apart from locks."""
+    return {path: path.read_bytes() for path in Path(folder).rglob("*.*") if path.is_file()}
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: flip(content, len(content) // 2), lambda content: flip(content, len(content) - 1),
+    lambda content: flip(content, 0), lambda content: content[:-1], lambda content: content + b"0",
+    lambda content: content[:-data.SEAL_BYTES], lambda content: b""])  # the last but one is the former format
+def test_any_other_bit_of_a_checkpoint_is_refused(corpus, damage):
+    """Nothing is loaded from a checkpoint that was changed, and nothing else is touched."""
+    pretrain("--num-train-steps 2")
+    path = Path("out/small/checkpoint.pt")
+    path.write_bytes(damage(path.read_bytes()))
+    before = everything("out")
+    for flags in "", "--eval-only":
+        with pytest.raises(UserError, match="checkpoint.pt is damaged; .*--init out/small") as error:
+            pretrain(f"--num-train-steps 2 {flags}")
+        assert "\n" not in str(error.value) and everything("out") == before
+
+
+def test_a_run_is_its_checkpoint(corpus):
+    """What --init and a trained vocabulary gave a run is in it; networks and log are made good from it."""
+    pretrain("--vocab train:60 --out first --num-train-steps 4")
+    shape = re.compile(r"--(vocab|\S+-size|num-[ah]\S+|max-position\S+) \S+")
+    flags = shape.sub("", ARGUMENTS) + "--batch-size 8 --init first/small"
+    train.main(f"{flags} --out whole".split())
+    pretrain("--vocab train:60 --out whole/of-vocab")
+    for out, command in ("out", flags), ("out/of-vocab", ARGUMENTS + "--vocab train:60"):
+        with pytest.raises(OSError, match="No space left on device: .*log.jsonl"), \
+                pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", fail_at("log.jsonl", 12))
+            train.main(f"{command} --out {out}".split())
+    for gone in "first", "cache", "out/small/generator", "out/of-vocab/small/discriminator":
+        shutil.rmtree(gone)
+    Path("out/of-vocab/small/generator/model.safetensors").write_bytes(b"cut")
+    train.main(f"{flags} --out out".split())
+    train.main(f"{ARGUMENTS} --vocab train:60 --out out/of-vocab".split())
+    for one, other in ("out", "whole"), ("out/of-vocab", "whole/of-vocab"):
+        assert_same_run(one, other)
+        before = everything(f"{one}/small")
+        shutil.rmtree(f"{one}/small/discriminator")
+        Path(f"{one}/small/generator/config.json").unlink()
+        with open(f"{one}/small/log.jsonl", "ab") as log:
+            log.write(b'{"split": "train", "step": 25}\nnull\n{"spl')
+        train.main(f"{flags if one == 'out' else ARGUMENTS + '--vocab train:60'} --out {one}".split())
+        assert everything(f"{one}/small") == before
+    for change, message in ("--vocab train:61", "the vocabulary differs"), ("--seed 1", "seed was 0"):
+        with pytest.raises(UserError, match=f"holds another run .*{message}"):
+            pretrain(f"--vocab train:60 --out out/of-vocab {change}")
+    with pytest.raises(UserError, match="init was .'first/small'. and is now .'whole/small'"):
+        train.main(f"{flags} --out out --init whole/small".split())
+
+
+def test_a_log_that_was_lost_or_cut_goes_on(corpus):
+    """Lines up to the checkpoint's step stay; a lost log begins anew with the settings."""
+
+    def fail(*args):
+        raise OSError
+
+    pretrain("--num-train-steps 8 --out whole")
+    path = Path("out/small/log.jsonl")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(os, "fsync", fail_at("log.jsonl", 5))
+        pretrain("--num-train-steps 8")
+    kept = path.read_bytes()
+    for content in kept, kept[:-40], b"\xff\x00", None:
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content)
+        pretrain("--num-train-steps 8 --eval-only")
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError):
+            watch(patch, train, "train", fail)
+            pretrain("--num-train-steps 8")
+        lines = read_log()
+        assert lines[0]["settings"]["batch_size"] == 8 and lines == read_log("whole/small")[: len(lines)]
+
+
+def test_a_new_run_needs_a_folder_without_a_run(corpus):
+    """Without its checkpoint a run is not overwritten; --restart deletes what the program wrote, no more."""
+    pretrain("--num-train-steps 4")
+    path = Path("out/small")
+    (path / "checkpoint.pt").unlink()
+    write_files(path, {"generator/README.md": b"mine", "step-1/notes.txt": b"mine", "step-9/a.b": b"mine"})
+    before = everything("out")
+    for flags in "", "--seed 1", "--num-train-steps 2":
+        with pytest.raises(UserError, match="no checkpoint.pt, but generator/config.json; .* --restart"):
+            pretrain(f"--num-train-steps 4 {flags}")
+        assert everything("out") == before
+    pretrain("--num-train-steps 2 --restart --objective mlm")
+    names = {str(path.relative_to("out/small")) for path in everything("out")}
+    assert not [name for name in names if "discriminator" in name or name.startswith("step-3")]
+    assert {"step-1/notes.txt", "step-9/a.b", "generator/README.md", "generator/vocab.txt"} <= names
+
+
+def test_a_run_goes_on_with_more_text_but_not_with_other_text(corpus):
+    """Text after what a run has read may change."""
+    text = Path("corpus.txt").read_text()
+    flags = "--num-train-steps 8 --eval-every 99"
+    pretrain(f"{flags} --out whole")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(os, "fsync", fail_at("log.jsonl", 5))
+        pretrain(flags)
+    Path("corpus.txt").write_text(text + "\n\nba do ku")
+    pretrain(f"{flags} --eval-only")
+    Path("corpus.txt").write_text(text.replace("ba", "do", 1))
+    with pytest.raises(UserError, match="another run .the text differs in corpus.txt or after it"):
+        pretrain(flags)
+    Path("corpus.txt").write_text(text + "\n\nba do ku")
+    pretrain(flags)
+    assert read_log(split="train") == read_log("whole/small", "train")
+
+
+@pytest.mark.parametrize("change", [
+    {"num_hidden_layers": 10**9}, {"num_hidden_layers": 1000, "hidden_size": 60_000}, {"vocab_size": 60_000},
+    {"hidden_size": "48"}, {"hidden_size": 48.5}, {"hidden_size": None}, {"vocab_size": 0},
+    {"layer_norm_eps": math.nan}, {"layer_norm_eps": math.inf}, {"num_attention_heads": 0}, {"objective": []},
+    {"initializer_range": 0}, {"hidden_dropout_prob": True}])
+def test_a_config_that_cannot_be_is_refused_before_a_network_is_built(tmp_path, change, monkeypatch):
+    """The numbers in config.json are looked at, and compared with the weights, first."""
+    write_files(tmp_path, model.pretrained_files(model.Discriminator(CONFIG)))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    monkeypatch.setattr(torch, "empty", None)
+    with pytest.raises(ModelError, match=f"{tmp_path}.* is damaged"):
+        model.load_electra(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    {"shape": [-1, 40]}, {"shape": [200, 41]}, {"shape": "ab"}, {"shape": None}, {"dtype": "F8"},
+    {"data_offsets": [-32_000, 0]}, {"data_offsets": [0, 10**12]}, {"data_offsets": [8, 0]},
+    {"data_offsets": [10**9, 10**9 + 32_000]}, {"data_offsets": None}])
+def test_a_header_of_weights_that_lies_is_refused(tmp_path, change):
+    """Places, sizes and types in the header of a safetensors file must fit each other and the file."""
+    files = model.pretrained_files(model.Discriminator(CONFIG))
+    size, = struct.unpack_from("<Q", files[WEIGHTS])
+    header = json.loads(files[WEIGHTS][8 : 8 + size])
+    header["electra.embeddings.word_embeddings.weight"] |= change
+    text = json.dumps(header).encode()
+    write_files(tmp_path, files | {WEIGHTS: struct.pack("<Q", len(text)) + text + files[WEIGHTS][8 + size :]})
+    with pytest.raises(ModelError, match=f"{tmp_path}/{WEIGHTS} (is damaged|does not fit)"):
+        model.load_weights(model.Discriminator(CONFIG), tmp_path)
 
 
 # ============================================================================================================
@@ -534,6 +681,10 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(corpus, monkeypatch
         pretrain()
     state = torch.load("out/small/checkpoint.pt", weights_only=True)
     assert state["step"] == 8 and all(value.isfinite().all() for value in state["model"].values())
+    assert read_log(split="train")[-1]["loss"] is None  # NaN is not JSON
+    with pytest.raises(UserError, match="the weights are not finite after step 10"):
+        pretrain("--num-train-steps 40 --out other --save-every 40")  # a snapshot comes before a checkpoint
+    assert not Path("other/small/step-10").exists()
 
 
 # ============================================================================================================
@@ -558,9 +709,9 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(corpus, monkeypatch
     ("--max-length 4", None, "max_length is 4; it must be between 8 and 1000000"),
     ("--seed -1", None, "seed is -1; it must be between 0 and 4294967295"),
     ("--micro-batch-size 3", None, "batch_size 8 must be a multiple of 3, the number of processes"),
-    ("--batch-size 0", None, "batch_size is 0; it must be at least 1"),
+    ("--batch-size 0", None, "batch_size is 0; it must be between 1 and"),
     ("--hidden-size 33", None, "hidden_size 33 is not a multiple of num_attention_heads 2"),
-    ("--hidden-dropout-prob 2", None, "hidden_dropout_prob is 2.0; it must be at least 0 and below 1"),
+    ("--hidden-dropout-prob 2", None, "hidden_dropout_prob is 2.0; it must be between 0 and 0.9"),
     ("--objective bert", None, "there is no objective bert; there are electra and mlm"),
     ("--size huge", None, "there is no size huge; there are tiny, small, base, large"),
     ("--learning 1", None, "there is no --learning 1; --help lists the flags"),
@@ -598,7 +749,7 @@ CUT_SHORT = struct.pack("<Q", 61) + b'{"a": {"dtype": "F32", "shape": [2], "data
     ("--task cola rte wnli --glue-dir part", {}, "no part/RTE/train.tsv, .* part/WNLI/dev.tsv; --gl"),
     ("--predict-file a.tsv --model out/small/discriminator", {}, "has no classifier; --model takes"),
     ("", {"config.json": None}, "there is no model in out/small; pre-train one"),
-    ("", {"config.json": b"{"}, "config.json is not the config of a model"),
+    ("", {"config.json": b"{"}, "config.json is damaged, or not the config of a model"),
     ("", {"config.json": b'{"model_type": "bert"}'}, "describes a model of type 'bert'"),
     ("", {"vocab.txt": None}, "is not a model folder: it has neither vocab.txt nor tokenizer.json"),
     ("", {"vocab.txt": b"\n".join([b"[PAD]", b"[UNK]", b"[CLS]", b"[SEP]", b"[MASK]"])},
@@ -606,8 +757,8 @@ CUT_SHORT = struct.pack("<Q", 61) + b'{"a": {"dtype": "F32", "shape": [2], "data
     ("", {"vocab.txt": None, "tokenizer.json": b'{"model": {"vocab": {"a": 1}}}'}, "is not a WordPiece tok"),
     ("", {TOKENIZER: b'{"tokenize_chinese_chars": false}'}, "that this tokenizer lacks"),
     ("", {WEIGHTS: None}, "has neither model.safetensors nor pytorch_model.bin"),
-    ("", {WEIGHTS: CUT_SHORT}, "is damaged, or not a safetensors file"),
-    ("", {WEIGHTS: None, "pytorch_model.bin": b"x" * 99}, "is damaged, or not a file of weights"),
+    ("", {WEIGHTS: CUT_SHORT}, "is damaged or inconsistent: .* weights have 73 bytes"),
+    ("", {WEIGHTS: None, "pytorch_model.bin": b"x" * 99_999}, "is damaged, or not a file of w"),
     ("", {QUERY: torch.zeros(3, 4)}, f"{QUERY} has shape .3, 4., and should have .48, 48."),
     ("", {QUERY: torch.full((48, 48), math.inf)}, f"{QUERY} is not finite"),
 ])
@@ -617,7 +768,7 @@ def test_bad_input_to_fine_tuning(toy_glue, flags, changes, message):
     for name, content in changes.items():
         if isinstance(content, torch.Tensor):
             tensors = model.read_safetensors(folder / WEIGHTS)
-            model.write_safetensors(folder / WEIGHTS, tensors | {name: content})
+            (folder / WEIGHTS).write_bytes(model.to_safetensors(tensors | {name: content}))
         elif content is None:
             (folder / name).unlink()
         else:
