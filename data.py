@@ -154,6 +154,9 @@ def acquire(file):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise UserError(f"{file.name} cannot be locked ({error.strerror}); use --out and --cache on a "
+                        "file system that has locks") from None
     return True
 
 

@@ -540,11 +540,21 @@ def load_electra(discriminator_folder, generator_folder):
 
 
 def load_config(folder):
-    """The ElectraConfig of a HuggingFace folder, checked against the size of its weights.
+    """The ElectraConfig of a HuggingFace folder, with the special tokens of its vocabulary, if it has one.
 
-    They are looked at here, since a network takes memory as soon as it is built.
+    The size of the weights is looked at, too, since a network takes memory as soon as it is built.
     """
     config = read_config(folder)
+    ids = read_vocabulary(folder)
+    if ids:
+        num_tokens = 1 + max(ids.values())
+        if not 0 <= config.vocab_size - num_tokens <= min(MAX_PADDING, num_tokens // 4):
+            raise ModelError(f"{folder} is inconsistent: its vocabulary has {num_tokens:,} tokens, and "
+                             f"config.json says {config.vocab_size:,}")
+        config = replace(
+            config, vocab_size=num_tokens, cls_token_id=ids.get("[CLS]", config.cls_token_id),
+            sep_token_id=ids.get("[SEP]", config.sep_token_id),
+            mask_token_id=ids.get("[MASK]", config.mask_token_id))
     in_layers = config.num_hidden_layers * config.hidden_size * (
         4 * config.hidden_size + 2 * config.intermediate_size)
     in_tables = config.embedding_size * (config.vocab_size + config.max_position_embeddings)
@@ -572,11 +582,29 @@ def read_config(folder):
         return ElectraConfig(**known)
 
 
+def read_vocabulary(folder):
+    """{token: id} of a folder's vocab.txt or tokenizer.json; empty if it has none. (data.py checks more.)"""
+    path = Path(folder) / "vocab.txt"
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+        return {line.strip(): number for number, line in enumerate(lines)}
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        return {}
+    with damage_named(path, "a tokenizer"):
+        vocabulary = json.loads(path.read_bytes())["model"]["vocab"]
+        return {token: int(number) for token, number in dict(vocabulary).items()}
+
+
+# A vocabulary may be padded, so that its size is a multiple of 8, 64 or the like: rows that no token uses.
+MAX_PADDING = 1024
+
+
 def load_weights(network, folder, encoder_only=False):
     """Fill a network or, with encoder_only, the `.encoder` of any module, from a folder.
 
-    Every tensor must be there, have its shape and be finite. Extra tensors are ignored. The numbers of layers
-    and heads must agree.
+    Every tensor must be there, have its shape and be finite. Extra tensors are ignored, and so are the rows
+    of a padded vocabulary. The numbers of layers and heads must agree.
     """
     tensors, path = read_weights(folder)
     if encoder_only and not any(name.startswith("electra.") for name in tensors):
@@ -585,6 +613,11 @@ def load_weights(network, folder, encoder_only=False):
     for name, ours in huggingface_tensors(network).items():
         if encoder_only and not name.startswith("electra."):
             continue
+        if name.endswith(("word_embeddings.weight", "lm_head.bias")) and name in tensors:
+            surplus = len(tensors[name]) - len(ours)
+            if 0 < surplus <= MAX_PADDING:
+                print(f"{path}: the last {surplus} rows of {name} are padding, and are left out")
+                tensors[name] = tensors[name][: len(ours)]
         if name not in tensors or tensors[name].shape != ours.shape:
             found = f"has shape {list(tensors[name].shape)}" if name in tensors else "is missing"
             raise ModelError(f"{path} does not fit this {type(network).__name__}: {name} {found}, and should "
@@ -602,21 +635,33 @@ def load_weights(network, folder, encoder_only=False):
 
 def read_weights(folder):
     """The tensors of a HuggingFace folder by name, fp32 on the CPU, and the path of their file."""
-    [path] = find_weights(folder)
-    with damage_named(path, "a file of weights"):
-        if path.suffix == ".safetensors":
-            return read_safetensors(path), path
-        tensors = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
-        return {name: tensor.float() for name, tensor in tensors.items()}, path
+    tensors = {}
+    for path in find_weights(folder):
+        with damage_named(path, "a file of weights"):
+            if path.suffix == ".safetensors":
+                found = read_safetensors(path)
+            else:
+                found = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+            for name, tensor in found.items():
+                if torch.is_tensor(tensor) and tensor.is_floating_point():  # no position_ids
+                    # TensorFlow's names of a LayerNorm's parameters stand in old files.
+                    name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
+                    tensors[name] = tensor.float()
+    return tensors, path
 
 
 def find_weights(folder):
-    """The files of a folder that hold its weights."""
+    """The files of a folder that hold its weights: one, or several that an index lists."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         path = Path(folder) / name
         if path.is_file():
             return [path]
-    raise ModelError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+    path = Path(folder) / "model.safetensors.index.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+    with damage_named(path, "a list of files of weights"):
+        names = json.loads(path.read_bytes())["weight_map"].values()
+        return [path.with_name(name) for name in sorted(set(names))]
 
 
 # What json, torch.load and the code below raise on files that were damaged or made by something else.
@@ -636,8 +681,7 @@ def damage_named(path, kind):
 
 # The package safetensors is not needed, since its format is simple: the header's length in 8 bytes,
 # little-endian; the header, JSON {name: {dtype, shape, data_offsets}}; the tensors' bytes.
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def to_safetensors(tensors):
@@ -656,17 +700,19 @@ def to_safetensors(tensors):
 
 
 def read_safetensors(path):
-    """Read tensors by name, as fp32."""
+    """Read tensors by name. Those of other types are left out, since no network here has any."""
     data = path.read_bytes()
     begin = 8 + struct.unpack_from("<Q", data)[0]
     header = json.loads(data[8:begin])
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        dtype = DTYPES[entry["dtype"]]
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype is None:
+            continue
         start, end = entry["data_offsets"]
         if start < 0 or end - start != math.prod(entry["shape"]) * dtype.itemsize:
             raise ValueError(f"{name} has other offsets than its shape")
         raw = bytearray(data[begin + start : begin + end])
-        tensors[name] = torch.frombuffer(raw, dtype=dtype).view(entry["shape"]).float()
+        tensors[name] = torch.frombuffer(raw, dtype=dtype).view(entry["shape"])
     return tensors

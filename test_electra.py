@@ -27,6 +27,7 @@ import math
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -1792,6 +1793,68 @@ def test_transformers_and_we_load_what_the_other_saves(name, architecture, embed
             assert (network(ids, mask, types, *positions) - expected)[mask].abs().max() < 1e-5
 
 
+# Special tokens unlike Google's, and rows of the vocabulary that no token uses.
+PADDED = replace(CONFIG, vocab_size=56, cls_token_id=2, sep_token_id=3, mask_token_id=4)
+
+
+def save_foreign(folder, network, vocabulary):
+    """A folder of others: no ids of special tokens in its config.json, and a vocabulary of SMALL_VOCAB."""
+    files = model.pretrained_files(network)
+    config = json.loads(files["config.json"])
+    for name in "cls_token_id", "sep_token_id", "mask_token_id":
+        del config[name]
+    ids = {token: number for number, token in enumerate(SMALL_VOCAB)}
+    vocabularies = {"vocab.txt": "\r\n".join(SMALL_VOCAB) + "\r\n",
+                    "tokenizer.json": json.dumps({"model": {"type": "WordPiece", "vocab": ids}})}
+    write_files(folder, files | {"config.json": json.dumps(config).encode(),
+                                 vocabulary: vocabularies[vocabulary].encode()})
+
+
+@pytest.mark.parametrize("vocabulary", ["vocab.txt", "tokenizer.json"])
+def test_special_tokens_come_from_the_vocabulary_and_its_padding_is_cut(tmp_path, capsys, vocabulary):
+    """Loaded from others' folders, the two networks mask, separate and score as they did."""
+    electra = make_electra(replace(PADDED, hidden_dropout_prob=0, attention_probs_dropout_prob=0)).eval()
+    electra.generator.mlm_bias.data[len(SMALL_VOCAB) :] = -1e9  # the padding is never sampled
+    for name in "generator", "discriminator":
+        save_foreign(tmp_path / name, getattr(electra, name), vocabulary)
+    loaded = model.load_electra(tmp_path / "discriminator", tmp_path / "generator").eval()
+    assert f"the last {56 - len(SMALL_VOCAB)} rows of electra.embeddings.word_" in capsys.readouterr().out
+    assert loaded.config.vocab_size == len(SMALL_VOCAB) and loaded.config.mask_token_id == 4
+    ids = torch.tensor([[2, *range(7, 20), 3, *range(20, 30), 3, 0, 0]])
+    output, expected = run_electra(loaded, ids), run_electra(electra, ids)
+    assert torch.equal(output.corrupted_ids, expected.corrupted_ids)
+    torch.testing.assert_close(output.disc_logits, expected.disc_logits)
+    (tmp_path / "generator/vocab.txt").write_text("\n".join(map(str, range(57))))
+    with pytest.raises(ModelError, match="generator is inconsistent: its vocabulary has 57 tokens"):
+        model.load_config(tmp_path / "generator")
+
+
+def test_weights_are_read_in_every_form_that_libraries_write(tmp_path):
+    """Shards with an index, gamma and beta, and tensors of other types that no network here has."""
+    network = model.Discriminator(CONFIG)
+    files = model.pretrained_files(network)
+    write_files(tmp_path, files)
+    tensors = {}
+    for name, tensor in model.read_weights(tmp_path)[0].items():
+        tensors[name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")] = tensor
+    assert sum("gamma" in name for name in tensors) == 5
+    names = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(tensors)}
+    for shard in set(names.values()):
+        part = {name: tensor for name, tensor in tensors.items() if names[name] == shard}
+        odd = {"electra.embeddings.position_ids": torch.arange(64), "mask": torch.ones(3, dtype=torch.bool)}
+        safetensors = pytest.importorskip("safetensors.torch")
+        (tmp_path / shard).write_bytes(safetensors.save(part | odd))
+    (tmp_path / WEIGHTS).rename(tmp_path / "whole")
+    (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps(dict(weight_map=names)))
+    loaded = model.Discriminator(model.load_config(tmp_path))
+    model.load_weights(loaded, tmp_path)
+    for ours, theirs in zip(network.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(OSError, match="model-1.safetensors"):
+        model.load_config(tmp_path)
+
+
 # ============================================================================================================
 # train.py
 
@@ -1982,6 +2045,27 @@ def test_text_without_held_out_documents_trains_without_evaluation(corpus, capsy
     pretrain()
     assert "no evaluation" in capsys.readouterr().out
     assert {line.get("split") for line in read_log()} == {None, "train"}
+
+
+def test_a_warm_up_that_fills_the_run_is_a_warning(corpus, capsys):
+    """small's 10,000 steps of warm-up leave a run of 24 at a fraction of its learning rate."""
+    for steps, is_warned in (4, False), (5, True), (10_000, True):
+        pretrain(f"--num-warmup-steps {steps} --restart")
+        printed = capsys.readouterr().out
+        assert ("of 24 steps; a short run needs fewer: --num-warmup-steps 1" in printed) == is_warned
+
+
+def test_training_works_in_a_thread_and_in_a_notebook(corpus, monkeypatch):
+    """A thread gets no signals. A notebook has a stdout of its own, and runs the file as %run does."""
+    thread = threading.Thread(target=pretrain, args=["--out thread"])
+    thread.start()
+    thread.join()
+    monkeypatch.setattr(sys, "argv", ["train.py", *ARGUMENTS.split()])
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(HERE / "train.py"), run_name="__main__")
+    assert end.value.code == 0 and "to fine-tune" in sys.stdout.getvalue()
+    assert_same_run("out", "thread")
 
 
 def test_an_unhealthy_run_and_a_slow_machine_are_reported(corpus, monkeypatch, capsys):

@@ -24,7 +24,9 @@ import math
 import re
 import signal
 import sys
+import threading
 import time
+import traceback
 import warnings
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -41,9 +43,9 @@ import data
 import model
 
 # Set by torchrun: the number of this process, its number on this machine, and how many there are.
-RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK") or 0)
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,8 @@ def stop_signals():
         tqdm.write("stopping after this step, and saving; once more kills")
 
     old_handlers = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    is_main = threading.current_thread() is threading.main_thread()
+    for number in (signal.SIGINT, signal.SIGTERM) if is_main else ():  # other threads get no signals
         old_handlers[number] = signal.signal(number, receive)
     try:
         yield received
@@ -418,7 +421,11 @@ RANK_TIMEOUT = timedelta(days=1)  # ranks wait for each other, even while text i
 
 def start_ranks(config):
     backend = "cpu:gloo,cuda:nccl" if config.device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, timeout=RANK_TIMEOUT)
+    try:
+        dist.init_process_group(backend, timeout=RANK_TIMEOUT)
+    except ValueError as error:  # a variable that torchrun sets is missing
+        raise data.UserError(f"WORLD_SIZE is {WORLD_SIZE}, but this is no process of torchrun: start it with "
+                             f"torchrun, or unset WORLD_SIZE ({error})") from None
 
 
 def compare_ranks(folder, shards):
@@ -1033,6 +1040,8 @@ def main(argv=None):
               f"python finetune.py --model {folder.path} --task mrpc --max-length {data_config.max_length}")
 
 
+MAX_WARMUP_SHARE = 0.2  # a run whose learning rate rises for longer gets a warning
+
 # torch 2.6 was seen to compile wrong gradients of embeddings on a CPU, and 2.11 to be right. Comparisons with
 # torch.__version__ are by number, not by letters.
 COMPILES_SINCE = "2.11"
@@ -1075,7 +1084,11 @@ def prepare_only(config, data_config, electra_config, wordpiece):
 
 
 def check_configs(config, data_config, electra_config):
-    """Refuse configs that cannot be trained or evaluated."""
+    """Refuse configs that cannot be trained or evaluated, and warn of a warm-up that is most of the run."""
+    if config.num_warmup_steps > MAX_WARMUP_SHARE * config.num_train_steps and not config.eval_only:
+        print(f"warning: the learning rate rises for {config.num_warmup_steps:,} of "
+              f"{config.num_train_steps:,} steps; a short run needs fewer: --num-warmup-steps "
+              f"{config.num_train_steps // 20}")
     positions = electra_config.max_position_embeddings
     if data_config.max_length > positions:
         raise data.UserError(f"max_length {data_config.max_length} is beyond the model's {positions} "
@@ -1087,10 +1100,13 @@ def check_configs(config, data_config, electra_config):
 
 def run_command(main):
     """Run `main` and return the exit status. An error that the user can fix is printed as one line."""
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")  # one rank talks, and all report errors
+    if sys.stdout is None or RANK > 0:  # it is closed; or another rank talks, while all report errors
+        sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # the terminal may not know every character
+        if isinstance(stream, io.TextIOWrapper):  # not in a notebook
+            stream.reconfigure(errors="replace")  # the terminal may not know every character
     try:
         main()
         return 0
@@ -1104,7 +1120,8 @@ def run_command(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # a full disk, a file that must not be read
-        print(f"{error}; fix that, and the same command resumes", file=sys.stderr)
+        place = "" if error.filename else f" in {traceback.extract_tb(error.__traceback__)[-1].name}"
+        print(f"{error}{place}; fix that, and the same command resumes", file=sys.stderr)
         return 1
     except RuntimeError as error:
         if "by peer" not in str(error):

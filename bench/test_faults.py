@@ -925,3 +925,41 @@ def test_commands_end_in_one_line_and_a_status(corpus):
         assert process.stderr.count(b"\n") == 1 and process.stderr.startswith(b"there is no ")
     with pytest.raises(ZeroDivisionError):
         train.run_command(lambda: 1 / 0)
+
+
+NO_LOCKS = """
+import fcntl
+def flock(file, operation):
+    raise OSError(37, "No locks available")
+fcntl.flock = flock
+"""
+
+
+@pytest.mark.parametrize("prefix, variables, status, message", [
+    ("", {"WORLD_SIZE": "2"}, 1, b"WORLD_SIZE is 2, but this is no process of torchrun"),
+    ("exec >&- 2>&-; ", {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}, 0, b""),
+    ("", {"PYTHONPATH": "no-locks"}, 1, b"out/small/lock cannot be locked (No locks available); use --out"),
+])
+def test_odd_surroundings(corpus, prefix, variables, status, message):
+    """Variables of torchrun without it, closed output, a file system without locks: one sentence or none."""
+    write_files("no-locks", {"sitecustomize.py": NO_LOCKS.encode()})
+    command = f"{prefix}{sys.executable} {HERE / 'train.py'} {ARGUMENTS} --num-train-steps 20"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    process = subprocess.run(command, shell=True, env=environment, capture_output=True)
+    assert process.returncode == status, process.stderr
+    assert message in process.stderr and process.stderr.count(b"\n") == status
+    assert Path("out/small/discriminator").exists() == (status == 0)
+
+
+def test_an_error_of_the_system_says_where(corpus, capsys):
+    """The sentence names the file or, if the system's error has none, the function."""
+    def fail():
+        raise OSError(12, "Cannot allocate memory")
+
+    def full_disk():
+        with data.atomic_write(Path("a/file")):
+            raise OSError(28, "No space left on device")
+
+    for broken, message in (fail, "allocate memory in fail; fix"), (full_disk, "device: 'a/file'; fix"):
+        assert train.run_command(broken) == 1
+        assert message in capsys.readouterr().err
