@@ -15,7 +15,7 @@ The disk holds one array, uint16 (rows, max_length), zero-padded, in shards: att
 follow from the ids. The same text, vocabulary and seed give the same bytes, however often the run is killed,
 and the rows of a step are a function of (seed, step).
 
-train.py runs this file as a child process (`python data.py CONFIG`), and `prepare` divides the work among
+train.py runs this file as a child process (`python data.py child`), and `prepare` divides the work among
 processes that run it as `python data.py worker`.
 """
 
@@ -43,7 +43,7 @@ import tarfile
 import tempfile
 import threading
 import time
-import zipfile
+import unicodedata
 import zlib
 from collections import Counter, deque
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -208,7 +208,7 @@ def digest(value):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which text, and how it becomes rows. An annotated field is a flag, and the text is its help."""
+    """Which text, and how it becomes rows. Annotated fields are flags, as in model.ElectraConfig."""
 
     data: Annotated[list, "files, folders, addresses of text, openwebtext, or python-docs"] = ("openwebtext",)
     one_document_per_file: Annotated[bool, "each .txt is one document; else blank lines separate "
@@ -218,15 +218,9 @@ class DataConfig:
     vocab: Annotated[str, "a vocab.txt; train:SIZE, trained on the text; or bert, downloaded once"] = "bert"
     do_lower_case: Annotated[bool, "lower-case the text"] = True
     strip_accents: Annotated[bool, "strip accents from lower-cased text"] = True
-    max_length: Annotated[int, "tokens in a row, [CLS] and [SEP] included"] = 128
-    seed: Annotated[int, "seed of all randomness"] = 0
+    max_length: Annotated[int, "tokens in a row, [CLS] and [SEP] included", 8, 1_000_000] = 128
+    seed: Annotated[int, "seed of all randomness", 0, 2**32 - 1] = 0
     cache: Annotated[str, "folder for prepared text and downloads"] = "cache"
-
-    def __post_init__(self):
-        if self.max_length < 8:
-            raise UserError(f"max_length is {self.max_length}; a row needs at least 8 tokens")
-        if self.seed < 0:
-            raise UserError(f"seed is {self.seed}; it must be 0 or more")
 
 
 def prepare(config, progress=True):
@@ -242,8 +236,6 @@ def prepare(config, progress=True):
             for train, heldout, info in build_shards(units, shards.wordpiece, config):
                 shards.add(train, heldout, info)
                 bar.update(len(train))
-        if identify_text(config) != shards.identities:
-            raise UserError("the text changed while it was being read; run the same command again")
         if shards.total("rows") == 0:
             raise no_text(config)
         shards.mark_complete()
@@ -302,16 +294,17 @@ def read_source(name, config):
         yield from read_file(stream, path, path, one_document)
 
 
-DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, tarfile.TarError)
+DAMAGE = (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError)
 
 
 def read_file(stream, path, source, one_document):
     """Yield the documents of a file. Its kind follows from `path`; errors name `source`."""
     kind, compression = kind_of(path)
     if not kind:
-        raise UserError(f"{source} cannot be read; .txt, .jsonl, .json and .tar can, plain, .gz or .xz")
+        raise UserError(f"{source} cannot be read; .txt, .jsonl, .json, .parquet and .tar can, plain, .gz, "
+                        ".xz or .zst")
     try:
-        with decompress(stream, compression) as file:
+        with decompress(stream, compression, source) as file:
             if kind == ".txt":
                 yield from read_txt(file, source, one_document)
             elif kind == ".tar":
@@ -319,19 +312,34 @@ def read_file(stream, path, source, one_document):
                     yield from read_file(content, name, f"{name} in {source}", one_document)
                 if compression:
                     read_to_the_end(file)
+            elif kind == ".parquet":
+                yield from read_parquet(file, source)
             else:
                 yield from read_jsonl(file, source)
-    except DAMAGE as error:
+    except (*DAMAGE, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # of the disk; those of decompressors have no number
+            raise
         raise UserError(f"{source} is damaged or cut short ({error}); make or fetch it again") from error
 
 
-def decompress(stream, compression):
+def decompress(stream, compression, source):
     """A context manager that gives the content of a stream as a file."""
     if compression == ".gz":
         return gzip.open(stream)
     if compression == ".xz":
         return lzma.open(stream)
+    if compression == ".zst":
+        return io.BufferedReader(import_pyarrow(source).CompressedInputStream(stream, "zstd"))
     return nullcontext(stream)
+
+
+def import_pyarrow(source):
+    """pyarrow, which only .parquet and .zst need."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{source} is read with pyarrow: pip install pyarrow") from None
+    return pyarrow
 
 
 def read_to_the_end(file):
@@ -380,6 +388,24 @@ def read_jsonl(file, source):
         if not isinstance(text, str):
             raise UserError(f'{source}, line {number}, is not a JSON object with a string under "text"')
         yield without_surrogates(text)
+
+
+def read_parquet(file, source):
+    """Yield the documents of a parquet file: the column "text"."""
+    pyarrow = import_pyarrow(source)
+    with tempfile.TemporaryFile() as copy:  # reading begins at the end, which a stream cannot
+        shutil.copyfileobj(file, copy)
+        try:
+            table = pyarrow.parquet.ParquetFile(copy)
+            if "text" not in table.schema_arrow.names:
+                raise UserError(f"{source} has no column text")
+            for batch in table.iter_batches(batch_size=1000, columns=["text"]):
+                for text in batch["text"].to_pylist():
+                    if not isinstance(text, str):
+                        raise UserError(f"{source} has a row whose text is {text!r:.40}, and not a string")
+                    yield text
+        except pyarrow.ArrowException as error:
+            raise EOFError(error) from error
 
 
 # Five plain words or more, from a capital letter to a full stop.
@@ -489,11 +515,11 @@ def start_worker():
                 worker.stdin.close()
 
 
-def send(worker, message):
-    """Send a message to a worker."""
-    with suppress(BrokenPipeError):  # the worker has ended, which `receive` reports
-        pickle.dump(message, worker.stdin)
-        worker.stdin.flush()
+def send(process, message):
+    """Send a message to a worker or to the child process of GrowingShards."""
+    with suppress(BrokenPipeError):  # it has ended, which `receive` or `child_error` reports
+        pickle.dump(message, process.stdin)
+        process.stdin.flush()
 
 
 def receive(worker):
@@ -522,8 +548,11 @@ def build_shard(unit, wordpiece, config):
     """(rows for training, held-out rows, info) of a unit. `info` is what shard-N.npz says of itself."""
     number, texts, position = unit
     train, heldout, kept, dropped = build_rows(tokenize(texts, wordpiece), number, wordpiece, config)
+    unk = wordpiece.tokens.index(UNK)
     info = dict(documents=len(texts), tokens_kept=kept, tokens_dropped=dropped, end=position,
-                rows=len(train), heldout_rows=len(heldout))
+                rows=len(train), heldout_rows=len(heldout),
+                tokens_unknown=int(np.sum(train == unk) + np.sum(heldout == unk)),
+                marks_stripped=count_marks(texts) if wordpiece.strip_accents else 0)
     return train, heldout, info
 
 
@@ -531,6 +560,11 @@ def build_shard(unit, wordpiece, config):
 # Rows: a document -> WordPiece ids -> rows of two segments
 
 HELDOUT_SHARE = 100  # one document in 100 is held out
+# Stripping accents removes all characters of the category Mn. Up to U+036F they belong to Latin, Greek and
+# Cyrillic, and from U+FE00 on mostly to emoji. Between are vowel signs of Hindi, Thai and Arabic, voicing
+# marks of Japanese and the like.
+MARKS = [chr(code) for code in range(0x370, 0xFE00) if unicodedata.category(chr(code)) == "Mn"]
+ANY_MARK = re.compile(f"[{''.join(MARKS)}]")
 
 
 def tokenize(texts, wordpiece):
@@ -542,6 +576,11 @@ def tokenize(texts, wordpiece):
     for text, lines in zip(texts, documents, strict=True):
         tokenized.append((is_heldout(text), [next(ids) for _ in lines]))
     return tokenized
+
+
+def count_marks(texts):
+    """The number of MARKS in texts, also in characters that Unicode takes apart into a letter and a mark."""
+    return sum(len(ANY_MARK.findall(unicodedata.normalize("NFD", text))) for text in texts)
 
 
 def is_heldout(text):
@@ -664,22 +703,24 @@ def deal_out(lines, target, max_length, uniform):
 # Shards: rows <-> disk
 
 
+DELETE = "delete its folder, and it is made again"  # the advice about a damaged cache
+
+
 class Shards:
     """The shards on disk that were made from one text with one vocabulary.
 
     shard-N.npz holds the rows for training, the held-out rows and the `info` of build_shard: counts, and the
-    position in the text after the shard. A file named `complete` says that there will be no more.
+    position in the text after the shard. `complete` lists them all, and says that there will be no more.
     """
 
     def __init__(self, config, wordpiece):
         self.config = config
         self.wordpiece = wordpiece
-        self.infos = []  # the info of each shard that is known so far
+        self.infos = []  # of each shard that is known so far: its info, and the file's "sha256"
         self.is_complete = False
         self.identities = identify_text(config)
-        self.fingerprint = {  # all that the rows depend on
-            "format": [2, SHARD_CHARACTERS, HELDOUT_SHARE],
-            "files": digest(self.identities),
+        self.fingerprint = {  # all that the rows depend on, apart from the text
+            "format": [3, SHARD_CHARACTERS, HELDOUT_SHARE],
             "one_document_per_file": config.one_document_per_file,
             "split_long_lines": config.split_long_lines,
             "vocab": wordpiece.sha256[:12],
@@ -688,28 +729,64 @@ class Shards:
             "max_length": config.max_length,
             "seed": config.seed,
         }
-        self.folder = Path(config.cache) / f"{source_name(config)}-{digest(self.fingerprint)}"
+        self.folder = self.find_folder()
         self.refresh()
+
+    def find_folder(self):
+        """The folder for these shards. That of a copy of the text, or of another path to it, is found, too.
+
+        A folder's name ends with a hash of the files' names and sizes and one of their times. Where only the
+        times differ, the SHA-256 of each file decides.
+        """
+        key = digest([self.fingerprint, [identity[:2] for identity in self.identities]])
+        times = digest([identity[2:] for identity in self.identities])
+        own = Path(self.config.cache) / f"{source_name(self.config)}-{key}-{times}"
+        if own.exists():
+            return own
+        others = sorted(own.parent.glob(f"*-{key}-*"))
+        for folder in others:
+            if folder.name.endswith(times) or (folder / f"same-{times}").exists():
+                return folder
+        complete = [folder / "complete" for folder in others if (folder / "complete").exists()]
+        hashes = hash_files(self.config) if complete else None
+        for path in complete:
+            if read_complete(path)["files"] == hashes:
+                (path.parent / f"same-{times}").touch()  # the files need not be hashed again
+                return path.parent
+        own.mkdir(parents=True, exist_ok=True)  # the child process must find the same
+        return own
 
     def refresh(self):
         """Look for shards that another process has added."""
-        # `complete` comes first: if it is there, so is the last shard.
-        self.is_complete = (self.folder / "complete").exists()
+        if self.is_complete:
+            return
+        complete = self.folder / "complete"
+        if complete.exists():
+            self.infos = read_complete(complete)["shards"]
+            names = os.listdir(self.folder)
+            for number in range(len(self.infos)):
+                if self.path(number).name not in names:
+                    raise UserError(f"{self.path(number)} is missing; {DELETE}")
+            self.is_complete = True
+            return
         while self.path(len(self.infos)).exists():
-            info = self.load("info", len(self.infos))
-            self.infos.append(json.loads(str(info)))
+            arrays, sha256 = self.read(len(self.infos))
+            self.infos.append(json.loads(str(arrays["info"])) | dict(sha256=sha256))
 
     def path(self, number):
         return self.folder / f"shard-{number:06d}.npz"
 
+    def read(self, number):
+        """(arrays by their names, SHA-256) of a shard file."""
+        content = read_sealed(self.path(number), DELETE)
+        return np.load(io.BytesIO(content)), hashlib.sha256(content).hexdigest()
+
     def load(self, name, number):
-        """The `train` or `heldout` rows of a shard, uint16 (rows, max_length), or its `info` as JSON."""
-        try:
-            with open(self.path(number), "rb") as file, np.load(file) as shard:
-                return shard[name]
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{self.path(number)} is damaged ({error}); delete its folder, and it is made "
-                            "again") from None
+        """The `train` or `heldout` rows of a shard, uint16 (rows, max_length)."""
+        arrays, sha256 = self.read(number)
+        if sha256 != self.infos[number]["sha256"]:
+            raise UserError(f"{self.path(number)} was replaced by another shard; {DELETE}")
+        return arrays[name]
 
     def load_heldout(self, limit):
         """The first `limit` held-out rows, int64, or all if there are fewer."""
@@ -729,13 +806,17 @@ class Shards:
 
     def add(self, train, heldout, info):
         """Write the next shard."""
-        with atomic_write(self.path(len(self.infos))) as file:
-            np.savez(file, train=train, heldout=heldout, info=json.dumps(info))
-        self.infos.append(info)
+        file = io.BytesIO()
+        np.savez(file, train=train, heldout=heldout, info=json.dumps(info))
+        write_sealed(self.path(len(self.infos)), file.getvalue())
+        self.infos.append(info | dict(sha256=hashlib.sha256(file.getvalue()).hexdigest()))
 
     def mark_complete(self):
-        """Say that there will be no more shards."""
-        (self.folder / "complete").touch()
+        """Say that there will be no more shards, if the text is still the one that was read."""
+        listing = dict(shards=self.infos, files=hash_files(self.config))
+        if identify_text(self.config) != self.identities:
+            raise UserError("the text changed while it was being read; run the same command again")
+        write_sealed(self.folder / "complete", json.dumps(listing).encode())
         self.is_complete = True
 
     def total(self, name):
@@ -743,25 +824,37 @@ class Shards:
         return sum(info[name] for info in self.infos)
 
     def describe(self):
-        """What the shards hold, with a warning if much of the text is lost, or rows are mostly padding."""
-        documents = self.total("documents")
-        rows = self.total("rows")
-        heldout = self.total("heldout_rows")
+        """What the shards hold, and a line for each warning."""
         kept = self.total("tokens_kept")
-        dropped = self.total("tokens_dropped")
-        lost = dropped / max(1, kept + dropped)
+        lost = self.total("tokens_dropped") / max(1, kept + self.total("tokens_dropped"))
+        unknown = self.total("tokens_unknown") / max(1, kept)
         state = "" if self.is_complete else ", still growing"
-        text = (f"{self.folder}{state}: {documents:,} documents, {rows:,} rows to train on, {heldout:,} held "
-                f"out; {lost:.0%} of the tokens overflow and are dropped")
+        text = (f"{self.folder}{state}: {self.total('documents'):,} documents, {self.total('rows'):,} rows "
+                f"to train on, {self.total('heldout_rows'):,} held out; {lost:.0%} of the tokens overflow "
+                f"and are dropped, {unknown:.1%} of the rest are [UNK]{describe_unread(self.config)}")
+        return "\n".join([text, *self.list_warnings(kept, lost, unknown)])
+
+    def list_warnings(self, kept, lost, unknown):
+        """Yield a warning if much of the text is lost, unknown or padding."""
         if lost > 0.4:
-            text += ("\nwarning: that is a lot. ELECTRA takes a line for a sentence or a paragraph: raise "
-                     "--max-length")
-            if not self.config.split_long_lines:
-                text += ", or use --split-long-lines"
-        if kept < 0.4 * (rows + heldout) * self.config.max_length:
-            text += ("\nwarning: rows are mostly padding. A blank line ends a document: if it should not, "
-                     "use --one-document-per-file, else lower --max-length")
-        return text
+            option = "" if self.config.split_long_lines else ", or use --split-long-lines"
+            yield ("warning: many tokens are dropped. ELECTRA takes a line for a sentence or a paragraph: "
+                   f"raise --max-length{option}")
+        if unknown > 0.05:
+            yield ("warning: many tokens are [UNK]. The vocabulary may be of another language, case or use "
+                   "of accents; a line of vocab.txt may hold more than a token; or words may have over 200 "
+                   "characters, as in text without spaces")
+        elif kept < 0.4 * (self.total("rows") + self.total("heldout_rows")) * self.config.max_length:
+            yield ("warning: rows are mostly padding. A blank line ends a document: if it should not, use "
+                   "--one-document-per-file, else lower --max-length")
+        if self.total("marks_stripped") > 0.05 * kept:
+            yield ("warning: vowel signs or voicing marks are stripped like accents, which changes words of "
+                   "Hindi, Thai, Arabic, Japanese and others: use --no-strip-accents")
+
+
+def read_complete(path):
+    """What `complete` holds: "shards", their infos, and "files", the SHA-256 of each file of the text."""
+    return parse_json(read_sealed(path, DELETE), path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -797,13 +890,14 @@ class GrowingShards(Shards):
         if self.is_complete:
             yield
             return
-        command = [sys.executable, __file__, json.dumps(asdict(self.config))]
+        command = [sys.executable, __file__, "child"]
         with (tempfile.TemporaryFile() as output,
               subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output,
                                start_new_session=True) as child):  # only the parent gets Ctrl-C
             self.child = child
             self.child_output = output
             try:
+                send(child, asdict(self.config))
                 yield
             finally:
                 child.kill()
@@ -812,6 +906,21 @@ class GrowingShards(Shards):
     def wait_for_shards(self, count, signals=()):
         """Block until there are `count` shards, or until the text is complete."""
         self.wait_until(lambda: len(self.infos) >= count, signals)
+
+    def history(self, number, signals=()):
+        """16 hex digits of the SHA-256 of each of the first `number` shards, or of all if there are fewer.
+
+        A run that has used so many shards can go on with any text that has the same history. Blocks until
+        they are there.
+        """
+        self.wait_for_shards(number, signals)
+        return "".join(info["sha256"][:16] for info in self.infos[:number])
+
+    def changed_file(self, history):
+        """The file or address in which, or after which, the text differs from that of another history."""
+        number = len(os.path.commonprefix([history, self.history(len(self.infos))])) // 16  # same shards
+        file_number = self.infos[number - 1]["end"][0] if number else 0
+        return without_secrets(find_files(self.config)[file_number])
 
     def heldout(self, limit, signals=()):
         """The first `limit` held-out rows, int64, or all if the whole text has fewer. Blocks until then."""
@@ -842,12 +951,13 @@ class GrowingShards(Shards):
         return message or f"preparing the text ended with status {status}; run the same command again"
 
 
-def run_as_child(settings):
-    """The child process. Returns its exit status."""
+def run_as_child():
+    """Receive a config from standard input, and prepare its text. Returns the exit status."""
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    config = DataConfig(**pickle.load(sys.stdin.buffer))
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        prepare(DataConfig(**json.loads(settings)), progress=False)
+        prepare(config, progress=False)
     except (UserError, OSError) as error:
         print(error)
         return 1
@@ -855,7 +965,7 @@ def run_as_child(settings):
 
 
 def end_with_parent():
-    os.read(0, 1)  # the parent writes nothing, so this returns when the parent ends and the pipe closes
+    os.read(0, 1)  # the parent writes no more, so this returns when the parent ends and the pipe closes
     os._exit(1)
 
 
@@ -883,6 +993,9 @@ class Order:
         self.rows = np.zeros((0, shards.config.max_length), dtype=np.uint16)  # read, but not yet used up
         self.end = 0  # place in the sequence after the last of `rows`
         self.epoch = 0  # of the last of `rows`
+        # The rows so far depend on the first so many shards, or on all if there are fewer: a text that ends
+        # before them must still end there.
+        self.num_shards_used = 0
 
     def batch(self, step):
         """(epoch, ids (batch_size, max_length) int64) of a step. Steps must not decrease.
@@ -891,6 +1004,8 @@ class Order:
         """
         begin = step * self.batch_size  # place in the sequence of the step's first row
         while self.end < begin + self.batch_size:
+            if self.signals:  # a resume at a far step skips many groups
+                raise Stopped("")
             epoch, number, members = next(self.groups)
             size = sum(self.shards.infos[member]["rows"] for member in members)
             self.end += size
@@ -920,6 +1035,7 @@ class Order:
         """The shards at the places from `begin` to `end` of an epoch, fewer or none where the text ends."""
         if epoch == 0:
             self.shards.wait_for_shards(end, self.signals)
+            self.num_shards_used = end
             return list(range(begin, min(end, len(self.shards.infos))))
         permuted = rng(self.seed, "shards", epoch).permutation(len(self.shards.infos))
         return permuted[begin:end].tolist()
@@ -1283,8 +1399,23 @@ ATTEMPTS_WITHOUT_ANSWER = 7  # if the server has never answered; they take a min
 
 
 def identify_text(config):
-    """What must stay the same for the shards of a text to remain valid."""
-    return [identify(name) for name in find_files(config)]
+    """[its name and, for a file, its size and modification time] for each file and address of the corpus.
+
+    Names of files are relative to the folder that holds them all, so that it can be moved.
+    """
+    files = find_files(config)
+    parents = [os.path.dirname(os.path.abspath(name)) for name in files if is_file(name)]
+    folder = os.path.commonpath(parents or ["/"])
+    return [identify(name, folder) for name in files]
+
+
+def hash_files(config):
+    """The SHA-256 of each file of the corpus. Addresses have none."""
+    hashes = []
+    for name in filter(is_file, find_files(config)):
+        with open(name, "rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashes
 
 
 def find_files(config):
@@ -1294,14 +1425,18 @@ def find_files(config):
         if name == "openwebtext":
             files += find_openwebtext(config.cache)
         elif os.path.isdir(name):
-            files += sorted(walk(name))
+            files += sorted(filter(is_readable, walk(name)))
         elif name == "python-docs" or is_address(name) or os.path.exists(name):
             files.append(name)
         else:
-            raise UserError(f"there is no {without_secrets(name)}; --data takes paths, addresses, openwebtext "
-                            "or python-docs")
+            raise UserError(f"there is no {without_secrets(name)}; --data takes paths, addresses, "
+                            "openwebtext or python-docs")
     if not files:
-        raise UserError(f"{config.data[0]} holds no .txt, .jsonl, .json or .tar file, plain, .gz or .xz")
+        raise UserError(f"{config.data[0]} holds no .txt, .jsonl, .json, .parquet or .tar file, plain, .gz, "
+                        ".xz or .zst")
+    for name in files:
+        if is_file(name) and not os.path.isfile(name):  # a pipe or a device: reading it could wait for ever
+            raise UserError(f"{name} is not a regular file; copy what it gives to one")
     return files
 
 
@@ -1326,8 +1461,21 @@ def no_text(config):
     return UserError(f"there is no text to train on in {names}")
 
 
+def describe_unread(config):
+    """"; 8 files are not read: .bz2 5, no ending 3" of the folders of the corpus, or "" if all are read."""
+    kinds = Counter()
+    for name in filter(os.path.isdir, config.data):
+        for path in walk(name):
+            if not is_readable(path):
+                kinds[Path(path).suffix or "no ending"] += 1
+    if not kinds:
+        return ""
+    listed = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common(9))
+    return f"; {kinds.total():,} files are not read: {listed}"
+
+
 def walk(folder):
-    """The text files in a folder, through symbolic links, without hidden files and folders."""
+    """The files in a folder, through symbolic links, without hidden files and folders."""
     seen = set()
     for path, folders, names in os.walk(folder, followlinks=True):
         real_path = os.path.realpath(path)
@@ -1336,7 +1484,7 @@ def walk(folder):
             continue
         seen.add(real_path)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (os.path.join(path, name) for name in names if is_readable(name))
+        yield from (os.path.join(path, name) for name in names if not name.startswith("."))
 
 
 def is_readable(name):
@@ -1354,24 +1502,23 @@ def kind_of(name):
     if name.endswith("_data.xz"):  # the tars in the tars of OpenWebText
         return ".tar", ".xz"
     compression = ""
-    if name.endswith((".gz", ".xz")):
-        compression = name[-3:]
-        name = name[:-3]
-    for kind in ".txt", ".json", ".jsonl", ".tar":
+    if name.endswith((".gz", ".xz", ".zst")):
+        name, compression = os.path.splitext(name)
+    for kind in ".txt", ".json", ".jsonl", ".parquet", ".tar":
         if name.endswith(kind):
             return kind, compression
     return "", compression
 
 
-def identify(name):
-    """A file's identity is its name, size and modification time; an address's is the address."""
+def identify(name, folder):
+    """[name relative to `folder`, size, modification time] of a file, or [name, versions if it has some]."""
     if name == "python-docs":
         versions = [importlib.metadata.version(package) for package in ("torch", "numpy")]
-        return [name, platform.python_version(), *versions]
+        return [name, [platform.python_version(), *versions]]
     if is_address(name):
         return [name]
     status = os.stat(name)
-    return [name, status.st_size, status.st_mtime_ns]
+    return [os.path.relpath(name, folder), status.st_size, status.st_mtime_ns]
 
 
 def source_name(config):
@@ -1404,6 +1551,10 @@ class ChunkStream(io.RawIOBase):
         buffer[:size] = self.rest[:size]
         self.rest = self.rest[size:]
         return size
+
+
+def is_file(name):
+    return name != "python-docs" and not is_address(name)
 
 
 def is_address(name):
@@ -1560,7 +1711,7 @@ def without_secrets(name):
 if __name__ == "__main__":
     if sys.argv[1:] == ["worker"]:
         run_as_worker()
-    elif len(sys.argv) == 2:
-        sys.exit(run_as_child(sys.argv[1]))
+    elif sys.argv[1:] == ["child"]:
+        sys.exit(run_as_child())
     else:
         sys.exit("data.py is started by train.py; to see rows: python train.py --prepare-only --show 5")

@@ -36,6 +36,7 @@ import sys
 import tarfile
 import threading
 import time
+import unicodedata
 import warnings
 import zipfile
 from contextlib import ExitStack, contextmanager, suppress
@@ -1387,6 +1388,43 @@ def test_documents_of_every_kind_of_file(corpus):
     assert not [*corpus.rglob("[rt].txt"), *corpus.parent.glob("p.txt")]  # nothing was unpacked
 
 
+def make_parquet(**columns):
+    pyarrow, buffer = pytest.importorskip("pyarrow"), io.BytesIO()
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table(columns), buffer, row_group_size=2)
+    return buffer.getvalue()
+
+
+def test_parquet_and_zst_are_read_if_there_is_pyarrow(corpus, monkeypatch):
+    """The column "text", from a file, an archive or an address; frames of zstd; what is damaged is named."""
+    zstd = pytest.importorskip("pyarrow").Codec("zstd")
+    texts = [f"row {number}\n\nba" for number in range(5)]
+    table = make_parquet(number=list(range(5)), text=texts)
+    frames = b"".join(zstd.compress(part, asbytes=True) for part in (b"ba\n\nd", b"o\n\nku"))
+    files = {"a.parquet": table, "b.txt.zst": frames, "c.tar": make_tar({"a.parquet": table}),
+             "d.tar.zst": zstd.compress(make_tar({"b.txt.zst": frames}), asbytes=True)}
+    write_files("folder", files)
+    assert read_texts("folder") == [*texts, "ba", "do", "ku"] * 2
+    with Server({f"/{name}": content for name, content in files.items()}) as server:
+        assert read_texts(f"{server.url}/a.parquet") == texts
+        assert read_texts(f"{server.url}/d.tar.zst") == ["ba", "do", "ku"]
+    for name, content, message in [
+        ("a.parquet", table[:-9], "a.parquet is damaged or cut short"),
+        ("a.parquet", b"", "a.parquet is damaged or cut short"),
+        ("a.parquet", make_parquet(content=["ba"]), "a.parquet has no column text"),
+        ("a.parquet", make_parquet(text=["ba", None]), "a.parquet has a row whose text is None"),
+        ("a.txt.zst", frames[:-3], "a.txt.zst is damaged or cut short"),
+        ("a.txt.zst", b"<html>", "a.txt.zst is damaged or cut short"),
+    ]:
+        Path(name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read_texts(name)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    for name in "a.parquet", "a.txt.zst":
+        with pytest.raises(UserError, match=f"{name} is read with pyarrow: pip install pyarrow"):
+            read_texts(name)
+
+
 def test_blank_lines_separate_documents_wherever_a_txt_is(tmp_path, monkeypatch):
     """The same .txt gives the same documents in an archive; OpenWebText's are one a file; none has no end."""
     raw = "\ufeffone\r\ntwo\u2028still two\r\n \r\n\r\nthree\n".encode()
@@ -1443,7 +1481,7 @@ def test_openwebtext_is_read_where_the_hub_has_it(corpus, monkeypatch, choice, f
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         files = data.find_files(DataConfig())
         assert data.url_of(files[0]) == server.url + repository + first and files[-1].endswith(last)
-        assert len(files) == count and data.identify(files[3]) == [files[3]]
+        assert len(files) == count and data.identify_text(DataConfig())[3] == [files[3]]
         server.files = {data.OPENWEBTEXT["pinned"][0].removeprefix("hub:"): b""}
         assert data.find_files(DataConfig()) == files
     assert data.find_files(DataConfig()) == files  # without a server
@@ -1548,6 +1586,93 @@ def test_a_cache_of_anything_else_is_not_reused(corpus):
     assert Shards(configs[0], data.load_wordpiece(configs[0])).folder not in folders
 
 
+def find_cache(*paths, **changes):
+    config = data_config(data=paths, **changes)
+    return Shards(config, data.load_wordpiece(config)).folder
+
+
+def test_a_copy_of_the_text_and_another_path_to_it_find_the_cache(corpus, monkeypatch):
+    """Names in the folder, sizes and content identify a text; other content of the same size does not."""
+    write_files("text", {"a.txt": b"ba do", "sub/b.txt": b"ku le"})
+    whole = data.prepare(data_config(data=("text",))).folder
+    calls = []
+    watch(monkeypatch, data, "hash_files", calls.append)
+    shutil.copytree("text", "same times")
+    for path in "text/", "./text", str(corpus / "text"), "same times":
+        assert find_cache(path) == whole and not calls
+    shutil.copytree("text", "copy", copy_function=shutil.copyfile)
+    assert find_cache("copy") == find_cache(str(corpus / "copy")) == whole
+    assert len(calls) == 1  # what is known to be the same is not hashed again
+    Path("copy").rename("renamed")
+    assert find_cache("renamed") == whole and len(calls) == 1
+    for content in b"ba du", b"ba do ku":
+        Path("renamed/a.txt").write_bytes(content)
+        assert find_cache("renamed") != whole
+    Path("renamed/a.txt").write_bytes(b"ba do")
+    assert find_cache("renamed") == whole
+    Path("renamed/a.txt").rename("renamed/c.txt")  # another order
+    assert find_cache("renamed") != whole
+
+
+def test_names_of_caches_are_short_and_hold_no_query(corpus):
+    """An address may hold a signature; a name of 244 bytes is allowed, but not with more after it."""
+    signed = f"http://user:secret@host/a.txt?Signature=secret{'0' * 300}"
+    assert re.fullmatch(r"a\.txt-\w{12}-\w{12}", find_cache(signed).name)
+    for path in "\ud55c" * 80 + ".txt", "x" * 240 + ".txt":
+        shutil.copy("corpus.txt", path)
+        for vocab in "vocab.txt", "train:60":
+            assert data.prepare(data_config(data=(path,), vocab=vocab)).is_complete
+
+
+def describe(text, **changes):
+    Path("text.txt").write_text(text, encoding="utf-8")
+    return data.prepare(data_config(data=("text.txt",), **changes)).describe()
+
+
+def test_many_unknown_tokens_are_a_warning(corpus):
+    """The share of [UNK] is printed, and above 5 % the usual causes are named."""
+    words = ["ba"] * 95
+    for unknown, share, is_warned in (0, "0.0%", False), (5, "5.0%", False), (6, "5.9%", True):
+        printed = describe(" ".join(words + ["x"] * unknown), max_length=128)
+        assert f", {share} of the rest are [UNK]" in printed
+        assert ("warning: many tokens are [UNK]" in printed) == is_warned
+    printed = describe("ba" * 200 + "\n\n" + "do" * 200)  # no spaces
+    assert "100.0% of the rest are [UNK]" in printed and "padding" not in printed
+
+
+@pytest.mark.parametrize("text, is_warned", [
+    ("हिन्दी भाषा की किताब", True), ("كِتَاب مَدرَسة", True), ("ภาษาไทยที่ดี", True), ("ガラスが", True),
+    ("Éléphant müde Tiếng Việt", False), ("ёлка й", False), ("한국어 학교", False), ("हद दन", False),
+    ("\u2764\ufe0f " * 9, False)])
+def test_stripped_vowel_signs_are_a_warning(corpus, text, is_warned):
+    """Accents of Latin and Cyrillic may go; what spells the words of other scripts may not without a word."""
+    texts = [unicodedata.normalize(form, f"{text} ba do") for form in ("NFC", "NFD")]
+    for one in texts:
+        assert ("--no-strip-accents" in describe(one)) == is_warned
+        assert "--no-strip-accents" not in describe(one, strip_accents=False)
+
+
+def test_files_of_a_folder_that_are_not_read_are_counted_by_kind(corpus):
+    """Hidden files are left out; where all files are read, nothing is said."""
+    names = "a.txt", "b.bz2", "c.BZ2", "d.bz2", "LICENSE", "sub/e.docx", ".hidden", ".git/f.pack"
+    write_files("text", {name: b"ba do ku" for name in names})
+    printed = data.prepare(data_config(data=("text", "corpus.txt"))).describe()
+    assert "; 5 files are not read: .bz2 2, .BZ2 1, no ending 1, .docx 1" in printed
+    assert "not read" not in data.prepare(data_config()).describe()
+
+
+def test_a_config_with_many_paths_reaches_the_child(corpus, monkeypatch):
+    """Its paths would not fit into an argument, which holds 128 KiB."""
+    monkeypatch.undo()
+    monkeypatch.chdir(corpus)
+    Path("a.txt").write_text("ba do ku")
+    config = data_config(data=("./" * 100 + "a.txt",) * 700)
+    shards = data.GrowingShards(config, data.load_wordpiece(config))
+    with shards.prepare_in_child():
+        shards.wait_for_shards(1)
+    assert shards.total("documents") == 700
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The order of the rows
 
@@ -1597,6 +1722,62 @@ def test_order_of_any_step_is_a_function_of_the_step(corpus):
     halves = Order(shards, 32)  # a row's place does not depend on the batch size
     rows = np.concatenate([halves.batch(step)[1] for step in range(4)])
     assert np.array_equal(rows, np.concatenate([batches[0][1], batches[1][1]]))
+
+
+def grow(*paths):
+    """The shards of these files, of the class that training reads."""
+    config = data_config(data=paths)
+    data.prepare(config)
+    return data.GrowingShards(config, data.load_wordpiece(config))
+
+
+def test_a_run_is_identified_by_the_shards_that_it_has_used(corpus):
+    """What changes after them changes nothing for it; where its rows depend on the end, a new end does."""
+    text = Path("corpus.txt").read_bytes()
+    before = grow("corpus.txt")
+    order = Order(before, 8)
+    order.batch(0)
+    assert order.num_shards_used == 1
+    order.batch(before.infos[0]["rows"] // 8)
+    assert order.num_shards_used == 3  # the group of shards 1 and 2
+    begun = before.history(3)
+    order.batch(before.total("rows") // 8)  # the end of the epoch
+    assert order.num_shards_used > len(before.infos)
+    ended = before.history(order.num_shards_used)
+    Path("more.txt").write_bytes(b"ba do ku")
+    write_files("mended", {"corpus.txt": text[:-2] + b"ba"})
+    write_files("spoilt", {"corpus.txt": b"x" + text[1:]})
+    for paths, is_begun, is_ended in [
+        (("corpus.txt", "more.txt"), True, False), (("mended",), True, False), (("spoilt",), False, False),
+        (("more.txt", "corpus.txt"), False, False),
+    ]:
+        after = grow(*paths)
+        assert (after.history(3) == begun) == is_begun
+        assert (after.history(order.num_shards_used) == ended) == is_ended
+    Path("corpus.txt").rename("other.txt")
+    os.utime("other.txt", (1, 1))
+    assert grow("other.txt").history(order.num_shards_used) == ended
+
+
+def test_a_history_says_where_the_text_differs(corpus):
+    """The file in which the first other shard begins is named."""
+    for number in range(3):
+        Path(f"{number}.txt").write_text("\n\n".join(make_text(100, seed=number)))
+    names = "0.txt", "1.txt", "2.txt"
+    history = grow(*names).history(100)
+    for changed in names:
+        text = Path(changed).read_text()
+        documents = text.split("\n\n")
+        Path(changed).write_text("\n\n".join([*documents[:50], "le le le", *documents[50:]]))
+        assert grow(*names).changed_file(history) == changed
+        Path(changed).write_text(text)
+
+
+def test_ctrl_c_is_heard_while_groups_are_skipped(corpus):
+    """A resume at a far step skips more groups than a user would wait for."""
+    shards = prepare_growing_shards()
+    with pytest.raises(data.Stopped):
+        Order(shards, 8, signals=[signal.SIGINT]).batch(10**12)
 
 
 # ============================================================================================================
@@ -1902,7 +2083,7 @@ def test_prepare_only_shows_rows_and_warns_of_long_lines(corpus, capsys):
     assert not Path("out").exists()
     Path("long.txt").write_text("\n\n".join(text.replace("\n", " ") * 3 for text in make_text(20)))
     pretrain("--prepare-only --data long.txt")
-    assert "warning: that is a lot" in capsys.readouterr().out
+    assert "warning: many tokens are dropped" in capsys.readouterr().out
     Path("short.txt").write_text("ba do ku\n\n" * 20)
     pretrain("--prepare-only --data short.txt")
     assert "warning: rows are mostly padding" in capsys.readouterr().out
