@@ -915,7 +915,7 @@ class GrowingShards(Shards):
         """The file or address in which, or after which, the text differs from that of another history."""
         number = len(os.path.commonprefix([history, self.history(len(self.infos))])) // 16  # same shards
         file_number = self.infos[number - 1]["end"][0] if number else 0
-        return find_files(self.config)[file_number]
+        return without_secrets(find_files(self.config)[file_number])
 
     def heldout(self, limit, signals=()):
         """The first `limit` held-out rows, int64, or all if the whole text has fewer. Blocks until then."""
@@ -1441,8 +1441,8 @@ def find_files(config):
         elif name == "python-docs" or is_address(name) or os.path.exists(name):
             files.append(name)
         else:
-            raise UserError(f"there is no file {without_secrets(name)}; --data takes files, folders, "
-                            "addresses, openwebtext or python-docs")
+            raise UserError(f"there is no {without_secrets(name)}; --data takes paths, addresses, "
+                            "openwebtext or python-docs")
     if not files:
         raise UserError(f"{config.data[0]} holds no .txt, .jsonl, .json, .parquet or .tar file, plain, .gz, "
                         ".xz or .zst")
