@@ -736,15 +736,14 @@ def submit(experiments, config):
 def save_best(experiments):
     """Save the network of each task's best seed. If the sweep did not save it, the seed is run again."""
     for experiment in experiments:
-        task = experiment.task
         seed = best_seed(experiment)
         folder = experiment.network_path()
-        saved = read_saved_config(folder)
-        if not saved or saved.get("result") != experiment.run_name(seed):
+        # An earlier command, without --save or with more seeds, may have finished this seed.
+        if read_saved_config(folder).get("run_name") != experiment.run_name(seed):
             finetuner = Finetuner(experiment)
             finetuner.run(seed, tokenize_splits(experiment))
             save_network(experiment, seed, finetuner.network)
-        print(f"{folder} holds the network of seed {seed}, {task.title}'s best on dev")
+        print(f"{folder} holds the network of seed {seed}, {experiment.task.title}'s best on dev")
 
 
 def save_network(experiment, seed, network):
@@ -752,23 +751,25 @@ def save_network(experiment, seed, network):
     with lock_outputs(experiment.folder, "network"):
         train.write_network(experiment.network_path(), network, experiment.pretrained.wordpiece,
                             experiment.config.max_length, head=type(network).__name__,
-                            result=experiment.run_name(seed), **experiment.saved_fields(seed))
+                            run_name=experiment.run_name(seed), **experiment.saved_fields(seed))
 
 
 def read_saved_config(folder):
-    """The config.json that `save_network` wrote to a folder, or None if the folder is no such network."""
+    """The config.json of a folder, or {} if it has none."""
     path = folder / "config.json"
-    if not path.is_file():
-        return None
-    content = data.read_json(path)
-    return content if "head" in content else None
+    return data.read_json(path) if path.is_file() else {}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Predictions of a saved network: in Python and with --predict-file
 
 
 class Saved(NamedTuple):
-    """What `save_network` wrote to a folder. The weights are read when there is a network for them."""
+    """What `save_network` wrote to a folder. `load_into` reads the weights."""
 
     folder: Path
-    fields: dict  # config.json, with `Experiment.saved_fields`
+    fields: dict  # config.json, with what `Experiment.saved_fields` gave
+    labels: list  # names of the classes
     config: model.ElectraConfig
     wordpiece: data.WordPiece
     max_length: int
@@ -783,30 +784,14 @@ def load_saved(folder, head):
     """What --save wrote to a folder for a network of the class that `head` names."""
     folder = Path(folder)
     fields = read_saved_config(folder)
-    if not fields or fields["head"] != head:
+    if fields.get("head") != head:
         raise data.UserError(f"{folder} has no {head}; --model takes what --save wrote in OUT/networks")
+    id2label = fields.get("id2label", {})
+    labels = [id2label[str(number)] for number in range(len(id2label))]  # the keys may have any order
     config = model.load_config(folder)
-    positions = config.max_position_embeddings
     wordpiece, trained_length = data.read_tokenizer(folder)
-    return Saved(folder, fields, config, wordpiece, min(trained_length or positions, positions))
-
-
-def read_labels(saved):
-    """The names of the classes and None or, in a regression, [] and the lowest and highest label."""
-    try:
-        names = saved.fields["id2label"]
-        labels = [str(names[str(number)]) for number in range(len(names))]  # the keys have any order
-        if labels:
-            return labels, None
-        low, high = map(float, saved.fields["label_range"])
-        return [], (low, high)
-    except (KeyError, TypeError, ValueError):
-        raise data.UserError(f"{saved.folder / 'config.json'} is damaged: it has no id2label or label_range; "
-                             "delete its folder, and --save makes it again") from None
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Predictions of a saved network: in Python and with --predict-file
+    positions = config.max_position_embeddings
+    return Saved(folder, fields, labels, config, wordpiece, min(trained_length or positions, positions))
 
 
 class Predictor:
@@ -823,7 +808,8 @@ class Predictor:
         saved = load_saved(folder, "Classifier")
         self.wordpiece = saved.wordpiece
         self.max_length = saved.max_length
-        self.labels, self.label_range = read_labels(saved)
+        self.labels = saved.labels
+        self.label_range = saved.fields["label_range"]  # of a regression, else None
         self.network = saved.load_into(Classifier(saved.config, self.labels), self.config.device)
 
     def predict(self, texts):

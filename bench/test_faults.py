@@ -1051,17 +1051,6 @@ def test_damage_to_what_a_sweep_wrote_is_found_and_mended(toy_glue, victim, mess
     assert read_results()["wnli", 0] == before["wnli", 0] and path.exists()
 
 
-@pytest.mark.parametrize("saved", [
-    {}, dict(id2label=None), dict(id2label=["bad", "good"]), dict(id2label={"1": "bad", "2": "good"}),
-    dict(id2label={}, label_range=None), dict(id2label={}, label_range=[1]),
-    dict(id2label={}, label_range=["low", "high"]),
-])
-def test_labels_of_a_saved_network_are_refused_if_damaged(saved):
-    """The sentence names the file and what makes it good."""
-    with pytest.raises(UserError, match="out/config.json is damaged: .* --save makes it again"):
-        finetune.read_labels(finetune.Saved(Path("out"), saved, None, None, None))
-
-
 def test_ranks_that_cannot_work_together_say_why(corpus, monkeypatch):
     """A rank that fails ends the job with its own error; other vocabularies and odd numbers are refused."""
     for number in range(2):
