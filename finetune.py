@@ -162,9 +162,6 @@ def run_and_record(experiment, seed, finetuner, splits):
 
 def plan_experiments(config, tasks, pretrained, kind):
     """The Experiment of each task, after all files are checked. `kind` is Experiment or a subclass."""
-    if config.glue_dir:
-        needed = [(task, split) for task in tasks.values() for split in splits_to_read(task, config)]
-        glue.check_glue_dir(needed, config.glue_dir)
     experiments = []
     for task in tasks.values():
         # Everything is read here once, so that damage is reported now, not in the middle of the night.
@@ -234,7 +231,7 @@ class Experiment:
         return self.folder / "networks" / f"{self.task.name}-{data.digest(self.settings())}"
 
     def predictions_path(self, seed):
-        tests = data.digest([self.sha256[split] for split in self.task.submissions])
+        tests = data.digest([self.sha256[split] for split in self.task.test_splits])
         return self.folder / "predictions" / f"{self.run_name(seed)}-{tests}.npz"
 
     def finished(self):
@@ -277,7 +274,7 @@ def read_splits(task, config):
 def splits_to_read(task, config):
     splits = ["train", *task.dev_splits]
     if config.predicts_test_sets:
-        splits += task.submissions
+        splits += task.test_splits
     return splits
 
 
@@ -313,15 +310,14 @@ def lock_outputs(folder, what):
 
 
 def write_predictions(experiment, seed, predictions):
-    """Write a seed's test predictions, under the names of the files to submit."""
-    arrays = {name: predictions[split] for split, name in experiment.task.submissions.items()}
+    """Write a seed's predictions of the test sets."""
     content = io.BytesIO()
-    np.savez(content, **arrays)
+    np.savez(content, **{split: predictions[split] for split in experiment.task.test_splits})
     data.write_sealed(experiment.predictions_path(seed), content.getvalue())
 
 
 def read_predictions(experiment, seed):
-    """What `write_predictions` wrote: an array for each file to submit, by its name."""
+    """What `write_predictions` wrote: an array for each test set, by split."""
     advice = "delete it, and the same command makes it again"
     return np.load(io.BytesIO(data.read_sealed(experiment.predictions_path(seed), advice)))
 
@@ -712,8 +708,8 @@ def submit(experiments, config):
         seed = best_seed(experiment)
         best.append(f"{task.title} {seed}")
         predictions = read_predictions(experiment, seed)
-        for name in task.submissions.values():
-            files[name] = glue.submission_file(task, predictions[name])
+        for split in task.test_splits:
+            files[task.submission_name(split)] = glue.submission_file(task, predictions[split])
     tasks = {experiment.task.name for experiment in experiments}
     is_whole = tasks >= glue.TASKS.keys()
     folder = Path(config.out)
