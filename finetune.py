@@ -8,19 +8,19 @@ The table has the mean, deviation, median and best that papers print. --submit w
 gluebenchmark.com. --save keeps the best network of a task, and `Predictor` uses it. `main` is at the end.
 """
 
-# First, since it sets GOMP_SPINCOUNT, which torch reads when it is imported.
+# First, since it sets how OpenMP's threads wait, which torch reads when it is imported.
 import train
 
 # isort: split
 import hashlib
 import io
 import itertools
+import json
 import math
 import re
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -42,7 +42,7 @@ HEAD_DROPOUT = 0.1  # before the classifier; --dropout is the encoder's
 
 @dataclass(frozen=True)
 class FinetuneConfig(train.StepConfig):
-    """The recipe, and where and how it runs. An annotated field is a flag, and the text is its help."""
+    """The recipe, and where and how it runs. StepConfig adds Adam, device, dtype and graphs."""
 
     task: Annotated[list, "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, all, or folders of "
                           "your own"] = ("all",)
@@ -82,7 +82,7 @@ class FinetuneConfig(train.StepConfig):
         return self.keep_predictions or self.submit
 
 
-# Flags that do not decide a result. (Of model, task and folders the content does.)
+# Flags that do not decide a result. (Of model, task and folders the content decides: see `settings`.)
 NOT_SETTINGS = {"task", "seeds", "model", "random_weights", "glue_dir", "keep_predictions", "submit", "save",
                 "predict_file", "format", "cache", "out", "device", "graph", "deterministic", "data_dir"}
 
@@ -94,9 +94,12 @@ def fill_in_recipe(config, task, hidden_size):
     """
     recipes = {}  # (learning rate, layer-wise decay) by width
     for size in train.SIZES.values():
-        recipes[size.get("hidden_size", model.ElectraConfig.hidden_size)] = size["finetuning"]
-    widths = [width for width in recipes if width >= hidden_size]
-    learning_rate, layerwise_lr_decay = recipes[min(widths, default=max(recipes))]
+        width = size.get("hidden_size", model.ElectraConfig.hidden_size)
+        recipes[width] = size["finetuning"]
+    for width in sorted(recipes):
+        if width >= hidden_size:
+            break  # else it is wider than all sizes, and takes the values of the largest
+    learning_rate, layerwise_lr_decay = recipes[width]
     return replace(config, learning_rate=config.learning_rate or learning_rate,
                    layerwise_lr_decay=config.layerwise_lr_decay or layerwise_lr_decay,
                    num_train_epochs=config.num_train_epochs or task.num_train_epochs)
@@ -161,7 +164,7 @@ def run_and_record(experiment, seed, finetuner, splits):
 
 
 def plan_experiments(config, tasks, pretrained, kind):
-    """The Experiment of each task, after all files are checked. `kind` is Experiment or a subclass."""
+    """The Experiment of each task, after its files are read. `kind` is Experiment or a subclass."""
     experiments = []
     for task in tasks.values():
         # Everything is read here once, so that damage is reported now, not in the middle of the night.
@@ -266,42 +269,37 @@ def read_splits(task, config):
     """The examples of a task by split, and the SHA-256 of their files by split."""
     examples = {}
     sha256 = {}
-    for split in splits_to_read(task, config):
-        examples[split], sha256[split] = task.read(split, config.cache, config.glue_dir)
-    return examples, sha256
-
-
-def splits_to_read(task, config):
     splits = ["train", *task.dev_splits]
     if config.predicts_test_sets:
         splits += task.test_splits
-    return splits
+    for split in splits:
+        examples[split], sha256[split] = task.read(split, config.cache, config.glue_dir)
+    return examples, sha256
 
 
 def read_results(path):
     """The lines of results.jsonl. Each has a digest of its other entries, so that damage is found."""
     if not path.exists():
         return []
-    *lines, _ = path.read_bytes().split(b"\n")  # a kill may have cut the last one short
     results = []
-    for number, line in enumerate(lines, 1):
-        result = {}
-        with suppress(data.UserError):
-            result = data.parse_json(line, path)
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        where = f"{path}, line {number}"
+        result = data.parse_json(line, where)
         if result.pop("digest", None) != data.digest(result):
-            raise data.UserError(f"{path}, line {number}, is damaged or of an earlier version; delete this "
-                                 "line, and its seed is run again")
+            raise data.UserError(f"{where} is damaged or of an earlier version; delete this line, and its "
+                                 "seed is run again")
         results.append(result)
     return results
 
 
 def append_result(experiment, result):
-    """Append a line to results.jsonl."""
-    with (lock_outputs(experiment.folder, "results"),
-          open(experiment.folder / "results.jsonl", "a+b") as file):
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)  # what a kill cut short
-        data.append_json(file, result | dict(digest=data.digest(result)))
+    """Append a line to results.jsonl. The file is replaced, so that no kill cuts a line short."""
+    path = experiment.folder / "results.jsonl"
+    line = json.dumps(result | dict(digest=data.digest(result))) + "\n"
+    with lock_outputs(experiment.folder, "results"):
+        lines = path.read_bytes() if path.exists() else b""
+        with data.atomic_write(path) as file:
+            file.write(lines + line.encode())
 
 
 def lock_outputs(folder, what):
@@ -347,8 +345,8 @@ class Finetuner:
         device = torch.device(config.device).type
         self.scaler = torch.amp.GradScaler(device, enabled=config.dtype == "fp16")
         self.scaler_state = self.scaler.state_dict()  # with which each seed begins
-        step = make_step(self.network, self.optimizer, self.scaler, config)
-        self.take_step = train.CudaGraphs(step) if config.graph else step
+        take_step = make_step(self.network, self.optimizer, self.scaler, config)
+        self.take_step = train.CudaGraphs(take_step) if config.graph else train_step
 
     def run(self, seed, splits):
         """Train on splits["train"] and return the predictions of the other splits, NumPy arrays (N,).
@@ -373,7 +371,7 @@ class Finetuner:
                     lr = train.learning_rate(step, config.learning_rate, total,
                                              config.warmup_proportion * total)
                     for group in self.optimizer.param_groups:
-                        group["lr"].fill_(lr * group["lr_scale"])
+                        group["lr"].fill_(lr * group["lr_scale"])  # a tensor, which the CUDA graph reads
                     length = cut_length(lengths[indices], config)
                     self.take_step(ids[device_indices, :length], labels[device_indices])
                     step += 1
@@ -403,34 +401,35 @@ class Finetuner:
 def make_step(network, optimizer, scaler, config):
     """The function that takes an optimizer step on ids (B, L) and labels (B,)."""
 
-    def step(ids, labels):
+    def take_step(ids, labels):
         optimizer.zero_grad(set_to_none=True)
         with train.autocast(config):
             loss = network.losses(ids, labels).sum()  # [D34] not the mean
         scaler.scale(loss).backward()
         train.update_weights(network, optimizer, scaler, config)
 
-    return step
+    return take_step
 
 
 def lr_scale(name, num_hidden_layers, decay):
-    """A parameter's share of the learning rate: the deeper below the classifier, the smaller. [D28]
+    """A parameter's share of the learning rate: the further below the classifier, the smaller. [D28]
 
-    Embeddings have depth 0, layer i has depth i + 1, and the classifier n + 2. Nothing has n + 1, so that the
-    top layer's rate is the classifier's times decay squared. The official code's author calls that a mistake;
-    the published scores have it.
+    Embeddings have height 0, layer i has height i + 1, and the classifier n + 2. Nothing has n + 1, so that
+    the top layer's rate is the classifier's times decay squared. The official code's author calls that a
+    mistake; the published scores have it.
 
     >>> [round(lr_scale(name, 12, 0.8), 3) for name in ("classifier.bias", "encoder.layers.11.output.bias")]
     [1.0, 0.64]
     """
+    top = num_hidden_layers + 2
     layer = re.match(r"encoder\.layers\.(\d+)\.", name)
     if layer:
-        depth = int(layer[1]) + 1
+        height = int(layer[1]) + 1
     elif name.startswith("encoder."):
-        depth = 0
+        height = 0
     else:
-        depth = num_hidden_layers + 2
-    return decay ** (num_hidden_layers + 2 - depth)
+        height = top
+    return decay ** (top - height)
 
 
 def num_steps(num_examples, batch_size, epochs):
@@ -471,7 +470,7 @@ def run_network(network, rows, config):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Sentences: network, loss, predictions, and the way from examples to rows
+# The network for sentences: classifier, loss, predictions, and how examples become rows
 
 
 class Classifier(nn.Module):
@@ -602,41 +601,28 @@ def load_pretrained(config):
     folder = data.find_model(config.model, config.cache)
     wordpiece, trained_length = data.read_tokenizer(folder)
     model_config = replace(model.load_config(folder), hidden_dropout_prob=config.dropout,
-                           attention_probs_dropout_prob=config.dropout, sep_token_id=wordpiece.sep_token_id)
-    check_pretrained(folder, model_config, wordpiece, trained_length, config.max_length)
-    encoder_state = load_encoder(folder, model_config)
+                           attention_probs_dropout_prob=config.dropout)
+    check_length(folder, model_config.max_position_embeddings, trained_length, config.max_length)
     if config.random_weights:
         return Pretrained(folder, model_config, wordpiece, None, "random")
-    return Pretrained(folder, model_config, wordpiece, encoder_state, hash_tensors(encoder_state))
-
-
-def check_pretrained(folder, model_config, wordpiece, trained_length, max_length):
-    """Check that a model fits its vocabulary and --max-length, and say what may surprise."""
     if "ElectraForMaskedLM" in (data.read_json(folder / "config.json").get("architectures") or ()):
         print(f"{folder} is a generator or a masked language model; its encoder is fine-tuned")
-    if len(wordpiece.tokens) != model_config.vocab_size:
-        raise data.UserError(f"{folder} is inconsistent: its vocabulary has {len(wordpiece.tokens):,} "
-                             f"tokens, and config.json says {model_config.vocab_size:,}")
-    positions = model_config.max_position_embeddings
+    network = Classifier(model_config, labels=())  # load_weights fills the encoder of a network
+    model.load_weights(network, folder, encoder_only=True)
+    encoder_state = network.encoder.state_dict()
+    sha256 = hashlib.sha256()
+    for tensor in encoder_state.values():
+        sha256.update(tensor.numpy())
+    return Pretrained(folder, model_config, wordpiece, encoder_state, sha256.hexdigest())
+
+
+def check_length(folder, positions, trained_length, max_length):
+    """Check that a model has --max-length positions, and warn if it was pre-trained on shorter rows."""
     if max_length > positions:
         raise data.UserError(f"{folder} has {positions} positions; use --max-length {positions} or less")
     if trained_length and max_length > trained_length:
         print(f"warning: {folder} was pre-trained on rows of {trained_length} tokens, so later positions are "
               f"untrained; --max-length {trained_length} avoids them")
-
-
-def load_encoder(folder, model_config):
-    """The weights of a folder's encoder, by name."""
-    network = Classifier(model_config, labels=())
-    model.load_weights(network, folder, encoder_only=True)
-    return network.encoder.state_dict()
-
-
-def hash_tensors(tensors):
-    sha256 = hashlib.sha256()
-    for tensor in tensors.values():
-        sha256.update(tensor.numpy())
-    return sha256.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -648,37 +634,37 @@ def format_table(results, tasks):
 
     `results` has the lines of results.jsonl by task and seed.
     """
-    has_averages = len(glue.TASKS.keys() & tasks) > 1
+    scores = {}  # by task and metric: percentages, an array (seeds,)
+    for name in tasks:
+        if results[name]:
+            scores[name] = collect_scores(list(results[name].values()))
+    with_averages = len(glue.TASKS.keys() & tasks) > 1
     width = max(10, *(len(task.title) + 1 for task in tasks.values()))
     lines = [f"{'':{width}}{'':22}{'seeds':>6}{'mean':>8}{'sd':>7}{'median':>8}{'best':>7}"]
-    notes = []
-    means = {}  # by task and metric, as `results`
-    medians = {}
-    for name, task in tasks.items():
-        finished = list(results[name].values())
-        if not finished:
-            continue
-        means[name] = {}
-        medians[name] = {}
-        is_averaged = has_averages and name in glue.AVERAGED_BY_ELECTRA and isinstance(task, glue.GlueTask)
-        for metric in finished[0]["metrics"]:
-            values = 100 * np.array([result["metrics"][metric] for result in finished])
-            means[name][metric] = np.mean(values)
-            medians[name][metric] = np.median(values)
-            mark = "*" if is_averaged and metric == task.metrics[0] else ""
-            lines.append(f"{task.title:{width}}{metric + mark:22}{format_statistics(values)}")
-        constant = [str(result["seed"]) for result in finished if result["is_constant"]]
+    for name in scores:
+        for metric, values in scores[name].items():
+            if with_averages and name in glue.AVERAGED_BY_ELECTRA and metric == tasks[name].metrics[0]:
+                metric += "*"
+            lines.append(f"{tasks[name].title:{width}}{metric:22}{format_statistics(values)}")
+    for name in scores:
+        constant = [str(seed) for seed, result in results[name].items() if result["is_constant"]]
         if constant:
-            notes.append(f"{task.title}: seed {', '.join(constant)} gave every example the same answer; it "
-                         "counts, too. With little data, more --num-train-epochs help")
-    if has_averages:
-        notes.append(format_average("ELECTRA's average of 8 (* of each, no WNLI)", glue.average_of_8,
-                                    glue.AVERAGED_BY_ELECTRA, means, medians))
-        notes.append(format_average("GLUE's average of 9 (a task's metrics averaged first)",
-                                    glue.average_of_9, tuple(glue.TASKS), means, medians))
+            lines.append(f"{tasks[name].title}: seed {', '.join(constant)} gave every example the same "
+                         "answer; it counts, too. With little data, more --num-train-epochs help")
+    if with_averages:
+        lines.append("ELECTRA's average of 8 (* of each, no WNLI): "
+                     + format_average(glue.average_of_8, glue.AVERAGED_BY_ELECTRA, scores))
+        lines.append("GLUE's average of 9 (a task's metrics averaged first): "
+                     + format_average(glue.average_of_9, glue.TASKS, scores))
     if "wnli" in tasks:
-        notes.append("WNLI's dev set is adversarial: the majority class scores 56.3, models rarely more")
-    return "\n".join(lines + notes)
+        lines.append("WNLI's dev set is adversarial: the majority class scores 56.3, models rarely more")
+    return "\n".join(lines)
+
+
+def collect_scores(results):
+    """The percentages of all seeds by metric, arrays (seeds,)."""
+    return {metric: 100 * np.array([result["metrics"][metric] for result in results])
+            for metric in results[0]["metrics"]}
 
 
 def format_statistics(values):
@@ -687,12 +673,17 @@ def format_statistics(values):
             f"{np.max(values):7.2f}")
 
 
-def format_average(title, average, needed, means, medians):
-    """The line of an average or, if it cannot be formed, of the tasks that are missing."""
-    missing = [glue.TASKS[name].title for name in needed if name not in means]
+def format_average(average, needed, scores):
+    """An average or, if it cannot be formed, the tasks that are missing."""
+    missing = [glue.TASKS[name].title for name in needed if name not in scores]
     if missing:
-        return f"{title}: needs {', '.join(missing)}"
-    return f"{title}: {average(means):.2f} from means, {average(medians):.2f} from medians"
+        return f"needs {', '.join(missing)}"
+    shown = []
+    for title, statistic in ("means", np.mean), ("medians", np.median):
+        by_task = {name: {metric: statistic(values) for metric, values in scores[name].items()}
+                   for name in needed}
+        shown.append(f"{average(by_task):.2f} from {title}")
+    return ", ".join(shown)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -836,10 +827,9 @@ def predict_file(config):
     for number, chunk in enumerate(read_chunks(config, glue.read_sentences)):
         if number == 0:
             print("prediction", *predictor.labels, sep="\t")
-        for label, probabilities in predictor.predict(chunk):
-            if not predictor.labels:  # in a regression it is a number
-                label = f"{label:{glue.Task.number_format}}"
-            print(label, *(f"{probability:.4f}" for probability in probabilities.values()), sep="\t")
+        for answer, probabilities in predictor.predict(chunk):
+            shown = answer if predictor.labels else f"{answer:{glue.Task.number_format}}"
+            print(shown, *(f"{probability:.4f}" for probability in probabilities.values()), sep="\t")
 
 
 def use_utf8():
@@ -855,17 +845,11 @@ def read_chunks(config, read_row):
         file = sys.stdin.buffer
     else:
         source = config.predict_file
-        if not Path(source).is_file():
-            raise data.UserError(f"{source} is not a file; --predict-file takes one, or - for standard input")
         file = open(source, "rb")
     with file:
         rows = (read_row(row, where) for where, row in glue.read_table(file, source, config.format))
-        chunk = list(itertools.islice(rows, CHUNK))
-        if not chunk:
-            raise glue.no_rows(source)
-        while chunk:
+        while chunk := list(itertools.islice(rows, CHUNK)):
             yield chunk
-            chunk = list(itertools.islice(rows, CHUNK))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -874,7 +858,7 @@ def read_chunks(config, read_row):
 
 def main(argv=None):
     description = "Fine-tune and score. The same command resumes; a finished seed is not repeated."
-    [config], _ = train.parse(argv, description, [FinetuneConfig], {})
+    [config], _ = train.parse(argv, description, [FinetuneConfig], sizes={})
     config = train.resolve_device(config)
     if config.predict_file:
         predict_file(config)

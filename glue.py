@@ -442,13 +442,7 @@ def parse_own(task, split, raw, source):
             label = read_label(task, read_cell(row, "label", where), where)
         first, second = read_sentences(row, where)
         examples.append(Example(first, second, label))
-    if not examples:
-        raise no_rows(source)
     return examples
-
-
-def no_rows(source):
-    return data.UserError(f"{source} has no rows; the first line of a table names its columns")
 
 
 def read_sentences(row, where):
@@ -483,12 +477,19 @@ def read_table(file, source, kind=""):
     kind = kind or Path(source).suffix.lower().removeprefix(".")
     lines = (data.decode_utf8(line, f"{source}, line {number}") for number, line in enumerate(file, 1))
     if kind == "jsonl":
-        return read_objects(lines, source)
-    if kind == "csv":
-        return name_fields(split_csv(lines, source))
-    if kind == "tsv":
-        return name_fields(split_tsv(lines, source))
-    raise data.UserError(f"{source} has no known format; --format takes tsv, csv or jsonl")
+        rows = read_objects(lines, source)
+    elif kind == "csv":
+        rows = name_fields(split_csv(lines, source))
+    elif kind == "tsv":
+        rows = name_fields(split_tsv(lines, source))
+    else:
+        raise data.UserError(f"{source} has no known format; --format takes tsv, csv or jsonl")
+    is_empty = True
+    for where, row in rows:
+        is_empty = False
+        yield where, row
+    if is_empty:
+        raise data.UserError(f"{source} has no rows; the first line of a table names its columns")
 
 
 def read_objects(lines, source):

@@ -2879,7 +2879,6 @@ def predictor(monkeypatch):
     ("a.jsonl", '{"sentence": "ba"}\n\n', "a.jsonl, line 2 is damaged: it is not a JSON object"),
     ("a.csv", 'id,sentence\n1,ba\n2,"ba\n3,ba\n', "a.csv, line 3 is not CSV: a quote opens here"),
     ("-", "sentence\nba, do\n", "standard input has no known format; --format takes tsv, csv or jsonl"),
-    ("nowhere.tsv", None, "nowhere.tsv is not a file; --predict-file takes one, or - for standard input"),
 ])
 def test_a_row_in_is_a_row_out(tmp_path, monkeypatch, capsys, predictor, name, content, count):
     """Every row has its prediction, or the table is refused under the number of the line."""
