@@ -346,7 +346,7 @@ class Finetuner:
         self.scaler = torch.amp.GradScaler(device, enabled=config.dtype == "fp16")
         self.scaler_state = self.scaler.state_dict()  # with which each seed begins
         take_step = make_step(self.network, self.optimizer, self.scaler, config)
-        self.take_step = train.CudaGraphs(take_step) if config.graph else train_step
+        self.take_step = train.CudaGraphs(take_step) if config.graph else take_step
 
     def run(self, seed, splits):
         """Train on splits["train"] and return the predictions of the other splits, NumPy arrays (N,).
@@ -367,13 +367,12 @@ class Finetuner:
         with tqdm(total=total, desc=title, unit=" steps", leave=False, disable=None) as bar:
             for epoch in range(config.num_train_epochs):
                 order = data.rng(seed, f"{task.name} order", epoch).permutation(len(rows))
-                for indices, device_indices in batches(order, config.batch_size, config.device):
+                for _, numbers, batch in batches(ids, lengths, order, config.batch_size, config):
                     lr = train.learning_rate(step, config.learning_rate, total,
                                              config.warmup_proportion * total)
                     for group in self.optimizer.param_groups:
                         group["lr"].fill_(lr * group["lr_scale"])  # a tensor, which the CUDA graph reads
-                    length = cut_length(lengths[indices], config)
-                    self.take_step(ids[device_indices, :length], labels[device_indices])
+                    self.take_step(batch, labels[numbers])
                     step += 1
                     bar.update()
         # The last step is scored: no best epoch is picked.
@@ -441,19 +440,19 @@ def ids_and_lengths(rows, config):
     return torch.from_numpy(rows.astype(np.int32)).to(config.device), (rows != 0).sum(1)
 
 
-def batches(order, size, device):
-    """Yield, for each batch, the indices of its examples: on the host, and the same on the device."""
-    device_order = torch.from_numpy(order).to(device)  # all at once
+def batches(ids, lengths, order, size, config):
+    """Yield each batch: the numbers of its rows, on the host and on the device, and ids cut to the longest.
+
+    On a GPU the length is a multiple of 16, so that few shapes are captured.
+    """
+    device_order = torch.from_numpy(order).to(config.device)  # all at once
     for start in range(0, len(order), size):
-        yield order[start : start + size], device_order[start : start + size]
-
-
-def cut_length(lengths, config):
-    """The length of a batch's longest row; on a GPU a multiple of 16, so that few shapes are captured."""
-    longest = int(lengths.max())
-    if config.device.startswith("cuda"):
-        return 16 * math.ceil(longest / 16)
-    return longest
+        numbers = order[start : start + size]
+        device_numbers = device_order[start : start + size]
+        length = int(lengths[numbers].max())
+        if config.device.startswith("cuda"):
+            length = 16 * math.ceil(length / 16)
+        yield numbers, device_numbers, ids[device_numbers, :length]
 
 
 @torch.no_grad()
@@ -462,11 +461,10 @@ def run_network(network, rows, config):
     network.eval()
     ids, lengths = ids_and_lengths(rows, config)
     order = np.argsort(lengths, kind="stable")
-    for indices, device_indices in batches(order, EVAL_BATCH_SIZE, config.device):
-        length = cut_length(lengths[indices], config)
+    for numbers, _, batch in batches(ids, lengths, order, EVAL_BATCH_SIZE, config):
         with train.autocast(config):
-            output = network(ids[device_indices, :length])
-        yield indices, output
+            output = network(batch)
+        yield numbers, output
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -607,7 +605,7 @@ def load_pretrained(config):
         return Pretrained(folder, model_config, wordpiece, None, "random")
     if "ElectraForMaskedLM" in (data.read_json(folder / "config.json").get("architectures") or ()):
         print(f"{folder} is a generator or a masked language model; its encoder is fine-tuned")
-    network = Classifier(model_config, labels=())  # load_weights fills the encoder of a network
+    network = Classifier(model_config, labels=())  # only its encoder is filled and used
     model.load_weights(network, folder, encoder_only=True)
     encoder_state = network.encoder.state_dict()
     sha256 = hashlib.sha256()
