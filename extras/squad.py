@@ -70,7 +70,7 @@ class SquadConfig(finetune.FinetuneConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Squad(glue.Task):
-    """SQuAD, or files like SQuAD's in a folder of your own, whose name is then the title."""
+    """SQuAD, or files like SQuAD's in a folder of your own, whose title begins with "own-" as in glue.py."""
 
     version: str
     data_dir: str
@@ -311,7 +311,7 @@ def main(argv=None):
     config = replace(config, stride=config.stride or min(128, config.max_length // 2))  # [Q47]
     title = f"SQuAD {config.version}"
     if config.data_dir:
-        title = Path(config.data_dir).resolve().name
+        title = f"own-{Path(config.data_dir).resolve().name}"
     metrics = ("exact", "f1") if config.version == "1.1" else ("best exact", "best f1")
     task = Squad(title=title, metrics=metrics, version=config.version, data_dir=config.data_dir)
     finetune.run(config, {task.name: task}, finetune.load_pretrained(config), Experiment)

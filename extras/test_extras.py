@@ -525,19 +525,19 @@ def test_a_command_trains_scores_resumes_saves_and_predicts(own_questions, monke
     ask("--seeds 1")
     ask("--seeds 2 --save")
     results = read_results("out/squad")
-    best = max((0, 1), key=lambda seed: results["own", seed]["metrics"]["best exact"])
-    assert ran[:2] == [0, 1] and set(ran[2:]) <= {best} and set(results) == {("own", 0), ("own", 1)}
-    assert results["own", best]["metrics"]["best exact"] == results["own", best]["metrics"]["best f1"] == 1.0
-    assert results["own", best]["examples"] == dict(train=12, dev=12)
+    best = max((0, 1), key=lambda seed: results["own-own", seed]["metrics"]["best exact"])
+    assert ran[:2] == [0, 1] and set(ran[2:]) <= {best} and set(results) == {("own-own", 0), ("own-own", 1)}
+    assert results["own-own", best]["metrics"]["best exact"] == results["own-own", best]["metrics"]["best f1"] == 1.0
+    assert results["own-own", best]["examples"] == dict(train=12, dev=12)
     ask("--seeds 2 --save")
     assert len(ran) <= 3 and read_results("out/squad") == results
     assert "best exact" in capsys.readouterr().out
 
-    asked = [(f"the {word} was lost", question) for word in ("dam", "cat") for question in
-             ("what was lost", "who")]
+    asked = [("the " + "small crew"[:number] + f" {word} was lost in the storm", question)
+             for number, word in ((0, "dam"), (3, "cat")) for question in ("what was lost", "who")]
     lines = [dict(context=context, question=question) for context, question in asked]
     Path("new.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    folder = find_network("own", "out/squad")
+    folder = find_network("own-own", "out/squad")
     squad.main(f"--predict-file new.jsonl --model {folder} --device cpu".split())
     header, *answers = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert header == ["answer", "probability"]
@@ -592,7 +592,7 @@ def test_replayed_steps_are_plain_steps(own_questions, monkeypatch):
     ask("--seeds 2 --num-train-epochs 6 --save --out replayed")
     assert Recorded.replays > Recorded.captures > 0
     assert read_results("plain") == read_results("replayed")
-    plain, replayed = (model.read_weights(find_network("own", out))[0] for out in ("plain", "replayed"))
+    plain, replayed = (model.read_weights(find_network("own-own", out))[0] for out in ("plain", "replayed"))
     assert all(torch.equal(plain[name], replayed[name]) for name in plain)
 
 
