@@ -195,7 +195,7 @@ class Experiment:
 
     def new_network(self):
         """A network with random weights, whose `losses` are trained."""
-        return Classifier(self.pretrained.config, len(self.task.labels) or 1)  # 1 in a regression
+        return Classifier(self.pretrained.config, self.task.labels)
 
     def predict(self, network, tokenized):
         return predict_rows(network, tokenized.rows, self.task, self.config)
@@ -484,12 +484,12 @@ class Classifier(nn.Module):
     # Saved as a plain encoder, which transformers can load. Its classification head has another layer.
     architecture = "ElectraModel"
 
-    def __init__(self, config, num_outputs):
+    def __init__(self, config, labels):
         super().__init__()
         self.config = config
         self.encoder = model.Encoder(config)
         self.dropout = nn.Dropout(HEAD_DROPOUT)
-        self.classifier = nn.Linear(config.hidden_size, num_outputs)
+        self.classifier = nn.Linear(config.hidden_size, len(labels) or 1)  # 1 in a regression: no labels
         model.glorot_uniform_(self.classifier)
 
     def forward(self, input_ids):
@@ -631,7 +631,7 @@ def check_pretrained(folder, model_config, wordpiece, trained_length, max_length
 
 def load_encoder(folder, model_config):
     """The weights of a folder's encoder, by name."""
-    network = Classifier(model_config, 1)
+    network = Classifier(model_config, labels=())
     model.load_weights(network, folder, encoder_only=True)
     return network.encoder.state_dict()
 
@@ -764,18 +764,45 @@ def read_saved_config(folder):
     return content if "head" in content else None
 
 
-def read_labels(saved, path):
+class Saved(NamedTuple):
+    """What `save_network` wrote to a folder. The weights are read when there is a network for them."""
+
+    folder: Path
+    fields: dict  # config.json, with `Experiment.saved_fields`
+    config: model.ElectraConfig
+    wordpiece: data.WordPiece
+    max_length: int
+
+    def load_into(self, network, device):
+        """The network with the saved weights, on the device."""
+        model.load_weights(network, self.folder)
+        return network.to(device)
+
+
+def load_saved(folder, head):
+    """What --save wrote to a folder for a network of the class that `head` names."""
+    folder = Path(folder)
+    fields = read_saved_config(folder)
+    if not fields or fields["head"] != head:
+        raise data.UserError(f"{folder} has no {head}; --model takes what --save wrote in OUT/networks")
+    config = model.load_config(folder)
+    positions = config.max_position_embeddings
+    wordpiece, trained_length = data.read_tokenizer(folder)
+    return Saved(folder, fields, config, wordpiece, min(trained_length or positions, positions))
+
+
+def read_labels(saved):
     """The names of the classes and None or, in a regression, [] and the lowest and highest label."""
     try:
-        names = saved["id2label"]
+        names = saved.fields["id2label"]
         labels = [str(names[str(number)]) for number in range(len(names))]  # the keys have any order
         if labels:
             return labels, None
-        low, high = map(float, saved["label_range"])
+        low, high = map(float, saved.fields["label_range"])
         return [], (low, high)
     except (KeyError, TypeError, ValueError):
-        raise data.UserError(f"{path} is damaged: it has no id2label or label_range; delete its folder, and "
-                             "--save makes it again") from None
+        raise data.UserError(f"{saved.folder / 'config.json'} is damaged: it has no id2label or label_range; "
+                             "delete its folder, and --save makes it again") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -792,20 +819,12 @@ class Predictor:
     """
 
     def __init__(self, folder, config=None):
-        folder = Path(folder)
-        saved = read_saved_config(folder)
-        if not saved or saved["head"] != "Classifier":
-            raise data.UserError(f"{folder} has no classifier; --model takes what --save wrote, as "
-                                 "out/glue/networks/mrpc-*")
         self.config = config or FinetuneConfig(device="cpu", dtype="fp32")
-        self.labels, self.label_range = read_labels(saved, folder / "config.json")
-        model_config = model.load_config(folder)
-        positions = model_config.max_position_embeddings
-        self.wordpiece, trained_length = data.read_tokenizer(folder)
-        self.max_length = min(trained_length or positions, positions)
-        self.network = Classifier(model_config, len(self.labels) or 1)  # 1 in a regression
-        model.load_weights(self.network, folder)
-        self.network.to(self.config.device)
+        saved = load_saved(folder, "Classifier")
+        self.wordpiece = saved.wordpiece
+        self.max_length = saved.max_length
+        self.labels, self.label_range = read_labels(saved)
+        self.network = saved.load_into(Classifier(saved.config, self.labels), self.config.device)
 
     def predict(self, texts):
         """For each sentence or pair of sentences: (label, {label: probability}), or (number, {})."""

@@ -1090,7 +1090,7 @@ def test_D28_every_layer_has_a_learning_rate_of_its_own(toy_glue, steps):
 def test_D29_the_classifier_is_dropout_and_one_layer_on_cls(tmp_path):
     """The classifier is dropout 0.1 and one linear layer on [CLS]; only the encoder is loaded."""
     discriminator = save_discriminator(tmp_path)
-    network = finetune.Classifier(replace(FINETUNED, sep_token_id=3), 3)
+    network = finetune.Classifier(replace(FINETUNED, sep_token_id=3), "abc")
     bound = math.sqrt(6 / (48 + 3))  # Glorot
     assert 0.8 * bound < network.classifier.weight.abs().max() <= bound and not network.classifier.bias.any()
     model.load_weights(network, tmp_path, encoder_only=True)
@@ -1120,7 +1120,7 @@ def test_D27_D29_D33_fine_tuning_starts_from_the_folders_encoder_clips_and_decay
 def test_D31_scores_are_trained_on_a_scale_from_0_to_1():
     """STS-B: score / 5, squared error without a sigmoid; times 5 and clipped for submission."""
     def losses(logits, labels):
-        network = finetune.Classifier(FINETUNED, len(logits[0]))
+        network = finetune.Classifier(FINETUNED, ["label"] * len(logits[0]))
         network.forward = lambda ids: torch.tensor(logits)
         return network.losses(None, torch.tensor(labels))
 
@@ -2636,7 +2636,7 @@ def test_padding_to_the_longest_row_changes_no_logit():
     texts, rows = [[2] * 40, [2, 5, 6, 3], [2, *range(5, 12), 3, 7, 3]], np.zeros((3, 50), np.uint16)
     for row, ids in zip(rows, texts, strict=True):
         row[: len(ids)] = ids
-    network = finetune.Classifier(CONFIG, 1).eval()
+    network = finetune.Classifier(CONFIG, ()).eval()
     alone = torch.cat([network(torch.tensor([ids])) for ids in texts])[:, 0].detach().numpy()
     predictions = finetune.predict_rows(network.train(), rows, glue.TASKS["stsb"], config)  # sorts by length
     assert np.abs(predictions - alone).max() < 1e-5

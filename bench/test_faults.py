@@ -903,7 +903,7 @@ CUT_SHORT = struct.pack("<Q", 61) + b'{"a": {"dtype": "F32", "shape": [2], "data
     ("--learning-rate -1", {}, "learning_rate is -1.0; it must be between 0 and 1"),
     ("--warmup-proportion nan", {}, "warmup_proportion is nan"), ("--dropout 0.99", {}, "dropout is 0.99"),
     ("--task cola rte wnli --glue-dir part", {}, "no part/RTE/train.tsv, .* part/WNLI/dev.tsv; --gl"),
-    ("--predict-file a.tsv --model out/small/discriminator", {}, "has no classifier; --model takes"),
+    ("--predict-file a.tsv --model out/small/discriminator", {}, "has no Classifier; --model takes"),
     ("", {"config.json": None}, "there is no model in out/small/discriminator; pre-train one"),
     ("", {"config.json": b"{"}, "config.json is damaged, or not the config of a model"),
     ("", {"config.json": b'{"model_type": "bert"}'}, "describes a model of type 'bert'"),
@@ -1059,7 +1059,7 @@ def test_damage_to_what_a_sweep_wrote_is_found_and_mended(toy_glue, victim, mess
 def test_labels_of_a_saved_network_are_refused_if_damaged(saved):
     """The sentence names the file and what makes it good."""
     with pytest.raises(UserError, match="out/config.json is damaged: .* --save makes it again"):
-        finetune.read_labels(saved, "out/config.json")
+        finetune.read_labels(finetune.Saved(Path("out"), saved, None, None, None))
 
 
 def test_ranks_that_cannot_work_together_say_why(corpus, monkeypatch):
