@@ -28,7 +28,6 @@ from tqdm import tqdm
 import data
 import finetune
 import glue
-import model
 import spans
 
 SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
@@ -100,7 +99,13 @@ class Experiment(finetune.Experiment):
         raw, path = examples
         wordpiece = self.pretrained.wordpiece
         questions = read_questions(raw, path, self.task.version, wordpiece, is_training=split == "train")
-        return spans.make_windows(questions, wordpiece, self.config.max_length, self.config.stride)
+        tokenized = spans.make_windows(questions, wordpiece, self.config.max_length, self.config.stride)
+        if not len(tokenized.rows):
+            raise data.UserError(f"{path} needs a context that has words")
+        answered = sum(bool(question.answers) for question in questions)
+        found = f"{len(questions):,} questions, {answered:,} with an answer, in {len(tokenized.rows):,} rows"
+        finetune.print_split(self, split, tokenized.rows, found)
+        return tokenized
 
     def new_network(self):
         return spans.QuestionAnswerer(self.pretrained.config)
@@ -180,7 +185,7 @@ def read_field(entry, name, kind, where):
     if not isinstance(value, kind):
         raise data.UserError(f"{where}, or what follows, is not in SQuAD's format: {name} is wrong")
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
+        return data.without_surrogates(value)
     return value
 
 
@@ -267,15 +272,10 @@ def predict_file(config):
     The probability of an answer is its share among the likeliest ones. If the null score is above the saved
     threshold, the answer is empty, with the probability that the context has none.
     """
-    folder = Path(config.model)
-    saved = finetune.read_saved_config(folder)
-    if not saved or saved["head"] != "QuestionAnswerer":
-        raise data.UserError(f"{folder} does not answer questions; --model takes what --save wrote, as "
-                             "out/squad/networks/squad2.0-*")
-    wordpiece, max_length = data.read_tokenizer(folder)
-    network = spans.QuestionAnswerer(model.load_config(folder))
-    model.load_weights(network, folder)
-    network.to(config.device)
+    saved = finetune.load_saved(config.model, "QuestionAnswerer")
+    wordpiece = saved.wordpiece
+    threshold = saved.fields["threshold"]  # None in 1.1
+    network = saved.load_into(spans.QuestionAnswerer(saved.config), config.device)
 
     def read_row(row, where):
         [pieces] = wordpiece.encode([glue.read_cell(row, "question", where)])
@@ -288,12 +288,12 @@ def predict_file(config):
     for number, questions in enumerate(finetune.read_chunks(config, read_row)):
         if number == 0:
             print("answer", "probability", sep="\t")
-        tokenized = spans.make_windows(questions, wordpiece, max_length, saved["stride"])
+        tokenized = spans.make_windows(questions, wordpiece, saved.max_length, saved.fields["stride"])
         for answers, null_score in predict(network, tokenized, wordpiece, config):
             shares = torch.tensor(list(answers.values())).softmax(0)
             text = next(iter(answers))
             probability = float(shares[0])
-            if saved["threshold"] is not None and null_score > saved["threshold"]:
+            if threshold is not None and null_score > threshold:
                 text = ""
                 probability = float(torch.tensor(null_score).sigmoid())
             print(text, f"{probability:.4f}", sep="\t")
