@@ -1,19 +1,18 @@
 """Tag the words of sentences: fine-tune, score, predict. `python extras/tagging.py --task chunking --seeds 3`
 
-The task is to find the chunks of CoNLL-2000, or the tags in a folder of your own: train.txt, and perhaps
-dev.txt and test.txt. A line is a word and its tag; an empty line ends a sentence. A tag is O, or B-, I-, E-
-or S- with a type, as B-NP. finetune.py has the sweep over seeds and the training. [Tnn] marks a detail that
-DETAILS.md explains.
+The task is CoNLL-2000's chunks, or a folder of your own with train.txt, and perhaps dev.txt and test.txt: a
+word and its tag on a line, an empty line after each sentence. Tags are O, or B-, I-, E- or S- with a type, as
+B-NP. finetune.py has the sweep over seeds and the training. [Tnn] marks a detail that DETAILS.md explains.
 """
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train  # first, as in finetune.py
+# First, as in finetune.py.
+import train
 
 # isort: split
-import functools
 import gzip
 import hashlib
 import itertools
@@ -94,8 +93,9 @@ class Experiment(finetune.Experiment):
     def score(self, predictions, splits):
         metrics = {}
         for split, predicted in predictions.items():
-            scores = score(predicted, [tags for _, tags in splits[split].sentences])
-            metrics |= {f"{split} {name}": value for name, value in scores.items()}
+            actual = [tags for _, tags in splits[split].sentences]
+            metrics[f"{split} f1"] = f1(predicted, actual)
+            metrics[f"{split} official f1"] = f1(predicted, actual, official=True)
         return dict(metrics=metrics, is_constant=len(set(itertools.chain(*predictions["dev"]))) == 1)
 
 
@@ -110,8 +110,7 @@ def find_task(config):
     if config.task == "chunking":
         title = "chunking"
         folder = Path(config.cache, "conll2000")
-        for path in (folder / name for name in SHA256):
-            data.make_once(path, functools.partial(download, path))
+        data.make_once(folder / "test.txt", lambda: download(folder))
     sentences = {}
     for split in "train", "dev", "test":
         path = folder / f"{split}.txt"
@@ -128,17 +127,18 @@ def find_task(config):
     return Task(title=title, metrics=("dev f1",), labels=tuple(labels), sentences=sentences)
 
 
-def download(path):
-    """Download, unpack and check a file of CoNLL-2000."""
-    address = f"{CONLL2000}{path.name}.gz"
-    advice = f"put {path.name} into {path.parent}"
-    raw = b"".join(data.fetch(address, advice))
-    if raw.startswith(b"\x1f\x8b"):  # it is not a web page
-        raw = gzip.decompress(raw)
-    if hashlib.sha256(raw).hexdigest() != SHA256[path.name]:
-        raise data.UserError(f"{address} is not the official file; {advice}")
-    with data.atomic_write(path) as file:
-        file.write(raw)
+def download(folder):
+    """Download CoNLL-2000's files, unpack and check them. test.txt is the last one."""
+    advice = f"put {' and '.join(SHA256)} into {folder}"
+    for name, sha256 in SHA256.items():
+        address = f"{CONLL2000}{name}.gz"
+        raw = b"".join(data.fetch(address, advice))
+        if raw.startswith(b"\x1f\x8b"):  # it is not a web page
+            raw = gzip.decompress(raw)
+        if hashlib.sha256(raw).hexdigest() != sha256:
+            raise data.UserError(f"{address} is not the official file; {advice}")
+        with data.atomic_write(folder / name) as file:
+            file.write(raw)
 
 
 def parse(raw, source):
@@ -262,18 +262,11 @@ def predict_tags(network, tokenized, names, config):
     return [list(itertools.islice(tags, len(words))) for words, _ in tokenized.sentences]
 
 
-def score(predicted, actual):
-    """F1 of the spans in lists of tags, as a fraction of 1: conlleval's and the official code's. [T15]"""
-    metrics = {}
-    for name, official in (("f1", False), ("official f1", True)):
-        found, gold = (collect_spans(tags, official) for tags in (predicted, actual))
-        metrics[name] = 2 * len(found & gold) / max(1, len(found) + len(gold))
-    return metrics
-
-
-def collect_spans(sentences, official):
-    """The spans of all sentences, lists of tags, each with the number of its sentence."""
-    return {(number, *span) for number, tags in enumerate(sentences) for span in find_spans(tags, official)}
+def f1(predicted, actual, official=False):
+    """F1 of the spans in lists of tags, as a fraction of 1: conlleval's or the official code's. [T15]"""
+    found, gold = ({(number, *span) for number, tags in enumerate(sentences)
+                    for span in find_spans(tags, official)} for sentences in (predicted, actual))
+    return 2 * len(found & gold) / max(1, len(found) + len(gold))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -567,7 +567,7 @@ def test_Q47_length_and_stride(own_questions, monkeypatch):
 def test_a_look_at_each_split_is_printed(own_questions, capsys):
     """Questions, those with an answer, and rows are counted. Contexts without any word are refused."""
     ask("--num-train-epochs 1")
-    assert "own-own, dev: 12 questions, 6 with an answer, in 12 rows; 0.0% [UNK]" in capsys.readouterr().out
+    assert "own-own, dev: 12 questions, 6 with an answer, in 12 rows; 6.8% [UNK]" in capsys.readouterr().out
     Path("own/dev.json").write_bytes(squad_file([(" ", [("a", "what", [])])]))
     with pytest.raises(data.UserError, match="own/dev.json needs a context that has words"):
         ask("--num-train-epochs 1")
@@ -745,7 +745,7 @@ def test_T01_conll2000_is_downloaded_once_and_its_unpacked_files_are_checked(tmp
         yield gzip.compress(files[address.rsplit("/", 1)[1].removesuffix(".gz")])
 
     monkeypatch.setattr(data, "fetch", fetch)
-    with pytest.raises(data.UserError, match="train.txt.gz is not the official file; put train.txt into"):
+    with pytest.raises(data.UserError, match="train.txt.gz is not the official file; put train.txt and test"):
         read_task("chunking", tmp_path)
     monkeypatch.setattr(data, "fetch", lambda address, advice: [b"<html>"])
     with pytest.raises(data.UserError, match="not the official file"):
@@ -847,7 +847,7 @@ def test_T05_labels_are_those_of_train_and_others_count_as_wrong(monkeypatch):
     monkeypatch.setattr(finetune, "run_network", lambda *_: [([0], logits)])
     tags = tagging.predict_tags(None, tokenized, names, None)
     assert tags == [["B-NP", "E-NP", "O"]]
-    assert tagging.score(tags, [tags for _, tags in dev])["f1"] == pytest.approx(2 / 3)
+    assert tagging.f1(tags, [tags for _, tags in dev]) == pytest.approx(2 / 3)
 
 
 def test_T06_T07_T09_recorded_rows():
@@ -950,11 +950,12 @@ def test_T15_recorded_spans_give_the_official_f1():
         by_length.setdefault(len(tags), []).append((tags, set(map(tuple, recorded))))
     pairs = [pair for group in by_length.values() for pair in itertools.pairwise(group)]
     assert len(pairs) > 200
-    ours = tagging.score([tags for (tags, _), _ in pairs], [tags for _, (tags, _) in pairs])
+    tags = [tags for (tags, _), _ in pairs], [tags for _, (tags, _) in pairs]
     predicted, actual = ({(number, span) for number, pair in enumerate(pairs) for span in pair[side][1]}
                          for side in (0, 1))
-    assert ours["official f1"] == pytest.approx(f1_of(predicted, actual), rel=1e-12)
-    assert ours["official f1"] != ours["f1"] > 0
+    official = tagging.f1(*tags, official=True)
+    assert official == pytest.approx(f1_of(predicted, actual), rel=1e-12)
+    assert official != tagging.f1(*tags) > 0
 
 
 def test_T15_f1_is_that_of_regular_expressions_on_random_tags():
@@ -966,21 +967,20 @@ def test_T15_f1_is_that_of_regular_expressions_on_random_tags():
             tags = make_tags(random_, random_.randint(1, 12))
             actual.append(tags)
             predicted.append([tag if random_.random() < 0.6 else make_tags(random_, 1)[0] for tag in tags])
-        ours = tagging.score(predicted, actual)
-        for name, pattern in (("f1", CONLLEVAL_SPAN), ("official f1", OFFICIAL_SPAN)):
+        for official, pattern in ((False, CONLLEVAL_SPAN), (True, OFFICIAL_SPAN)):
             found, gold = ({(number, *span) for number, tags in enumerate(sentences)
                             for span in spans_by_regex(tags, pattern)} for sentences in (predicted, actual))
-            assert ours[name] == pytest.approx(f1_of(found, gold), rel=1e-12), (predicted, actual)
+            ours = tagging.f1(predicted, actual, official)
+            assert ours == pytest.approx(f1_of(found, gold), rel=1e-12), (predicted, actual)
         proper = [tagging.to_bioes(tagging.find_spans(tags), len(tags)) for tags in actual]
         assert all(tagging.find_spans(tags) == tagging.find_spans(tags, official=True) for tags in proper)
 
 
 def test_T15_a_score_of_nothing_is_0():
     """0 if nothing is right, also if there is nothing."""
-    nothing = {"f1": 0.0, "official f1": 0.0}
-    assert tagging.score([["O"]], [["O"]]) == nothing
-    assert tagging.score([["S-NP"]], [["S-VP"]]) == nothing
-    assert tagging.score([["S-NP"]], [["O"]]) == nothing
+    for predicted, actual in ("O", "O"), ("S-NP", "S-VP"), ("S-NP", "O"):
+        for official in (False, True):
+            assert tagging.f1([[predicted]], [[actual]], official) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------
