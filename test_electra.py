@@ -416,7 +416,7 @@ def toy_glue(corpus, monkeypatch):
             # Test sets of different sizes, so that none can be taken for another.
             count = {"train": 48, "test_mismatched": 13, "diagnostic": 14}.get(split, 12)
             monkeypatch.setitem(task.rows, split, count)
-            is_test = split in task.submissions
+            is_test = split in task.test_splits
             rows = [] if name == "cola" and not is_test else [columns]
             for _ in range(count):
                 row, label = ["x"] * 3, random_.randrange(max(2, len(task.labels)))
@@ -2785,8 +2785,8 @@ def test_submission_is_eleven_files_of_the_best_seeds(toy_glue, monkeypatch, cap
         best[name] = int(np.argmax([results[name, seed]["metrics"][task.metrics[0]] for seed in (0, 1)]))
         assert f"{task.title} {best[name]}" in said
         [kept] = Path("out/glue/predictions").glob(f"{name}-{best[name]}-*.npz")
-        for file, predictions in np.load(kept).items():
-            assert files[file] == glue.submission_file(task, predictions)
+        for split, predictions in np.load(kept).items():
+            assert files[task.submission_name(split)] == glue.submission_file(task, predictions)
     assert set(best.values()) == {0, 1}
     path.unlink()
     tune("--seeds 2 --submit --learning-rate 2e-3")
@@ -2875,11 +2875,10 @@ def predictor(monkeypatch):
     ("a.csv", f"sentence,x\n{'ba ' * 50_000},\nba,\n", 2),
     ("- --format csv", 'sentence\n"ba, do"\n"ba\ndo"\n', 2),
     ("a.txt --format jsonl", '{"sentence": 1.5}\n{"sentence": ""}', 2),
-    ("a.tsv", "id\tsentence\n1\tba\n\n", "a.tsv, line 3, has 1 fields, and the first line 2"),
-    ("a.jsonl", '{"sentence": "ba"}\n\n', "a.jsonl, line 2, is damaged: it is not a JSON object"),
-    ("a.csv", 'id,sentence\n1,ba\n2,"ba\n3,ba\n', "a.csv, line 3, is not CSV: a quote opens here"),
+    ("a.tsv", "id\tsentence\n1\tba\n\n", "a.tsv, line 3 has 1 fields, and the first line 2"),
+    ("a.jsonl", '{"sentence": "ba"}\n\n', "a.jsonl, line 2 is damaged: it is not a JSON object"),
+    ("a.csv", 'id,sentence\n1,ba\n2,"ba\n3,ba\n', "a.csv, line 3 is not CSV: a quote opens here"),
     ("-", "sentence\nba, do\n", "standard input has no known format; --format takes tsv, csv or jsonl"),
-    ("nowhere.tsv", None, "nowhere.tsv is not a file; --predict-file takes one, or - for standard input"),
 ])
 def test_a_row_in_is_a_row_out(tmp_path, monkeypatch, capsys, predictor, name, content, count):
     """Every row has its prediction, or the table is refused under the number of the line."""
@@ -3078,7 +3077,7 @@ def test_own_tasks_are_read_from_every_kind_of_file(tmp_path, monkeypatch):
     for kind, content in files.items():
         write_files(kind, {f"{split}.{kind}": content.encode() for split in ("train", "dev")})
         [(name, task)] = glue.find_tasks([f"./{kind}"]).items()
-        assert name == f"own-{kind}" and task.labels == ("9", "10") and task.submissions == {}
+        assert name == f"own-{kind}" and task.labels == ("9", "10") and task.test_splits == []
         assert task.read("dev")[0] == [('He said "no.', "", 1), ("é,", "b", 0)]
         [task] = glue.find_tasks([kind], is_regression=True).values()
         assert task.read("train")[0] == [('He said "no.', "", 1.0), ("é,", "b", 0.0)]
