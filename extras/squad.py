@@ -75,7 +75,6 @@ class Squad(glue.Task):
     data_dir: str
 
     splits = ("train", "dev")
-    is_regression = False
 
     @property
     def name(self):
@@ -162,7 +161,7 @@ def read_questions(raw, source, version, wordpiece, is_training):
                 answers = [] if entry.get("is_impossible") else read_field(entry, "answers", list, where)
                 texts = [read_field(answer, "text", str, where) for answer in answers]
                 if version == "1.1" and not texts:
-                    raise data.UserError(f"{where}, has no answer; use --version 2.0")
+                    raise data.UserError(f"{where} has no answer; use --version 2.0")
                 span = None
                 if is_training and texts:  # [Q04] The first answer is learned; all are for metrics.
                     start = read_field(answers[0], "answer_start", int, where)
@@ -183,7 +182,7 @@ def read_field(entry, name, kind, where):
     """A field of a JSON object. `where` is the last question that was read."""
     value = entry.get(name) if isinstance(entry, dict) else None
     if not isinstance(value, kind):
-        raise data.UserError(f"{where}, or what follows, is not in SQuAD's format: {name} is wrong")
+        raise data.UserError(f"{where} or what follows is not in SQuAD's format: {name} is wrong")
     if isinstance(value, str):
         return data.without_surrogates(value)
     return value
@@ -281,7 +280,7 @@ def predict_file(config):
         [pieces] = wordpiece.encode([glue.read_cell(row, "question", where)])
         context = spans.make_context(glue.read_cell(row, "context", where), wordpiece)
         if not context.pieces:
-            raise data.UserError(f"{where}, has an empty context")
+            raise data.UserError(f"{where} has an empty context")
         return spans.Question(where, pieces, context, [], None)
 
     finetune.use_utf8()

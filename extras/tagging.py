@@ -154,7 +154,7 @@ def parse(raw, source):
         columns = WORD.findall(line)
         if columns and columns[0] != "-DOCSTART-":
             if len(columns) == 1 or not re.fullmatch("O|[BIES]-.+", columns[-1]):
-                raise data.UserError(f"{source}, line {number}, needs a word, and last a tag: O, or B-, I-, "
+                raise data.UserError(f"{source}, line {number} needs a word, and last a tag: O, or B-, I-, "
                                      f"E- or S- with a type, as B-NP; it is {line.strip()[:80]!r}")
             pairs.append((columns[0], columns[-1]))
         elif pairs:
@@ -276,8 +276,7 @@ def f1(predicted, actual, official=False):
 def predict_file(config):
     """Print the words of each sentence in a table with their tags, in the format of train.txt."""
     saved = finetune.load_saved(config.model, "Tagger")
-    names, _ = finetune.read_labels(saved)
-    network = saved.load_into(Tagger(saved.config, names), config.device)
+    network = saved.load_into(Tagger(saved.config, saved.labels), config.device)
 
     def read_row(row, where):
         words = WORD.findall(glue.read_cell(row, "sentence", where))
@@ -285,8 +284,8 @@ def predict_file(config):
 
     finetune.use_utf8()
     for sentences in finetune.read_chunks(config, read_row):
-        tokenized = tokenize(sentences, names, saved.wordpiece, saved.max_length)
-        predicted = predict_tags(network, tokenized, names, config)
+        tokenized = tokenize(sentences, saved.labels, saved.wordpiece, saved.max_length)
+        predicted = predict_tags(network, tokenized, saved.labels, config)
         for (words, _), tags in zip(sentences, predicted, strict=True):
             print(*(f"{word} {tag}\n" for word, tag in zip(words, tags, strict=True)), sep="")
 

@@ -622,12 +622,12 @@ def test_no_step_waits_for_the_device():
 
 BAD_FILES = {
     "no JSON": (b"{", "file.json is damaged: it is not a JSON object"),
-    "another format": (b'{"data": "text"}', "file.json, or what follows, is not in SQuAD's format: data"),
+    "another format": (b'{"data": "text"}', "file.json or what follows is not in SQuAD's format: data"),
     "no questions": (squad_file([]), "file.json has no question to use"),
     "no context": (squad_file([(None, [])]), "context is wrong"),
-    "no text of a question": (squad_file([("the dam", [("a", None, [])])]), "file.json, question a, or what"),
+    "no text of a question": (squad_file([("the dam", [("a", None, [])])]), "file.json, question a or what"),
     "a place that is a word": (squad_file([("the dam", [("a", "what", [("dam", "4")])])]),
-                               "question a, or what follows, is not in SQuAD's format: answer_start"),
+                               "question a or what follows is not in SQuAD's format: answer_start"),
     "all misplaced": (squad_file([("the dam", [("a", "what", [("cat", 4)])])]), "has no question to use"),
 }
 
@@ -642,7 +642,7 @@ def test_bad_files_are_refused_with_a_sentence(name):
 
 def test_version_1_1_needs_answers():
     """An unanswerable question is refused in 1.1, with file, question and what to do."""
-    with pytest.raises(data.UserError, match="file.json, question a, has no answer; use --version 2.0"):
+    with pytest.raises(data.UserError, match="file.json, question a has no answer; use --version 2.0"):
         read(squad_file([("the dam", [("a", "what", [])])]), "1.1")
 
 
@@ -812,12 +812,12 @@ def test_T03_labels_of_recorded_sentences():
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"He PRP B-NP\nran\n", "line 2, needs a word, and last a tag.* it is 'ran'"),
-    (b"He PRP B-NP\n\nThe DT\n", "line 3, needs a word.* it is 'The DT'"),
-    (b"He PRP B-NP\nO\n", "line 2, needs.* it is 'O'"),
-    (b"He PRP NP-B\n", "line 1, needs"),
-    (b"He PRP B-\n", "line 1, needs"),
-    (b"He PRP o\n", "line 1, needs"),
+    (b"He PRP B-NP\nran\n", "line 2 needs a word, and last a tag.* it is 'ran'"),
+    (b"He PRP B-NP\n\nThe DT\n", "line 3 needs a word.* it is 'The DT'"),
+    (b"He PRP B-NP\nO\n", "line 2 needs.* it is 'O'"),
+    (b"He PRP NP-B\n", "line 1 needs"),
+    (b"He PRP B-\n", "line 1 needs"),
+    (b"He PRP o\n", "line 1 needs"),
     (b"\n\n", "needs a sentence, and train.txt"),
     (b"", "needs a sentence"),
     (b"a O\nb O", "two without a dev.txt"),
