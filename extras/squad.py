@@ -55,7 +55,7 @@ class SquadConfig(finetune.FinetuneConfig):
                                  "input: print answers"] = ""
     out: Annotated[str, "folder for results"] = "out/squad"
 
-    # Without a text these are no flags: they are about sentences.
+    # These have no help, and so are no flags: they are about sentences.
     task: list = ()
     regression: bool = False
     glue_dir: str = ""
@@ -126,8 +126,8 @@ def predict(network, tokenized, wordpiece, config):
     """The answers and the null score of each question, as `spans.find_answers` has them."""
     order = []
     outputs = []
-    for indices, output in finetune.run_network(network, tokenized.rows, config):
-        order.append(indices)
+    for numbers, output in finetune.run_network(network, tokenized.rows, config):
+        order.append(numbers)
         outputs.append(output)
     in_file_order = np.argsort(np.concatenate(order))
     fields = [torch.cat(field).cpu().numpy()[in_file_order] for field in zip(*outputs, strict=True)]
@@ -308,9 +308,7 @@ def main(argv=None):
     if config.version not in ("1.1", "2.0"):
         raise data.UserError(f"there is no version {config.version}; there are 1.1 and 2.0")
     config = replace(config, stride=config.stride or min(128, config.max_length // 2))  # [Q47]
-    title = f"SQuAD {config.version}"
-    if config.data_dir:
-        title = f"own-{Path(config.data_dir).resolve().name}"
+    title = f"own-{Path(config.data_dir).resolve().name}" if config.data_dir else f"SQuAD {config.version}"
     metrics = ("exact", "f1") if config.version == "1.1" else ("best exact", "best f1")
     task = Squad(title=title, metrics=metrics, version=config.version, data_dir=config.data_dir)
     finetune.run(config, {task.name: task}, finetune.load_pretrained(config), Experiment)

@@ -49,7 +49,7 @@ class TaggingConfig(finetune.FinetuneConfig):
                                  "or - for standard input: print words and tags"] = ""
     out: Annotated[str, "folder for results"] = "out/tagging"
 
-    # These are about sentences. A test set has tags, and is scored in every run.
+    # These have no help, and so are no flags: they are about sentences. A test set is scored in every run.
     regression: bool = False
     glue_dir: str = ""
     keep_predictions: bool = False
@@ -79,7 +79,7 @@ class Experiment(finetune.Experiment):
 
     def tokenize(self, split, examples):
         tokenized = tokenize(examples, self.task.labels, self.pretrained.wordpiece, self.config.max_length)
-        counts = Counter(itertools.chain(*(tags for _, tags in examples))).most_common()
+        counts = Counter(tag for _, tags in examples for tag in tags).most_common()
         found = glue.join_few([f"{tag} {count:,}" for tag, count in counts])
         finetune.print_split(self, split, tokenized.rows, f"{len(examples):,} sentences; {found}")
         return tokenized
