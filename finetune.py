@@ -573,9 +573,14 @@ def describe(experiment, split, examples, tokenized):
         counts = Counter(task.labels[label] for label in labels).most_common()
         found = glue.join_few([f"{name} {count:,}" for name, count in counts])
     cut = np.mean(tokenized.lengths > experiment.config.max_length)
-    unknown = experiment.pretrained.wordpiece.unknown_share(tokenized.rows)
-    print(f"{task.title}, {split}: {len(examples):,} rows; {found}; the longest has "
-          f"{tokenized.lengths.max():,} tokens, {cut:.1%} are cut; {unknown:.1%} [UNK]")
+    print_split(experiment, split, tokenized.rows, f"{len(examples):,} rows; {found}; the longest has "
+                f"{tokenized.lengths.max():,} tokens, {cut:.1%} are cut")
+
+
+def print_split(experiment, split, rows, found):
+    """Print what was found in a split, and the share of [UNK] in its rows."""
+    unknown = experiment.pretrained.wordpiece.unknown_share(rows)
+    print(f"{experiment.task.title}, {split}: {found}; {unknown:.1%} [UNK]")
     if warning := data.unknown_warning(unknown):
         print(warning)
 
