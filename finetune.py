@@ -606,21 +606,19 @@ def load_pretrained(config):
     folder = data.find_model(config.model, config.cache)
     wordpiece, trained_length = data.read_tokenizer(folder)
     model_config = replace(model.load_config(folder), hidden_dropout_prob=config.dropout,
-                           attention_probs_dropout_prob=config.dropout, sep_token_id=wordpiece.sep_token_id)
-    check_pretrained(folder, model_config, wordpiece, trained_length, config.max_length)
+                           attention_probs_dropout_prob=config.dropout, sep_token_id=wordpiece.sep_token_id,
+                           vocab_size=len(wordpiece.tokens))
+    check_pretrained(folder, model_config, trained_length, config.max_length)
     encoder_state = load_encoder(folder, model_config)
     if config.random_weights:
         return Pretrained(folder, model_config, wordpiece, None, "random")
     return Pretrained(folder, model_config, wordpiece, encoder_state, hash_tensors(encoder_state))
 
 
-def check_pretrained(folder, model_config, wordpiece, trained_length, max_length):
-    """Check that a model fits its vocabulary and --max-length, and say what may surprise."""
+def check_pretrained(folder, model_config, trained_length, max_length):
+    """Check that a model fits --max-length, and say what may surprise."""
     if "ElectraForMaskedLM" in (data.read_json(folder / "config.json").get("architectures") or ()):
         print(f"{folder} is a generator or a masked language model; its encoder is fine-tuned")
-    if len(wordpiece.tokens) != model_config.vocab_size:
-        raise data.UserError(f"{folder} is inconsistent: its vocabulary has {len(wordpiece.tokens):,} "
-                             f"tokens, and config.json says {model_config.vocab_size:,}")
     positions = model_config.max_position_embeddings
     if max_length > positions:
         raise data.UserError(f"{folder} has {positions} positions; use --max-length {positions} or less")

@@ -929,7 +929,7 @@ def test_D18_generator_is_narrower_not_shallower(size, shape, count):
     with torch.device("meta"):
         assert sum(parameter.numel() for parameter in Electra(config).parameters()) == count
     odd = ElectraConfig(hidden_size=200, generator_size=1.0)
-    assert odd.generator_config().num_attention_heads == 1  # 200 // 64 = 3 heads cannot share 200
+    assert odd.generator_config().num_attention_heads == 2  # 200 // 64 = 3 heads cannot share 200
 
 
 def test_the_generators_feed_forward_follows_its_own_width():
@@ -1954,9 +1954,9 @@ def test_special_tokens_come_from_the_vocabulary_and_its_padding_is_cut(tmp_path
     output, expected = run_electra(loaded, ids), run_electra(electra, ids)
     assert torch.equal(output.corrupted_ids, expected.corrupted_ids)
     torch.testing.assert_close(output.disc_logits, expected.disc_logits)
-    (tmp_path / "generator/vocab.txt").write_text("\n".join(map(str, range(57))))
-    with pytest.raises(ModelError, match="generator is inconsistent: its vocabulary has 57 tokens"):
-        model.load_config(tmp_path / "generator")
+    (tmp_path / "discriminator/vocab.txt").write_text("\n".join([*SMALL_VOCAB, *map(str, range(99))]))
+    with pytest.raises(ModelError, match="lm_head.bias has shape .56., and should have .147."):
+        model.load_electra(tmp_path / "discriminator", tmp_path / "generator")
 
 
 def test_weights_are_read_in_every_form_that_libraries_write(tmp_path):
@@ -2123,8 +2123,8 @@ def test_a_run_starts_from_weights(corpus, capsys):
         ("--init alone out/small --objective mlm", "--objective mlm has no discriminator; --init takes one"),
         ("--init out/small nowhere", "there is no model in nowhere"),
         (f"--init {small}/generator", "does not fit this Discriminator: discriminator_predictions"),
-        (f"--init {small} alone", "does not fit this Generator: generator_lm_head.bias"),
-        (f"--init {small} deeper", "deeper has num_hidden_layers 3, and should have 2"),
+        (f"--init {small} alone", "alone does not fit this Generator: num_attention_heads is 2, and should be 1"),
+        (f"--init {small} deeper", "deeper does not fit this Generator: num_hidden_layers is 3, and should be 2"),
         (f"--init {small} cased", "have different vocabularies, or rules for case"),
     ]:
         with pytest.raises((UserError, ModelError), match=re.escape(message)):
