@@ -587,7 +587,7 @@ def load_config(folder):
     return config
 
 
-MAX_PADDING = 1024  # rows that no token uses, so that the size of a vocabulary is a multiple of 64 or the like
+MAX_PADDING = 1024  # rows that no token uses: a vocabulary may be padded to a multiple of 64 or the like
 
 
 def load_weights(network, folder, encoder_only=False):
