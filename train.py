@@ -1022,7 +1022,7 @@ def main(argv=None):
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     exported = [folder.path / name for name in networks_of(electra)]
-    if all(path.exists() for path in exported):  # --eval-only does not make them
+    if all((path / "config.json").exists() for path in exported):  # --eval-only does not make them
         print(f"\ntransformers can load {' and '.join(map(str, exported))}; to fine-tune:\n"
               f"python finetune.py --model {folder.path} --task mrpc --max-length {data_config.max_length}")
 
