@@ -604,7 +604,8 @@ def load_pretrained(config):
     folder = data.find_model(config.model, config.cache)
     wordpiece, trained_length = data.read_tokenizer(folder)
     model_config = replace(model.load_config(folder), hidden_dropout_prob=config.dropout,
-                           attention_probs_dropout_prob=config.dropout)
+                           attention_probs_dropout_prob=config.dropout, sep_token_id=wordpiece.sep_token_id,
+                           vocab_size=len(wordpiece.tokens))
     check_length(folder, model_config.max_position_embeddings, trained_length, config.max_length)
     if config.random_weights:
         return Pretrained(folder, model_config, wordpiece, None, "random")

@@ -929,7 +929,7 @@ def test_D18_generator_is_narrower_not_shallower(size, shape, count):
     with torch.device("meta"):
         assert sum(parameter.numel() for parameter in Electra(config).parameters()) == count
     odd = ElectraConfig(hidden_size=200, generator_size=1.0)
-    assert odd.generator_config().num_attention_heads == 1  # 200 // 64 = 3 heads cannot share 200
+    assert odd.generator_config().num_attention_heads == 2  # 200 // 64 = 3 heads cannot share 200
 
 
 def test_the_generators_feed_forward_follows_its_own_width():
@@ -1359,18 +1359,17 @@ def test_transformers_tokenizer_agrees_on_case_and_accents(tmp_path):
 
 
 def test_the_network_of_a_run_is_chosen_by_name(tmp_path):
-    """The objective decides, in a run and in its steps. A missing network is never replaced by the other."""
+    """The objective decides. A missing network is never replaced by the other."""
     for objective, network, other in [("electra", "discriminator", "generator"),
                                       ("mlm", "generator", "discriminator")]:
         run = tmp_path / objective
         write_files(run, {"log.jsonl": json.dumps({"settings": {"objective": objective}}).encode() + b"\n{"})
-        for place in run, run / "step-5":
-            write_files(place, {f"{network}/config.json": b"", f"{other}/config.json": b""})
-            assert data.find_model(str(place), "cache") == place / network
-            assert data.find_model(str(place), "cache", other) == place / other
-            shutil.rmtree(place / network)
-            with pytest.raises(UserError, match=f"there is no model in {place}/{network}; pre-train"):
-                data.find_model(str(place), "cache")
+        write_files(run, {f"{network}/config.json": b"", f"{other}/config.json": b""})
+        assert data.find_model(str(run), "cache") == run / network
+        assert data.find_model(str(run), "cache", other) == run / other
+        shutil.rmtree(run / network)
+        with pytest.raises(UserError, match=f"there is no model in {run}/{network}; pre-train"):
+            data.find_model(str(run), "cache")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1954,9 +1953,9 @@ def test_special_tokens_come_from_the_vocabulary_and_its_padding_is_cut(tmp_path
     output, expected = run_electra(loaded, ids), run_electra(electra, ids)
     assert torch.equal(output.corrupted_ids, expected.corrupted_ids)
     torch.testing.assert_close(output.disc_logits, expected.disc_logits)
-    (tmp_path / "generator/vocab.txt").write_text("\n".join(map(str, range(57))))
-    with pytest.raises(ModelError, match="generator is inconsistent: its vocabulary has 57 tokens"):
-        model.load_config(tmp_path / "generator")
+    (tmp_path / "discriminator/vocab.txt").write_text("\n".join([*SMALL_VOCAB, *map(str, range(99))]))
+    with pytest.raises(ModelError, match="lm_head.bias has shape .56., and should have .147."):
+        model.load_electra(tmp_path / "discriminator", tmp_path / "generator")
 
 
 def test_weights_are_read_in_every_form_that_libraries_write(tmp_path):
@@ -2045,7 +2044,7 @@ def test_metrics_of_a_batch_by_hand():
 
 
 def test_networks_can_be_used_before_a_run_ends(corpus, monkeypatch):
-    """Each checkpoint refreshes the two folders; at six shares of the steps they are kept."""
+    """Each checkpoint refreshes the two folders."""
     saved = []
 
     def look(folder, *_):
@@ -2055,10 +2054,6 @@ def test_networks_can_be_used_before_a_run_ends(corpus, monkeypatch):
     watch(monkeypatch, train.RunFolder, "save", look)
     pretrain("--num-train-steps 40")
     assert len(saved) > 5 and not torch.equal(saved[0], saved[1])
-    kept = sorted(Path("out/small").glob("step-*/generator/model.safetensors"))
-    assert sorted(int(path.parts[2][5:]) for path in kept) == [2, 5, 10, 20, 30]  # 0.4 steps are none
-    assert len({path.read_bytes() for path in kept}) == 5
-    assert data.find_model("out/small/step-10", "cache") == Path("out/small/step-10/discriminator")
 
 
 def test_a_saved_run_is_evaluated_again(corpus, capsys):
@@ -2073,7 +2068,7 @@ def test_a_saved_run_is_evaluated_again(corpus, capsys):
     pretrain("--eval-only")
     assert capsys.readouterr().out.split("step 24, held-out text")[-1] == end
     for flags, message in [("--eval-only --out elsewhere", "there is no run in elsewhere/small to evaluate"),
-                           ("--eval-only --num-train-steps 25", "now 25.; use its settings.* or --restart$"),
+                           ("--eval-only --num-train-steps 25", "now 25.; use its settings.* or --restart"),
                            ("--eval-only --restart", "and --restart deletes it; leave one out")]:
         with pytest.raises(UserError, match=message):
             pretrain(flags)
@@ -2123,8 +2118,8 @@ def test_a_run_starts_from_weights(corpus, capsys):
         ("--init alone out/small --objective mlm", "--objective mlm has no discriminator; --init takes one"),
         ("--init out/small nowhere", "there is no model in nowhere"),
         (f"--init {small}/generator", "does not fit this Discriminator: discriminator_predictions"),
-        (f"--init {small} alone", "does not fit this Generator: generator_lm_head.bias"),
-        (f"--init {small} deeper", "deeper has num_hidden_layers 3, and should have 2"),
+        (f"--init {small} alone", "alone does not fit this Generator: num_attention_heads is 2"),
+        (f"--init {small} deeper", "deeper does not fit this Generator: num_hidden_layers is 3"),
         (f"--init {small} cased", "have different vocabularies, or rules for case"),
     ]:
         with pytest.raises((UserError, ModelError), match=re.escape(message)):
@@ -2151,7 +2146,7 @@ def test_the_baseline_is_a_masked_language_model_of_the_discriminators_size(toy_
     tune("--task cola --model mlm/small")
     assert read_results()["cola", 0]["model"] == "mlm/small/generator"
     pretrain("--objective mlm --restart")
-    assert not Path("out/small/discriminator").exists()  # of the run before
+    assert not list(Path("out/small/discriminator").iterdir())  # of the run before
 
 
 def test_prepare_only_shows_rows_and_warns_of_long_lines(corpus, capsys):
@@ -2439,7 +2434,6 @@ def test_no_step_of_pre_training_waits_for_the_device(corpus, monkeypatch, devic
         if step == 22:
             steps.close()
 
-    monkeypatch.setattr(train, "SNAPSHOTS", ())  # to export a network, the host waits for it
     watch(monkeypatch, train, "learning_rate", look)
     watch(monkeypatch, train, "gather_outputs", crossings.append)
     with steps:
