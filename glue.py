@@ -462,8 +462,8 @@ def read_cell(row, column, where):
     value = row[column]
     if isinstance(value, str):
         return data.without_surrogates(value).strip()
-    is_finite = isinstance(value, int) or isinstance(value, float) and math.isfinite(value)
-    if not is_finite:
+    is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if not is_number:
         raise data.UserError(f"{where}: column {column} is {value!r}, neither text nor a number")
     return json.dumps(value)  # a boolean as `true`, not as Python's `True`
 
@@ -475,13 +475,13 @@ def read_table(file, source, kind=""):
     empty one is an empty cell if there is one column, and else an error.
     """
     kind = kind or Path(source).suffix.lower().removeprefix(".")
-    lines = (data.decode_utf8(line, f"{source}, line {number}") for number, line in enumerate(file, 1))
+    lines = read_lines(file, source)
     if kind == "jsonl":
-        rows = read_objects(lines, source)
+        rows = ((where, data.parse_json(line, where)) for where, line in lines)
     elif kind == "csv":
-        rows = name_fields(split_csv(lines, source))
+        rows = name_fields(split_csv((line for _, line in lines), source))
     elif kind == "tsv":
-        rows = name_fields(split_tsv(lines, source))
+        rows = name_fields((where, line.rstrip("\r\n").split("\t")) for where, line in lines)
     else:
         raise data.UserError(f"{source} has no known format; --format takes tsv, csv or jsonl")
     is_empty = True
@@ -492,16 +492,11 @@ def read_table(file, source, kind=""):
         raise data.UserError(f"{source} has no rows; the first line of a table names its columns")
 
 
-def read_objects(lines, source):
-    for number, line in enumerate(lines, 1):
+def read_lines(file, source):
+    """Yield ("SOURCE, line N", text) for each line of a binary file."""
+    for number, line in enumerate(file, 1):
         where = f"{source}, line {number}"
-        yield where, data.parse_json(line, where)
-
-
-def split_tsv(lines, source):
-    """Yield ("SOURCE, line N", fields) for each line."""
-    for number, line in enumerate(lines, 1):
-        yield f"{source}, line {number}", line.rstrip("\r\n").split("\t")
+        yield where, data.decode_utf8(line, where)
 
 
 def split_csv(lines, source):
