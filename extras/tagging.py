@@ -159,7 +159,7 @@ def parse(raw, source):
             pairs.append((columns[0], columns[-1]))
         elif pairs:
             words, tags = zip(*pairs, strict=True)
-            # Unlike the official code, which makes one VP of B-NP I-VP, this reads tags by conlleval's rules.
+            # By conlleval's rules. The official code makes one VP of B-NP I-VP.
             sentences.append((words, to_bioes(find_spans(tags), len(tags))))
             pairs = []
     return sentences
@@ -177,7 +177,7 @@ def find_spans(tags, official=False):
         continues = before[0] in "BI" and tag[0] in "IE" and before[2:] == tag[2:]
         if official:  # neither an E nor a change of type ends a span
             continues = before != "O" and tag[0] in "IE"
-        first = spans.pop()[0] if continues else index
+        first = spans.pop()[0] if continues else index  # a longer span takes the place of the last one
         if tag != "O":
             spans.append((first, index, tag[2:]))
     return spans
