@@ -1076,11 +1076,12 @@ def find_model(name, cache, network=None):
 
 
 def trained_network(folder):
-    """The network that a run of train.py trains for fine-tuning.
+    """The network that a run of train.py, or a step-N in it, trains for fine-tuning.
 
     The objective decides. What happens to be there does not: a generator never replaces a discriminator.
     """
-    with suppress(FileNotFoundError), open(folder / "log.jsonl", "rb") as file:
+    run = folder.parent if folder.name.startswith("step-") else folder
+    with suppress(FileNotFoundError), open(run / "log.jsonl", "rb") as file:
         if b'"objective": "mlm"' in file.readline():  # the settings
             return "generator"
     return "discriminator"

@@ -1359,17 +1359,18 @@ def test_transformers_tokenizer_agrees_on_case_and_accents(tmp_path):
 
 
 def test_the_network_of_a_run_is_chosen_by_name(tmp_path):
-    """The objective decides. A missing network is never replaced by the other."""
+    """The objective decides, in a run and in its steps. A missing network is never replaced by the other."""
     for objective, network, other in [("electra", "discriminator", "generator"),
                                       ("mlm", "generator", "discriminator")]:
         run = tmp_path / objective
         write_files(run, {"log.jsonl": json.dumps({"settings": {"objective": objective}}).encode() + b"\n{"})
-        write_files(run, {f"{network}/config.json": b"", f"{other}/config.json": b""})
-        assert data.find_model(str(run), "cache") == run / network
-        assert data.find_model(str(run), "cache", other) == run / other
-        shutil.rmtree(run / network)
-        with pytest.raises(UserError, match=f"there is no model in {run}/{network}; pre-train"):
-            data.find_model(str(run), "cache")
+        for place in run, run / "step-5":
+            write_files(place, {f"{network}/config.json": b"", f"{other}/config.json": b""})
+            assert data.find_model(str(place), "cache") == place / network
+            assert data.find_model(str(place), "cache", other) == place / other
+            shutil.rmtree(place / network)
+            with pytest.raises(UserError, match=f"there is no model in {place}/{network}; pre-train"):
+                data.find_model(str(place), "cache")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2044,7 +2045,7 @@ def test_metrics_of_a_batch_by_hand():
 
 
 def test_networks_can_be_used_before_a_run_ends(corpus, monkeypatch):
-    """Each checkpoint refreshes the two folders."""
+    """Each checkpoint refreshes the two folders; at six shares of the steps they are kept."""
     saved = []
 
     def look(folder, *_):
@@ -2054,6 +2055,10 @@ def test_networks_can_be_used_before_a_run_ends(corpus, monkeypatch):
     watch(monkeypatch, train.RunFolder, "save", look)
     pretrain("--num-train-steps 40")
     assert len(saved) > 5 and not torch.equal(saved[0], saved[1])
+    kept = sorted(Path("out/small").glob("step-*/generator/model.safetensors"))
+    assert sorted(int(path.parts[2][5:]) for path in kept) == [2, 5, 10, 20, 30]  # 0.4 steps are none
+    assert len({path.read_bytes() for path in kept}) == 5
+    assert data.find_model("out/small/step-10", "cache") == Path("out/small/step-10/discriminator")
 
 
 def test_a_saved_run_is_evaluated_again(corpus, capsys):
@@ -2434,6 +2439,7 @@ def test_no_step_of_pre_training_waits_for_the_device(corpus, monkeypatch, devic
         if step == 22:
             steps.close()
 
+    monkeypatch.setattr(train, "SNAPSHOTS", ())  # to export a network, the host waits for it
     watch(monkeypatch, train, "learning_rate", look)
     watch(monkeypatch, train, "gather_outputs", crossings.append)
     with steps:

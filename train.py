@@ -139,6 +139,8 @@ HELDOUT_ROWS = 1024  # the first so many held-out rows are evaluated
 FEW_ROWS = 50  # metrics of fewer held-out rows are mostly chance
 SAVE_SECONDS = 600  # a kill costs no more work than this
 SLOW_DAYS = 14  # a run that takes longer gets a warning
+# After these shares of the steps the networks are kept, for the table of score against compute of the paper.
+SNAPSHOTS = (0.01, 0.0625, 0.125, 0.25, 0.5, 0.75)
 LONG_WARMUP = 0.2  # of the run; a longer one gets a warning
 LATE_STEP = 20_000  # earlier, a network may look stuck and still learn
 
@@ -150,6 +152,7 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
     """
     seed = shards.config.seed
     take_step = make_step(config, electra, optimizer, scaler)
+    snapshot_steps = {round(share * config.num_train_steps) for share in SNAPSHOTS}
     heldout = None  # read before the first evaluation
     has_warned = False
     step = first_step
@@ -206,6 +209,8 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
                     tqdm.write(f"step {step}, held-out text: {describe_metrics(metrics, is_late)}")
 
                 # Save.
+                if step in snapshot_steps:
+                    folder.export(step, electra, folder.path / f"step-{step}")
                 is_overdue = time.perf_counter() - saved_at > SAVE_SECONDS
                 if is_last or is_overdue or step % config.save_every == 0:
                     folder.save(step, electra, optimizer, scaler, order)
@@ -582,9 +587,10 @@ def read_checkpoint(config):
 
 def written_files(path):
     """Yield the files that a run may have written in its folder, apart from its checkpoint."""
-    for network in ("generator", "discriminator"):
-        for name in NETWORK_FILES:
-            yield path / network / name
+    for parent in [path, *path.glob("step-*")]:
+        for network in ("generator", "discriminator"):
+            for name in NETWORK_FILES:
+                yield parent / network / name
     yield path / "log.jsonl"
 
 
@@ -673,7 +679,7 @@ class RunFolder:
             return
         self.cut_log(step, run["numerics"])
         if step > 0:
-            self.export(step, electra)
+            self.export(step, electra, self.path)
         if step == self.config.num_train_steps:
             print(f"all {step} steps are done already; after a change of the code, use another --out")
         else:
@@ -713,7 +719,7 @@ class RunFolder:
         if scaler.is_enabled() and scaler.get_scale() < MIN_LOSS_SCALE:
             raise data.UserError(f"the loss overflows in fp16 at step {step}, and nothing is learned; use "
                                  "--dtype fp32, or --restart with a lower --learning-rate")
-        self.export(step, electra)
+        self.export(step, electra, self.path)
         self.write_checkpoint(step, electra, optimizer, scaler, order.num_shards_used)
 
     def write_checkpoint(self, step, electra, optimizer, scaler, num_shards):
@@ -726,13 +732,15 @@ class RunFolder:
         torch.save(state, buffer)
         data.write_sealed(self.checkpoint, buffer.getbuffer())
 
-    def export(self, step, electra):
-        """Write the networks as folders."""
+    def export(self, step, electra, parent):
+        """Write the networks as folders in `parent`."""
+        if RANK > 0:
+            return
         if not all(parameter.isfinite().all() for parameter in electra.parameters()):
             raise data.UserError(f"the weights are not finite after step {step}, and are not saved; use "
                                  "--restart with a lower --learning-rate")
         for name, network in networks_of(electra).items():
-            write_network(self.path / name, network, self.shards.wordpiece, self.shards.config.max_length)
+            write_network(parent / name, network, self.shards.wordpiece, self.shards.config.max_length)
 
 
 def networks_of(electra):

@@ -530,7 +530,7 @@ def test_a_new_run_needs_a_folder_without_a_run(corpus):
     pretrain("--num-train-steps 4")
     path = Path("out/small")
     (path / "checkpoint.pt").unlink()
-    write_files(path, {"generator/README.md": b"mine", "notes/a.b": b"mine"})
+    write_files(path, {"generator/README.md": b"mine", "step-1/notes.txt": b"mine", "step-9/a.b": b"mine"})
     before = everything("out")
     for flags in "", "--seed 1", "--num-train-steps 2":
         with pytest.raises(UserError, match="no checkpoint.pt, but generator/config.json; .* --restart"):
@@ -538,8 +538,8 @@ def test_a_new_run_needs_a_folder_without_a_run(corpus):
         assert everything("out") == before
     pretrain("--num-train-steps 2 --restart --objective mlm")
     names = {str(path.relative_to("out/small")) for path in everything("out")}
-    assert not [name for name in names if "discriminator" in name]
-    assert {"notes/a.b", "generator/README.md", "generator/vocab.txt"} <= names
+    assert not [name for name in names if "discriminator" in name or name.startswith("step-3")]
+    assert {"step-1/notes.txt", "step-9/a.b", "generator/README.md", "generator/vocab.txt"} <= names
 
 
 def test_a_run_goes_on_with_more_text_but_not_with_other_text(corpus):
@@ -836,6 +836,9 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(corpus, monkeypatch
     state = torch.load("out/small/checkpoint.pt", weights_only=True)
     assert state["step"] == 8 and all(value.isfinite().all() for value in state["model"].values())
     assert read_log(split="train")[-1]["loss"] is None  # NaN is not JSON
+    with pytest.raises(UserError, match="the weights are not finite after step 10"):
+        pretrain("--num-train-steps 40 --out other --save-every 40")  # a snapshot comes before a checkpoint
+    assert not Path("other/small/step-10/generator/config.json").exists()
 
 
 # ============================================================================================================
