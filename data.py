@@ -9,7 +9,7 @@
     growing shards   a child process adds shards while this process trains
     order            (seed, step) -> the rows of a training step
 
-Helpers for files stand first. Model folders, vocabularies and the source of the bytes come last.
+After them come model folders, vocabularies, downloads, and helpers for files.
 
 The disk holds one array, uint16 (rows, max_length), zero-padded, in shards: attention mask and token types
 follow from the ids. The same text, vocabulary and seed give the same bytes, however often the run is killed,
@@ -68,142 +68,6 @@ class UserError(ValueError):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files that survive a kill: helpers, also for train.py, glue.py and finetune.py
-
-SEAL_BYTES = 32  # of a SHA-256
-
-@contextmanager
-def atomic_write(path):
-    """Open a binary file that takes the place of `path` once it is complete and synced to disk.
-
-    The caller holds a lock: two processes must not write to the same temporary file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with errors_named(path), open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def errors_named(path):
-    """Add a path to an OSError without one, for example of a full disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno and not error.filename:
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
-
-
-def write_sealed(path, content):
-    """Write bytes and then their SHA-256. Readers of zips, as torch.load is, ignore what follows the end."""
-    with atomic_write(path) as file:
-        file.write(content)
-        file.write(hashlib.sha256(content).digest())
-
-
-def read_sealed(path, advice):
-    """The bytes that `write_sealed` wrote. A file that was cut or changed is refused with this advice."""
-    raw = path.read_bytes()
-    content = raw[:-SEAL_BYTES]
-    if hashlib.sha256(content).digest() != raw[-SEAL_BYTES:]:
-        raise UserError(f"{path} is damaged; {advice}")
-    return content
-
-
-def make_once(path, make):
-    """Call `make()` unless `path` exists. Only one process does it at a time."""
-    if path.exists():
-        return
-    with lock(path.with_suffix(".lock"), f"waiting for another process to make {path}"):
-        if not path.exists():  # the other process may have made it
-            make()
-
-
-@contextmanager
-def lock(path, message):
-    """Hold a lock, which the kernel releases when the process ends.
-
-    If another process holds it: print `message`, and wait.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        if not acquire(file):
-            tqdm.write(message, file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def try_lock(path):
-    """Hold a lock, as `lock` does, but never wait. Yields False if another process holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        yield acquire(file)
-
-
-def acquire(file):
-    """Lock an open file. Returns False if another process holds the lock."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise UserError(f"{file.name} cannot be locked ({error.strerror}); use --out and --cache on a "
-                        "file system that has locks") from None
-    return True
-
-
-def append_json(file, entry):
-    """Append a line of JSON to an open binary file, and flush it to disk."""
-    with errors_named(file.name):
-        file.write(json.dumps(entry).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_json(path):
-    """The JSON object in a file."""
-    return parse_json(path.read_bytes(), path)
-
-
-def parse_json(text, source):
-    """The JSON object in `text`. Errors name `source`."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{source} is damaged: it is not a JSON object")
-    return found
-
-
-def decode_utf8(raw, source):
-    """The text of some bytes, without a byte order mark. Errors name `source`."""
-    try:
-        return raw.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not UTF-8 at byte {error.start}; convert it, for example with "
-                        "iconv") from None
-
-
-def without_surrogates(text):
-    """`text` with ? for each half of a surrogate pair. JSON can hold such halves, and UTF-8 cannot."""
-    return text.encode("utf-8", "replace").decode()
-
-
-def digest(value):
-    """A short hash of a value that JSON can hold."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
-
-
-# ------------------------------------------------------------------------------------------------------------
 # The pipeline
 
 
@@ -248,6 +112,16 @@ def prepare(config, progress=True, wordpiece=None):
 
 SHARD_CHARACTERS = 2_000_000  # characters of text per shard, about 3,000 rows of 128
 MAX_DOCUMENT = 10_000_000  # characters; a longer document of a .txt is split
+# Where OpenWebText may be: tars of a revision that had them, tars of the main branch, or the files to which
+# the hub converts data sets. hub: stands for its address.
+REPOSITORY = "hub:/datasets/Skylion007/openwebtext/resolve"
+TARS = [f"subsets/urlsf_subset{number:02d}.tar" for number in range(21)]
+OPENWEBTEXT = dict(
+    pinned=[f"{REPOSITORY}/39d1a6d3f3a4c838b27bbc65bfb14a2f6f727740/{tar}" for tar in TARS],
+    main=[f"{REPOSITORY}/main/{tar}" for tar in TARS],
+    parquet=[f"{REPOSITORY}/refs%2Fconvert%2Fparquet/plain_text/train/{number:04d}.parquet"
+             for number in range(80)],
+)
 
 
 def read_units(config, start, first_number):
@@ -281,6 +155,85 @@ def read_documents(config, start=(0, 0)):
             position = (file_number, count)
             if text and position > start:
                 yield text, position
+
+
+def find_files(config):
+    """The files and addresses of the corpus, in a fixed order: as given, and within a folder by name."""
+    files = []
+    for name in config.data:
+        if name == "openwebtext":
+            files += find_openwebtext(config.cache)
+        elif os.path.isdir(name):
+            files += sorted(filter(is_readable, walk(name)))
+        elif name == "python-docs" or is_address(name) or os.path.exists(name):
+            files.append(name)
+        else:
+            raise UserError(f"there is no {without_secrets(name)}; --data takes paths, addresses, "
+                            "openwebtext or python-docs")
+    if not files:
+        raise UserError(f"{config.data[0]} holds no .txt, .jsonl, .json, .parquet or .tar file, plain, .gz, "
+                        ".xz or .zst")
+    for name in files:
+        if is_file(name) and not os.path.isfile(name):  # a pipe or a device: reading it could wait for ever
+            raise UserError(f"{name} is not a regular file; copy what it gives to one")
+    return files
+
+
+def find_openwebtext(cache):
+    """The addresses of OpenWebText's files. The cache keeps the choice, so that a run has one text."""
+    path = Path(cache) / "openwebtext"
+    make_once(path, lambda: write_sealed(path, choose_openwebtext().encode()))
+    return OPENWEBTEXT[read_sealed(path, "delete it").decode()]
+
+
+def choose_openwebtext():
+    """The first of OPENWEBTEXT whose first file is there."""
+    for choice, addresses in OPENWEBTEXT.items():
+        with suppress(NotFound):
+            next(fetch(addresses[0]), None)
+            return choice
+    raise UserError(f"{hub()} does not have OpenWebText; use --data PATH or --data python-docs")
+
+
+def walk(folder):
+    """The files in a folder, through symbolic links, without hidden files and folders."""
+    seen = set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        real_path = os.path.realpath(path)
+        if real_path in seen:  # a link leads back up
+            folders.clear()  # os.walk goes no deeper
+            continue
+        seen.add(real_path)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (os.path.join(path, name) for name in names if not name.startswith("."))
+
+
+def is_readable(name):
+    """Whether a file of a folder or an archive is read. Hidden ones are not: macOS adds ._NAME for NAME."""
+    return kind_of(name)[0] != "" and not os.path.basename(name).startswith(".")
+
+
+def kind_of(name):
+    """The kind and the compression of a file, by its name. The kind is "" if the file cannot be read.
+
+    >>> kind_of("a.jsonl"), kind_of("B.TXT.gz"), kind_of("c.zip")
+    (('.jsonl', ''), ('.txt', '.gz'), ('', ''))
+    """
+    name = name.lower()
+    if name.endswith("_data.xz"):  # the tars in the tars of OpenWebText
+        return ".tar", ".xz"
+    compression = ""
+    if name.endswith((".gz", ".xz", ".zst")):
+        name, compression = os.path.splitext(name)
+    for kind in ".txt", ".json", ".jsonl", ".parquet", ".tar":
+        if name.endswith(kind):
+            return kind, compression
+    return "", compression
+
+
+def is_file(name):
+    """Whether a name in `find_files` is that of a file."""
+    return name != "python-docs" and not is_address(name)
 
 
 def read_source(name, config):
@@ -446,6 +399,21 @@ def find_sentences(source):
             text = " ".join(re.sub("[`*]", "", paragraph).split())
             found += filter(SENTENCE.fullmatch, re.split(r"(?<=[.?!]) ", text))
     return list(dict.fromkeys(found))
+
+
+def no_text(config):
+    names = " ".join(without_secrets(name) for name in config.data)
+    return UserError(f"there is no text to train on in {names}")
+
+
+def describe_unread(config):
+    """"; 8 files are not read: .bz2 5, no ending 3" of the folders of the corpus, or "" if all are read."""
+    paths = itertools.chain.from_iterable(walk(name) for name in config.data if os.path.isdir(name))
+    kinds = Counter(Path(path).suffix or "no ending" for path in paths if not is_readable(path))
+    if not kinds:
+        return ""
+    listed = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common(9))
+    return f"; {kinds.total():,} files are not read: {listed}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -850,6 +818,43 @@ class Shards:
 def read_complete(path):
     """What `complete` holds: "shards", their infos, and "files", the SHA-256 of each file of the text."""
     return parse_json(read_sealed(path, DELETE), path)
+
+
+def identify_text(config):
+    """[its name and, for a file, its size and modification time] for each file and address of the corpus.
+
+    Names of files are relative to the folder that holds them all, so that it can be moved.
+    """
+    files = find_files(config)
+    parents = [os.path.dirname(os.path.abspath(name)) for name in files if is_file(name)]
+    folder = os.path.commonpath(parents or ["/"])
+    return [identify(name, folder) for name in files]
+
+
+def hash_files(config):
+    """The SHA-256 of each file of the corpus. Addresses have none."""
+    hashes = []
+    for name in filter(is_file, find_files(config)):
+        with open(name, "rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashes
+
+
+def identify(name, folder):
+    """[name relative to `folder`, size, modification time] of a file, or [name, versions if it has some]."""
+    if name == "python-docs":
+        versions = [importlib.metadata.version(package) for package in ("torch", "numpy")]
+        return [name, [platform.python_version(), *versions]]
+    if is_address(name):
+        return [name]
+    status = os.stat(name)
+    return [os.path.relpath(name, folder), status.st_size, status.st_mtime_ns]
+
+
+def source_name(config):
+    """The name of the first source, fit for the name of a file: short, and without secrets."""
+    name = Path(without_secrets(config.data[0])).name
+    return re.sub(r"[^\w.-]", "_", name)[:40] or "text"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1392,148 +1397,12 @@ def vocab_file(tokens):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Source: names, folders and addresses -> files -> bytes
+# Downloads: addresses -> bytes
 
-# Where OpenWebText may be: tars of a revision that had them, tars of the main branch, or the files to which
-# the hub converts data sets. hub: stands for its address.
-REPOSITORY = "hub:/datasets/Skylion007/openwebtext/resolve"
-TARS = [f"subsets/urlsf_subset{number:02d}.tar" for number in range(21)]
-OPENWEBTEXT = dict(
-    pinned=[f"{REPOSITORY}/39d1a6d3f3a4c838b27bbc65bfb14a2f6f727740/{tar}" for tar in TARS],
-    main=[f"{REPOSITORY}/main/{tar}" for tar in TARS],
-    parquet=[f"{REPOSITORY}/refs%2Fconvert%2Fparquet/plain_text/train/{number:04d}.parquet"
-             for number in range(80)],
-)
 TIMEOUT = 30  # seconds without an answer
 BACKOFF = 0.5  # seconds, doubled before each new attempt, at most a minute
 ATTEMPTS = 16  # in a row; they take ten minutes
 ATTEMPTS_WITHOUT_ANSWER = 7  # if the server has never answered; they take a minute
-
-
-def identify_text(config):
-    """[its name and, for a file, its size and modification time] for each file and address of the corpus.
-
-    Names of files are relative to the folder that holds them all, so that it can be moved.
-    """
-    files = find_files(config)
-    parents = [os.path.dirname(os.path.abspath(name)) for name in files if is_file(name)]
-    folder = os.path.commonpath(parents or ["/"])
-    return [identify(name, folder) for name in files]
-
-
-def hash_files(config):
-    """The SHA-256 of each file of the corpus. Addresses have none."""
-    hashes = []
-    for name in filter(is_file, find_files(config)):
-        with open(name, "rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return hashes
-
-
-def find_files(config):
-    """The files and addresses of the corpus, in a fixed order: as given, and within a folder by name."""
-    files = []
-    for name in config.data:
-        if name == "openwebtext":
-            files += find_openwebtext(config.cache)
-        elif os.path.isdir(name):
-            files += sorted(filter(is_readable, walk(name)))
-        elif name == "python-docs" or is_address(name) or os.path.exists(name):
-            files.append(name)
-        else:
-            raise UserError(f"there is no {without_secrets(name)}; --data takes paths, addresses, "
-                            "openwebtext or python-docs")
-    if not files:
-        raise UserError(f"{config.data[0]} holds no .txt, .jsonl, .json, .parquet or .tar file, plain, .gz, "
-                        ".xz or .zst")
-    for name in files:
-        if is_file(name) and not os.path.isfile(name):  # a pipe or a device: reading it could wait for ever
-            raise UserError(f"{name} is not a regular file; copy what it gives to one")
-    return files
-
-
-def find_openwebtext(cache):
-    """The addresses of OpenWebText's files. The cache keeps the choice, so that a run has one text."""
-    path = Path(cache) / "openwebtext"
-    make_once(path, lambda: write_sealed(path, choose_openwebtext().encode()))
-    return OPENWEBTEXT[read_sealed(path, "delete it").decode()]
-
-
-def choose_openwebtext():
-    """The first of OPENWEBTEXT whose first file is there."""
-    for choice, addresses in OPENWEBTEXT.items():
-        with suppress(NotFound):
-            next(fetch(addresses[0]), None)
-            return choice
-    raise UserError(f"{hub()} does not have OpenWebText; use --data PATH or --data python-docs")
-
-
-def no_text(config):
-    names = " ".join(without_secrets(name) for name in config.data)
-    return UserError(f"there is no text to train on in {names}")
-
-
-def describe_unread(config):
-    """"; 8 files are not read: .bz2 5, no ending 3" of the folders of the corpus, or "" if all are read."""
-    paths = itertools.chain.from_iterable(walk(name) for name in config.data if os.path.isdir(name))
-    kinds = Counter(Path(path).suffix or "no ending" for path in paths if not is_readable(path))
-    if not kinds:
-        return ""
-    listed = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common(9))
-    return f"; {kinds.total():,} files are not read: {listed}"
-
-
-def walk(folder):
-    """The files in a folder, through symbolic links, without hidden files and folders."""
-    seen = set()
-    for path, folders, names in os.walk(folder, followlinks=True):
-        real_path = os.path.realpath(path)
-        if real_path in seen:  # a link leads back up
-            folders.clear()  # os.walk goes no deeper
-            continue
-        seen.add(real_path)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (os.path.join(path, name) for name in names if not name.startswith("."))
-
-
-def is_readable(name):
-    """Whether a file of a folder or an archive is read. Hidden ones are not: macOS adds ._NAME for NAME."""
-    return kind_of(name)[0] != "" and not os.path.basename(name).startswith(".")
-
-
-def kind_of(name):
-    """The kind and the compression of a file, by its name. The kind is "" if the file cannot be read.
-
-    >>> kind_of("a.jsonl"), kind_of("B.TXT.gz"), kind_of("c.zip")
-    (('.jsonl', ''), ('.txt', '.gz'), ('', ''))
-    """
-    name = name.lower()
-    if name.endswith("_data.xz"):  # the tars in the tars of OpenWebText
-        return ".tar", ".xz"
-    compression = ""
-    if name.endswith((".gz", ".xz", ".zst")):
-        name, compression = os.path.splitext(name)
-    for kind in ".txt", ".json", ".jsonl", ".parquet", ".tar":
-        if name.endswith(kind):
-            return kind, compression
-    return "", compression
-
-
-def identify(name, folder):
-    """[name relative to `folder`, size, modification time] of a file, or [name, versions if it has some]."""
-    if name == "python-docs":
-        versions = [importlib.metadata.version(package) for package in ("torch", "numpy")]
-        return [name, [platform.python_version(), *versions]]
-    if is_address(name):
-        return [name]
-    status = os.stat(name)
-    return [os.path.relpath(name, folder), status.st_size, status.st_mtime_ns]
-
-
-def source_name(config):
-    """The name of the first source, fit for the name of a file: short, and without secrets."""
-    name = Path(without_secrets(config.data[0])).name
-    return re.sub(r"[^\w.-]", "_", name)[:40] or "text"
 
 
 def open_source(name):
@@ -1560,11 +1429,6 @@ class ChunkStream(io.RawIOBase):
         buffer[:size] = self.rest[:size]
         self.rest = self.rest[size:]
         return size
-
-
-def is_file(name):
-    """Whether a name in `find_files` is that of a file."""
-    return name != "python-docs" and not is_address(name)
 
 
 def is_address(name):
@@ -1716,6 +1580,143 @@ def without_secrets(name):
     if "://" not in url:
         return name
     return re.sub(r"//[^/?#]*@", "//", re.split("[?#]", url)[0])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files that survive a kill: helpers, also for train.py, glue.py and finetune.py
+
+SEAL_BYTES = 32  # of a SHA-256
+
+
+@contextmanager
+def atomic_write(path):
+    """Open a binary file that takes the place of `path` once it is complete and synced to disk.
+
+    The caller holds a lock: two processes must not write to the same temporary file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with errors_named(path), open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def errors_named(path):
+    """Add a path to an OSError without one, for example of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+def write_sealed(path, content):
+    """Write bytes and then their SHA-256. Readers of zips, as torch.load is, ignore what follows the end."""
+    with atomic_write(path) as file:
+        file.write(content)
+        file.write(hashlib.sha256(content).digest())
+
+
+def read_sealed(path, advice):
+    """The bytes that `write_sealed` wrote. A file that was cut or changed is refused with this advice."""
+    raw = path.read_bytes()
+    content = raw[:-SEAL_BYTES]
+    if hashlib.sha256(content).digest() != raw[-SEAL_BYTES:]:
+        raise UserError(f"{path} is damaged; {advice}")
+    return content
+
+
+def make_once(path, make):
+    """Call `make()` unless `path` exists. Only one process does it at a time."""
+    if path.exists():
+        return
+    with lock(path.with_suffix(".lock"), f"waiting for another process to make {path}"):
+        if not path.exists():  # the other process may have made it
+            make()
+
+
+@contextmanager
+def lock(path, message):
+    """Hold a lock, which the kernel releases when the process ends.
+
+    If another process holds it: print `message`, and wait.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        if not acquire(file):
+            tqdm.write(message, file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def try_lock(path):
+    """Hold a lock, as `lock` does, but never wait. Yields False if another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        yield acquire(file)
+
+
+def acquire(file):
+    """Lock an open file. Returns False if another process holds the lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise UserError(f"{file.name} cannot be locked ({error.strerror}); use --out and --cache on a "
+                        "file system that has locks") from None
+    return True
+
+
+def append_json(file, entry):
+    """Append a line of JSON to an open binary file, and flush it to disk."""
+    with errors_named(file.name):
+        file.write(json.dumps(entry).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json(path):
+    """The JSON object in a file."""
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(text, source):
+    """The JSON object in `text`. Errors name `source`."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{source} is damaged: it is not a JSON object")
+    return found
+
+
+def decode_utf8(raw, source):
+    """The text of some bytes, without a byte order mark. Errors name `source`."""
+    try:
+        return raw.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is not UTF-8 at byte {error.start}; convert it, for example with "
+                        "iconv") from None
+
+
+def without_surrogates(text):
+    """`text` with ? for each half of a surrogate pair. JSON can hold such halves, and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def digest(value):
+    """A short hash of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 
 if __name__ == "__main__":
