@@ -115,7 +115,7 @@ SHARD_CHARACTERS = 2_000_000  # characters of text per shard, about 3,000 rows o
 MAX_DOCUMENT = 10_000_000  # characters; a longer document of a .txt is split
 READABLE = ".txt, .jsonl, .json, .parquet or .tar file, plain, .gz, .xz or .zst"
 # Where OpenWebText may be: tars of a revision that had them, tars of the main branch, or the files to which
-# the hub converts data sets. hub: stands for its address.
+# the hub converts data sets. hub: stands for the address of HuggingFace's hub, see `hub`.
 REPOSITORY = "hub:/datasets/Skylion007/openwebtext/resolve"
 TARS = [f"subsets/urlsf_subset{number:02d}.tar" for number in range(21)]
 OPENWEBTEXT = dict(
@@ -1275,7 +1275,7 @@ def read_vocab(path):
         try:
             ids = content["model"]["vocab"]
             tokens = sorted(ids, key=ids.get)
-            is_whole = [ids[token] for token in tokens] == list(range(len(tokens)))
+            is_whole = sorted(ids.values()) == list(range(len(ids)))
         except (AttributeError, KeyError, TypeError):
             is_whole = False
         if not is_whole:
