@@ -9,7 +9,7 @@
     growing shards   a child process adds shards while this process trains
     order            (seed, step) -> the rows of a training step
 
-Helpers for files stand first. Model folders, vocabularies and the source of the bytes come last.
+After them come model folders, vocabularies, downloads, and helpers for files.
 
 The disk holds one array, uint16 (rows, max_length), zero-padded, in shards: attention mask and token types
 follow from the ids. The same text, vocabulary and seed give the same bytes, however often the run is killed,
@@ -35,7 +35,6 @@ import platform
 import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -68,9 +67,1485 @@ class UserError(ValueError):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The pipeline
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text, and how it becomes rows. Annotated fields are flags, as in model.ElectraConfig."""
+
+    data: Annotated[list, "files, folders, addresses of text, openwebtext, or python-docs"] = ("openwebtext",)
+    one_document_per_file: Annotated[bool, "each .txt is one document; else blank lines separate "
+                                           "documents"] = False
+    split_long_lines: Annotated[bool, "cut lines that are longer than a row; else their ends are "
+                                      "lost"] = False
+    vocab: Annotated[str, "a vocab.txt; train:SIZE, trained on the text; or bert, downloaded once"] = "bert"
+    do_lower_case: Annotated[bool, "lower-case the text"] = True
+    strip_accents: Annotated[bool, "strip accents from lower-cased text"] = True
+    max_length: Annotated[int, "tokens in a row, [CLS] and [SEP] included", 8, 1_000_000] = 128
+    seed: Annotated[int, "seed of all randomness", 0, 2**32 - 1] = 0
+    cache: Annotated[str, "folder for prepared text and downloads"] = "cache"
+
+
+def prepare(config, progress=True, wordpiece=None):
+    """Turn text into shards of rows. After a kill it resumes; a finished shard is never made again."""
+    shards = Shards(config, wordpiece or load_wordpiece(config))
+    with lock(shards.folder / "lock", f"waiting for another process to prepare {shards.folder}"):
+        shards.refresh()  # the other process may have added some
+        if shards.is_complete:
+            return shards
+        shard_texts = read_shard_texts(config, start=shards.next_position, first_number=len(shards.infos))
+        disable = None  # tqdm: shown on a terminal
+        if not progress:
+            disable = True
+        with tqdm(desc="preparing", unit=" rows", disable=disable) as bar:
+            for train, heldout, info in build_shards(shard_texts, shards.wordpiece, config):
+                shards.add(train, heldout, info)
+                bar.update(len(train))
+        if shards.total("rows") == 0:
+            raise no_text(config)
+        shards.mark_complete()
+    return shards
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Documents: names -> files -> one string for each document
+
+SHARD_CHARACTERS = 2_000_000  # characters of text per shard, about 3,000 rows of 128
+MAX_DOCUMENT = 10_000_000  # characters; a longer document of a .txt is split
+READABLE = ".txt, .jsonl, .json, .parquet or .tar file, plain, .gz, .xz or .zst"
+# Where OpenWebText may be: tars of a revision that had them, tars of the main branch, or the files to which
+# the hub converts data sets. hub: stands for the address of HuggingFace's hub, see `hub`.
+REPOSITORY = "hub:/datasets/Skylion007/openwebtext/resolve"
+TARS = [f"subsets/urlsf_subset{number:02d}.tar" for number in range(21)]
+OPENWEBTEXT = dict(
+    pinned=[f"{REPOSITORY}/39d1a6d3f3a4c838b27bbc65bfb14a2f6f727740/{tar}" for tar in TARS],
+    main=[f"{REPOSITORY}/main/{tar}" for tar in TARS],
+    parquet=[f"{REPOSITORY}/refs%2Fconvert%2Fparquet/plain_text/train/{number:04d}.parquet"
+             for number in range(80)],
+)
+
+
+def read_shard_texts(config, start, first_number):
+    """Yield (number of the shard, its documents, position after them) for each shard."""
+    number = first_number
+    texts = []
+    size = 0
+    for text, position in read_documents(config, start):
+        texts.append(text)
+        size += len(text)
+        if size >= SHARD_CHARACTERS:
+            yield number, texts, position
+            number += 1
+            texts = []
+            size = 0
+    if texts:
+        yield number, texts, position
+
+
+def read_documents(config, start=(0, 0)):
+    """Yield (text, position after it) for each document from position `start` on.
+
+    A position is a tuple: number of the file, number of its documents so far. Resuming reads a file from its
+    beginning again.
+    """
+    for file_number, name in enumerate(find_files(config)):
+        if file_number < start[0]:
+            continue
+        for count, text in enumerate(read_source(name, config), 1):
+            text = text.replace("\r\n", "\n").strip()
+            position = (file_number, count)
+            if text and position > start:
+                yield text, position
+
+
+def find_files(config):
+    """The files and addresses of the corpus, in a fixed order: as given, and within a folder by name."""
+    files = []
+    for name in config.data:
+        if name == "openwebtext":
+            files += find_openwebtext(config.cache)
+        elif os.path.isdir(name):
+            files += sorted(filter(is_readable, walk(name)))
+        elif name == "python-docs" or is_address(name) or os.path.exists(name):
+            files.append(name)
+        else:
+            raise UserError(f"there is no {without_secrets(name)}; --data takes paths, addresses, "
+                            "openwebtext or python-docs")
+    if not files:
+        raise UserError(f"{config.data[0]} holds no {READABLE}")
+    for name in files:
+        if is_file(name) and not os.path.isfile(name):  # a pipe or a device: reading it could wait for ever
+            raise UserError(f"{name} is not a regular file; copy what it gives to one")
+    return files
+
+
+def find_openwebtext(cache):
+    """The addresses of OpenWebText's files. The cache keeps the choice, so that a run has one text."""
+    path = Path(cache) / "openwebtext"
+    make_once(path, lambda: write_sealed(path, choose_openwebtext().encode()))
+    return OPENWEBTEXT[read_sealed(path, "delete it").decode()]
+
+
+def choose_openwebtext():
+    """The first of OPENWEBTEXT whose first file is there."""
+    for choice, addresses in OPENWEBTEXT.items():
+        with suppress(NotFound):
+            next(fetch(addresses[0]), None)
+            return choice
+    raise UserError(f"{hub()} does not have OpenWebText; use --data PATH or --data python-docs")
+
+
+def walk(folder):
+    """The files in a folder, through symbolic links, without hidden files and folders."""
+    seen = set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        real_path = os.path.realpath(path)
+        if real_path in seen:  # a link leads back up
+            folders.clear()  # os.walk goes no deeper
+            continue
+        seen.add(real_path)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (os.path.join(path, name) for name in names if not name.startswith("."))
+
+
+def is_readable(name):
+    """Whether a file of a folder or an archive is read. Hidden ones are not: macOS adds ._NAME for NAME."""
+    return kind_of(name)[0] != "" and not os.path.basename(name).startswith(".")
+
+
+def kind_of(name):
+    """The kind and the compression of a file, by its name. The kind is "" if the file cannot be read.
+
+    >>> kind_of("a.jsonl"), kind_of("B.TXT.gz"), kind_of("c.zip")
+    (('.jsonl', ''), ('.txt', '.gz'), ('', ''))
+    """
+    name = name.lower()
+    if name.endswith("_data.xz"):  # the tars in the tars of OpenWebText
+        return ".tar", ".xz"
+    compression = ""
+    if name.endswith((".gz", ".xz", ".zst")):
+        name, compression = os.path.splitext(name)
+    for kind in ".txt", ".json", ".jsonl", ".parquet", ".tar":
+        if name.endswith(kind):
+            return kind, compression
+    return "", compression
+
+
+def is_file(name):
+    """Whether a name in `find_files` is that of a file."""
+    return name != "python-docs" and not is_address(name)
+
+
+def read_source(name, config):
+    """Yield the documents of a file or an address. Some may be empty."""
+    if name == "python-docs":
+        yield from python_docs()
+        return
+    path = without_secrets(name)
+    is_openwebtext = any(name in addresses for addresses in OPENWEBTEXT.values())
+    one_document = config.one_document_per_file or is_openwebtext
+    with open_source(name) as stream:
+        yield from read_file(stream, path, path, one_document)
+
+
+def read_file(stream, path, source, one_document):
+    """Yield the documents of a file. Its kind follows from `path`; errors name `source`."""
+    kind, compression = kind_of(path)
+    if not kind:
+        raise UserError(f"{source} cannot be read; it is no {READABLE}")
+    try:
+        with decompress(stream, compression, source) as file:
+            if kind == ".txt":
+                yield from read_txt(file, source, one_document)
+            elif kind == ".tar":
+                for name, content in read_tar(file):  # a member may be an archive in its turn
+                    yield from read_file(content, name, f"{name} in {source}", one_document)
+                while file.read(1 << 20):  # a compressed tar ends with a checksum
+                    pass
+            elif kind == ".parquet":
+                yield from read_parquet(file, source)
+            else:
+                yield from read_jsonl(file, source)
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
+        if isinstance(error, OSError) and error.errno:  # an error of the disk; damage has no number
+            raise OSError(error.errno, error.strerror, error.filename or source) from None
+        raise UserError(f"{source} is damaged or cut short ({error}); make or fetch it again") from error
+
+
+def decompress(stream, compression, source):
+    """A context manager that gives the content of a stream as a file."""
+    if compression == ".gz":
+        return gzip.open(stream)
+    if compression == ".xz":
+        return lzma.open(stream)
+    if compression == ".zst":
+        return io.BufferedReader(import_pyarrow(source).CompressedInputStream(stream, "zstd"))
+    return nullcontext(stream)
+
+
+def import_pyarrow(source):
+    """pyarrow, which only .parquet and .zst need."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{source} is read with pyarrow: pip install pyarrow") from None
+    return pyarrow
+
+
+def read_tar(file):
+    """Yield (name, content as a file) for each readable member. Nothing is unpacked to disk."""
+    with tarfile.open(fileobj=file, mode="r|") as tar:
+        while member := tar.next():
+            tar.members.clear()  # it would grow with the archive
+            if member.isfile() and is_readable(member.name):
+                yield member.name, tar.extractfile(member)
+
+
+def read_txt(file, source, one_document):
+    """Yield the parts of a text file between blank lines or, with `one_document`, all of it."""
+    if one_document:
+        yield decode_utf8(file.read(), source)
+        return
+    lines = []
+    size = 0
+    for number, raw in enumerate(file, 1):  # bytes: only "\n" ends a line
+        line = decode_utf8(raw, f"{source}, line {number},")
+        is_blank = not line.strip()
+        if is_blank or size >= MAX_DOCUMENT:
+            yield "".join(lines)
+            lines = []
+            size = 0
+        lines.append(line)  # a blank one, too: `read_documents` strips it
+        size += len(line)
+    yield "".join(lines)
+
+
+def read_jsonl(file, source):
+    """Yield the documents of a file with a JSON object on each line: the string under "text"."""
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            place = f"{source}, line {number},"
+            yield without_surrogates(find_text(parse_json(line, place), place))
+
+
+def read_parquet(file, source):
+    """Yield the documents of a parquet file: the strings of the column "text"."""
+    pyarrow = import_pyarrow(source)
+    with tempfile.TemporaryFile() as copy:  # reading begins at the end, which a stream cannot
+        shutil.copyfileobj(file, copy)
+        try:
+            for batch in pyarrow.parquet.ParquetFile(copy).iter_batches(batch_size=1000, columns=["text"]):
+                for row in batch.to_pylist():
+                    yield find_text(row, source)
+        except pyarrow.ArrowException as error:
+            raise EOFError(error) from error
+
+
+def find_text(row, source):
+    """The string under "text" in a dict."""
+    text = row.get("text")
+    if not isinstance(text, str):
+        raise UserError(f'{source} has no string under "text" but {text!r:.40}')
+    return text
+
+
+# Five plain words or more, from a capital letter to a full stop.
+SENTENCE = re.compile(r"[A-Z][a-z']*(?:[,;:]? [A-Za-z][a-z]*(?:[-'][a-z]+)*){4,}[.?!]")
+
+
+def python_docs():
+    """Yield about 2 MB of English found on every machine: a document for each file, a sentence on each line.
+
+    Yields each sentence once: those without a sign of code in the docstrings and comments of the standard
+    library, torch and numpy. The files are searched, never imported.
+    """
+    roots = [sysconfig.get_path("stdlib")]
+    for package in ("torch", "numpy"):
+        spec = importlib.util.find_spec(package)
+        roots.append(spec.submodule_search_locations[0])  # its folder
+    skipped = {"site-packages", "test", "tests", "idle_test"}
+    documents = []
+    for root in roots:
+        for path in Path(root).rglob("*.py"):
+            if not skipped & set(path.relative_to(root).parts):
+                documents.append(find_sentences(path.read_text("utf-8", "replace")))
+    documents.sort(key=digest)  # an order without meaning, so that every shard is a mixture
+    seen = set()
+    for sentences in documents:
+        yield "\n".join(sentence for sentence in sentences if sentence not in seen)
+        seen.update(sentences)
+
+
+def find_sentences(source):
+    """The sentences of prose in the docstrings and comments of a Python file, each once."""
+    blocks = re.findall(r'"""(.*?)"""', source, re.DOTALL)
+    # Lines of comments become "#text". A run of such lines is a block.
+    comments = re.sub(r"^[ \t]*#+ ?", "#", source, flags=re.MULTILINE)
+    for block in re.findall(r"(?:^#.*\n)+", comments, re.MULTILINE):
+        blocks.append(block.replace("#", ""))
+    found = []
+    for block in blocks:
+        for paragraph in re.split(r"\n\s*\n", block):
+            text = " ".join(re.sub("[`*]", "", paragraph).split())
+            found += filter(SENTENCE.fullmatch, re.split(r"(?<=[.?!]) ", text))
+    return list(dict.fromkeys(found))
+
+
+def no_text(config):
+    names = " ".join(without_secrets(name) for name in config.data)
+    return UserError(f"there is no text to train on in {names}")
+
+
+def describe_unread(config):
+    """"; 8 files are not read: .bz2 5, no ending 3" of the folders of the corpus, or "" if all are read."""
+    paths = itertools.chain.from_iterable(walk(name) for name in config.data if os.path.isdir(name))
+    kinds = Counter(Path(path).suffix or "no ending" for path in paths if not is_readable(path))
+    if not kinds:
+        return ""
+    listed = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common(9))
+    return f"; {kinds.total():,} files are not read: {listed}"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Workers: documents -> shards, on several cores
+
+try:
+    CORES = len(os.sched_getaffinity(0))
+except AttributeError:  # macOS
+    CORES = os.cpu_count()
+WORKERS = min(8, CORES)  # processes that turn text into rows; a single reader can keep about 8 busy
+HELDOUT_SHARE = 100  # one document in 100 is held out
+# Stripping accents removes all characters of the category Mn. Up to U+036F they belong to Latin, Greek and
+# Cyrillic, and from U+FE00 on mostly to emoji. Between are vowel signs of Hindi, Thai and Arabic, voicing
+# marks of Japanese and the like.
+MARKS = [chr(code) for code in range(0x370, 0xFE00) if unicodedata.category(chr(code)) == "Mn"]
+ANY_MARK = re.compile(f"[{''.join(MARKS)}]")
+
+
+def build_shards(shard_texts, wordpiece, config):
+    """Yield (rows for training, held-out rows, info) of each shard whose text read_shard_texts yields.
+
+    The workers take turns, and each has the text of one shard at a time, so memory does not grow.
+    """
+    if WORKERS < 2:
+        for shard_text in shard_texts:
+            yield build_shard(shard_text, wordpiece, config)
+        return
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}  # one core each
+    error = None
+    with ExitStack() as stack:
+        busy = deque()  # the workers, in the order of their shards
+        while True:
+            try:
+                shard_text = next(shard_texts, None)
+            except (UserError, OSError) as caught:  # raised when the shards before it are written
+                shard_text = None
+                error = caught
+            if shard_text is None:
+                break
+            shard = None
+            if len(busy) < WORKERS:
+                worker = stack.enter_context(start_process("worker", wordpiece, config, env=environment,
+                                                           stdout=subprocess.PIPE))
+            else:
+                worker = busy.popleft()
+                shard = receive(worker)
+            send(worker, shard_text)  # before the shard is written: a worker that waits is a core that waits
+            busy.append(worker)
+            if shard is not None:
+                yield shard
+        for worker in busy:
+            yield receive(worker)
+    if error is not None:
+        raise error
+
+
+@contextmanager
+def start_process(role, wordpiece, config, **options):
+    """Run this file as a process: `worker`, see run_as_worker, or `child`, see run_as_child.
+
+    It ends when its standard input closes, so it cannot outlive its parent.
+    """
+    with subprocess.Popen([sys.executable, __file__, role], stdin=subprocess.PIPE, start_new_session=True,
+                          **options) as process:  # in a new session, Ctrl-C reaches only the parent
+        try:
+            send(process, (wordpiece.tokens, asdict(config)))
+            yield process
+        finally:
+            process.kill()
+            with suppress(BrokenPipeError):  # ignore data that could not be sent
+                process.stdin.close()
+
+
+def send(process, message):
+    """Send a message to a process that `start_process` has started."""
+    with suppress(BrokenPipeError):  # it has ended, which `receive` or `child_error` reports
+        pickle.dump(message, process.stdin)
+        process.stdin.flush()
+
+
+def receive_settings():
+    """(WordPiece, config) that `start_process` sends."""
+    tokens, settings = pickle.load(sys.stdin.buffer)
+    config = DataConfig(**settings)
+    return WordPiece(tokens, config.do_lower_case, config.strip_accents), config
+
+
+def receive(worker):
+    """Wait for a worker's shard."""
+    try:
+        return pickle.load(worker.stdout)
+    except (EOFError, pickle.UnpicklingError):
+        raise UserError(f"a process that prepares text ended with status {worker.wait()}; run the same "
+                        "command again") from None
+
+
+def run_as_worker():
+    """Receive texts from standard input, and send back their shards, until the parent ends."""
+    with suppress(EOFError, pickle.UnpicklingError, BrokenPipeError):  # the parent has ended
+        wordpiece, config = receive_settings()
+        while True:
+            shard_text = pickle.load(sys.stdin.buffer)
+            pickle.dump(build_shard(shard_text, wordpiece, config), sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+    os._exit(0)  # a normal exit would flush stdout, whose reader is gone
+
+
+def build_shard(shard_text, wordpiece, config):
+    """(rows for training, held-out rows, info) of a shard. Rows are uint16; shard-N.npz says what info is.
+
+    The random numbers of a document follow from the seed, the shard's number and the document's index in it.
+    """
+    number, documents, position = shard_text
+    train = []
+    heldout = []
+    kept = 0
+    dropped = 0
+    for index, lines in enumerate(tokenize(documents, wordpiece)):
+        rows, num_kept, num_dropped = build_rows(lines, f"{config.seed} {number} {index}", wordpiece, config)
+        if is_heldout(documents[index]):
+            heldout += rows
+        else:
+            train += rows
+        kept += num_kept
+        dropped += num_dropped
+    train = to_array(train, config.max_length)
+    heldout = to_array(heldout, config.max_length)
+    unk = wordpiece.unk_token_id
+    info = dict(documents=len(documents), tokens_kept=kept, tokens_dropped=dropped, end=position,
+                rows=len(train), heldout_rows=len(heldout),
+                tokens_unknown=int(np.sum(train == unk) + np.sum(heldout == unk)),
+                marks_stripped=count_marks(documents) if wordpiece.strip_accents else 0)
+    return train, heldout, info
+
+
+def is_heldout(text):
+    """Whether a document is held out. A hash decides, so duplicates are never split."""
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return number % HELDOUT_SHARE == 0
+
+
+def to_array(rows, length):
+    return np.array(rows, dtype=np.uint16).reshape(-1, length)  # reshape: an empty list has shape (0,)
+
+
+def count_marks(texts):
+    """The number of MARKS in texts, also in characters that Unicode takes apart into a letter and a mark."""
+    return sum(len(ANY_MARK.findall(unicodedata.normalize("NFD", text))) for text in texts)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rows: a document -> WordPiece ids -> rows of two segments
+
+def tokenize(documents, wordpiece):
+    """Yield [ids of each line] for each document."""
+    split = [[line for line in text.split("\n") if line.strip()] for text in documents]
+    # All lines are encoded in one call, which is parallel, and then dealt out to their documents.
+    ids = iter(wordpiece.encode([line for lines in split for line in lines]))
+    for lines in split:
+        yield [next(ids) for _ in lines]
+
+
+def build_rows(lines, seed, wordpiece, config):
+    """(rows, number of ids kept, number dropped) of a document. A row is a list of max_length ids."""
+    uniform = random.Random(seed).random  # draws from [0, 1); NumPy's generator is slow to make
+    if config.split_long_lines:
+        lines = [piece for line in lines for piece in split_line(line, config.max_length)]
+    rows = []
+    kept = 0
+    dropped = 0
+    for first, second, overflow in segment(lines, config.max_length, uniform):
+        row = wordpiece.add_special_tokens(first, second)
+        rows.append(row + [0] * (config.max_length - len(row)))
+        kept += len(first) + len(second)
+        dropped += overflow
+    return rows, kept, dropped
+
+
+def split_line(line, max_length):
+    """Cut a line that is longer than a row into rows, and each row into quarters.
+
+    >>> split_line([1, 2, 3, 4, 5, 6, 7, 8, 9], 8), split_line([1, 2, 3], 8)
+    ([[1, 2], [3, 4], [5, 6], [7, 8], [9]], [[1, 2, 3]])
+    """
+    if len(line) <= max_length:
+        return [line]
+    pieces = []
+    for start in range(0, len(line), max_length):
+        row = line[start : start + max_length]
+        for quarter in range(4):
+            piece = row[quarter * max_length // 4 : (quarter + 1) * max_length // 4]
+            if piece:  # the last row may be shorter
+                pieces.append(piece)
+    return pieces
+
+
+def segment(lines, max_length, uniform):
+    """Cut a document into examples of two segments: yield (first, second, number of ids dropped).
+
+    `lines` holds a list of ids for each line, `uniform()` draws from [0, 1). The second segment may be empty.
+    Called once per document, so that no example crosses the end of one. [D01] No loss looks at the border of
+    the segments: they train token type 1 and the second [SEP] for the sentence pairs of fine-tuning.
+
+    Lines are collected until they hold `target` ids, usually max_length, and then dealt out to two segments.
+    In the example max_length is 12, so the first segment should stay below (12 - 3) // 2 = 4 ids. After the
+    first four lines there are 12 ids. [1, 2] goes to the first segment; [3, 4, 5] crosses the middle, and a
+    coin, uniform() < 0.5, sends it to the second; [12] fits into the first and still joins it. A row has room
+    for 9 ids beside [CLS] and two [SEP], so 3 are dropped. The last line becomes an example of its own.
+
+    >>> list(segment([[1, 2], [3, 4, 5], [6, 7, 8, 9, 10, 11], [12], [13]], 12, lambda: 0.5))
+    [([1, 2, 12], [3, 4, 5, 6, 7, 8], 3), ([13], [], 0)]
+    """
+    collected = []
+    length = 0
+    target = draw_target(max_length, uniform)
+    for line in lines:
+        collected.append(line)
+        length += len(line)
+        if length >= target:
+            yield deal_out(collected, target, max_length, uniform)
+            collected = []
+            length = 0
+            target = draw_target(max_length, uniform)
+    if length:
+        yield deal_out(collected, target, max_length, uniform)
+
+
+def draw_target(max_length, uniform):
+    """The number of ids to collect: max_length or, with probability 0.05, a uniform draw from 5 to it. [D03]
+
+    Unlike the official code, where a target carries over to the next document, each document begins with a
+    draw of its own. Its rows then do not depend on the documents before it.
+    """
+    if uniform() < 0.05:
+        return 5 + int(uniform() * (max_length - 4))
+    return max_length
+
+
+def deal_out(lines, target, max_length, uniform):
+    """Deal lines out to two segments that meet near the middle, and drop what overflows a row."""
+    half = (target - 3) // 2
+    if uniform() < 0.1:
+        half = math.inf  # everything goes to the first segment
+    first = []
+    second = []
+    for line in lines:
+        if not first or len(first) + len(line) < half:
+            goes_first = True  # [D02] even after `second` has begun: line order can change
+        elif not second and len(first) < half:  # the line crosses the middle
+            goes_first = uniform() < 0.5
+        else:
+            goes_first = False
+        if goes_first:
+            first += line
+        else:
+            second += line
+    length = len(first) + len(second)
+    first = first[: max_length - 2]
+    room = max(0, max_length - len(first) - 3)  # not -1, where `first` fills the row and needs one [SEP]
+    second = second[:room]  # [D04] the overflow is dropped
+    return first, second, length - len(first) - len(second)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Shards: rows <-> disk
+
+FORMAT = 3  # raise it when rows change
+DELETE = "delete its folder, and it is made again"  # the advice about a damaged cache
+
+
+class Shards:
+    """The shards on disk that were made from one text with one vocabulary.
+
+    shard-N.npz holds the rows for training, the held-out rows and the `info` of build_shard: counts, and the
+    position in the text after the shard. `complete` lists them all, and says that there will be no more.
+    """
+
+    def __init__(self, config, wordpiece):
+        self.config = config
+        self.wordpiece = wordpiece
+        self.infos = []  # of each shard that is known so far: its info, and the file's "sha256"
+        self.is_complete = False
+        self.identities = identify_text(config)
+        self.fingerprint = {  # all that the rows depend on, apart from the text
+            "format": [FORMAT, SHARD_CHARACTERS, HELDOUT_SHARE],
+            "one_document_per_file": config.one_document_per_file,
+            "split_long_lines": config.split_long_lines,
+            "vocab": wordpiece.sha256[:12],
+            "do_lower_case": wordpiece.do_lower_case,
+            "strip_accents": wordpiece.strip_accents,
+            "max_length": config.max_length,
+            "seed": config.seed,
+        }
+        self.folder = self.find_folder()
+        self.refresh()
+
+    def find_folder(self):
+        """The folder for these shards. That of a copy of the text, or of another path to it, is found, too.
+
+        A folder's name ends with a hash of the files' names and sizes and one of their times. Where only the
+        times differ, the SHA-256 of each file decides.
+        """
+        key = digest([self.fingerprint, [identity[:2] for identity in self.identities]])
+        times = digest([identity[2:] for identity in self.identities])
+        own = Path(self.config.cache) / f"{source_name(self.config)}-{key}-{times}"
+        others = sorted(own.parent.glob(f"*-{key}-*"))
+        for folder in [own, *others]:
+            if folder.name.endswith(times) and folder.exists():
+                return folder
+        hashes = None
+        for folder in others:
+            if (folder / "complete").exists():
+                hashes = hashes or hash_files(self.config)
+                if read_complete(folder / "complete")["files"] == hashes:
+                    return folder
+        own.mkdir(parents=True, exist_ok=True)  # the child process must find the same
+        return own
+
+    def refresh(self):
+        """Look for shards that another process has added."""
+        if self.is_complete:
+            return
+        complete = self.folder / "complete"
+        if complete.exists():
+            self.infos = read_complete(complete)["shards"]
+            names = os.listdir(self.folder)
+            for number in range(len(self.infos)):
+                if self.path(number).name not in names:
+                    raise UserError(f"{self.path(number)} is missing; {DELETE}")
+            self.is_complete = True
+            return
+        while self.path(len(self.infos)).exists():
+            arrays, sha256 = self.read(len(self.infos))
+            self.infos.append(json.loads(arrays["info"].item()) | dict(sha256=sha256))
+
+    def path(self, number):
+        return self.folder / f"shard-{number:06d}.npz"
+
+    def read(self, number):
+        """(arrays by their names, SHA-256) of a shard file."""
+        content = read_sealed(self.path(number), DELETE)
+        return np.load(io.BytesIO(content)), hashlib.sha256(content).hexdigest()
+
+    def load(self, name, number):
+        """The `train` or `heldout` rows of a shard, uint16 (rows, max_length)."""
+        arrays, sha256 = self.read(number)
+        if sha256 != self.infos[number]["sha256"]:
+            raise UserError(f"{self.path(number)} was replaced by another shard; {DELETE}")
+        return arrays[name]
+
+    @property
+    def next_position(self):
+        """The position in the text (see read_documents) at which the next shard begins."""
+        if not self.infos:
+            return (0, 0)
+        return tuple(self.infos[-1]["end"])
+
+    def add(self, train, heldout, info):
+        """Write the next shard."""
+        file = io.BytesIO()
+        np.savez(file, train=train, heldout=heldout, info=json.dumps(info))
+        write_sealed(self.path(len(self.infos)), file.getvalue())
+        self.infos.append(info | dict(sha256=hashlib.sha256(file.getvalue()).hexdigest()))
+
+    def mark_complete(self):
+        """Say that there will be no more shards, if the text is still the one that was read."""
+        listing = dict(shards=self.infos, files=hash_files(self.config))
+        if identify_text(self.config) != self.identities:
+            raise UserError("the text changed while it was being read; run the same command again")
+        write_sealed(self.folder / "complete", json.dumps(listing).encode())
+        self.is_complete = True
+
+    def total(self, name):
+        """The sum of a count over all shards."""
+        return sum(info[name] for info in self.infos)
+
+    def describe(self):
+        """What the shards hold, and a line for each warning."""
+        kept = self.total("tokens_kept")
+        lost = self.total("tokens_dropped") / max(1, kept + self.total("tokens_dropped"))
+        unknown = self.total("tokens_unknown") / max(1, kept)
+        state = "" if self.is_complete else ", still growing"
+        text = (f"{self.folder}{state}: {self.total('documents'):,} documents, {self.total('rows'):,} rows "
+                f"to train on, {self.total('heldout_rows'):,} held out; {lost:.0%} of the tokens overflow "
+                f"and are dropped, {unknown:.1%} of the rest are [UNK]{describe_unread(self.config)}")
+        return "\n".join([text, *self.list_warnings(kept, lost, unknown)])
+
+    def list_warnings(self, kept, lost, unknown):
+        """Yield a warning if much of the text is lost, unknown or padding."""
+        if lost > 0.4:
+            option = "" if self.config.split_long_lines else ", or use --split-long-lines"
+            yield ("warning: many tokens are dropped. ELECTRA takes a line for a sentence or a paragraph: "
+                   f"raise --max-length{option}")
+        if warning := unknown_warning(unknown):
+            yield warning
+        elif kept < 0.4 * (self.total("rows") + self.total("heldout_rows")) * self.config.max_length:
+            yield ("warning: rows are mostly padding. A blank line ends a document: if it should not, use "
+                   "--one-document-per-file, else lower --max-length")
+        if self.total("marks_stripped") > 0.05 * kept:
+            yield ("warning: vowel signs or voicing marks are stripped like accents, which changes words of "
+                   "Hindi, Thai, Arabic, Japanese and others: use --no-strip-accents")
+
+
+def read_complete(path):
+    """What `complete` holds: "shards", their infos, and "files", the SHA-256 of each file of the text."""
+    return parse_json(read_sealed(path, DELETE), path)
+
+
+def identify_text(config):
+    """[its name and, for a file, its size and modification time] for each file and address of the corpus.
+
+    Names of files are relative to the folder that holds them all, so that it can be moved.
+    """
+    files = find_files(config)
+    parents = [os.path.dirname(os.path.abspath(name)) for name in files if is_file(name)]
+    folder = os.path.commonpath(parents or ["/"])
+    return [identify(name, folder) for name in files]
+
+
+def hash_files(config):
+    """The SHA-256 of each file of the corpus. Addresses have none."""
+    hashes = []
+    for name in filter(is_file, find_files(config)):
+        with open(name, "rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashes
+
+
+def identify(name, folder):
+    """[name relative to `folder`, size, modification time] of a file, or [name, versions if it has some]."""
+    if name == "python-docs":
+        versions = [importlib.metadata.version(package) for package in ("torch", "numpy")]
+        return [name, [platform.python_version(), *versions]]
+    if is_address(name):
+        return [name]
+    status = os.stat(name)
+    return [os.path.relpath(name, folder), status.st_size, status.st_mtime_ns]
+
+
+def source_name(config):
+    """The name of the first source, fit for the name of a file: short, and without secrets."""
+    name = Path(without_secrets(config.data[0])).name
+    return re.sub(r"[^\w.-]", "_", name)[:40] or "text"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Growing shards: a child process prepares the text while this process trains
+
+
+class Stopped(UserError):
+    """Waiting for text ended: preparing it failed, or a signal arrived.
+
+    The message is the child's error, or empty after a signal.
+    """
+
+
+class GrowingShards(Shards):
+    """Shards to which a child of this process, or of another rank, may still be adding.
+
+    Its methods wait for shards. They raise Stopped if the child of this process has failed, or as soon as the
+    list `signals` is not empty, to which the caller's signal handler appends.
+    """
+
+    def __init__(self, config, wordpiece):
+        super().__init__(config, wordpiece)
+        self.child = None
+        self.child_output = None
+
+    @contextmanager
+    def prepare_in_child(self):
+        """Run `prepare` in a child process for as long as the context lasts.
+
+        Its error goes to stdout, which is captured; downloads and what it waits for show on the terminal.
+        """
+        if self.is_complete:
+            yield
+            return
+        with (tempfile.TemporaryFile() as output,
+              start_process("child", self.wordpiece, self.config, stdout=output) as child):
+            self.child = child
+            self.child_output = output
+            try:
+                yield
+            finally:
+                self.child = None
+
+    def wait_for_shards(self, count, signals=()):
+        """Block until there are `count` shards, or until the text is complete."""
+        self.wait_until(lambda: len(self.infos) >= count, signals)
+
+    def history(self, number, signals=()):
+        """16 hex digits of the SHA-256 of each of the first `number` shards, or of all if there are fewer.
+
+        A run that has used so many shards can go on with any text that has the same history. Blocks until
+        they are there.
+        """
+        self.wait_for_shards(number, signals)
+        return "".join(info["sha256"][:16] for info in self.infos[:number])
+
+    def changed_file(self, history):
+        """The file or address in which, or after which, the text differs from that of another history."""
+        number = len(os.path.commonprefix([history, self.history(len(self.infos))])) // 16  # same shards
+        file_number = self.infos[number - 1]["end"][0] if number else 0
+        return without_secrets(find_files(self.config)[file_number])
+
+    def heldout(self, limit, signals=()):
+        """The first `limit` held-out rows, int64, or all if the whole text has fewer. Blocks until then."""
+        self.wait_until(lambda: self.total("heldout_rows") >= limit, signals)
+        rows = np.zeros((0, self.config.max_length), dtype=np.uint16)
+        for number in range(len(self.infos)):
+            if len(rows) >= limit:
+                break
+            rows = np.concatenate([rows, self.load("heldout", number)])
+        return rows[:limit].astype(np.int64)
+
+    def wait_until(self, is_there, signals):
+        """Block until `is_there()`, or until the text is complete."""
+        with tqdm(desc="waiting for text", bar_format="{desc}, {elapsed}", delay=1, leave=False,
+                  disable=None) as bar:
+            while True:
+                error = self.child_error()
+                self.refresh()  # after child_error: an ended child adds no more
+                if is_there() or self.is_complete:
+                    return
+                if error or signals:
+                    raise Stopped(error)
+                bar.update(0)  # shows the time
+                time.sleep(0.05)
+
+    def child_error(self):
+        """The error message of a child that has ended, or "" while it runs or if there is none."""
+        if self.child is None or self.child.poll() is None:
+            return ""
+        self.child_output.seek(0)
+        message = self.child_output.read().decode(errors="replace").strip()
+        # Success has no message. `wait_until` does not need one, since then the shards are complete.
+        status = self.child.returncode
+        return message or f"preparing the text ended with status {status}; run the same command again"
+
+
+def run_as_child():
+    """Receive a vocabulary and a config from standard input, and prepare text. Returns the exit status."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    wordpiece, config = receive_settings()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        prepare(config, progress=False, wordpiece=wordpiece)
+    except (UserError, OSError) as error:
+        print(error)
+        return 1
+    return 0
+
+
+def end_with_parent():
+    os.read(0, 1)  # the parent writes no more, so this returns when the parent ends and the pipe closes
+    os._exit(1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Order: (seed, step) -> the rows of a step
+
+MAX_GROUP = 128  # most shards that are shuffled together, about 100 MB
+
+
+class Order:
+    """The endless sequence of rows that training reads. The rows of a step are a function of (seed, step).
+
+    Shards form groups of 1, 2, 4, ... 128, and the rows of a group are shuffled. In epoch 0 shards come in
+    their own order, so that training begins when the first is there; later epochs permute them. For example,
+    five shards of 100 rows: the sequence begins with the 100 rows of shard 0; the next 200 rows are those of
+    shards 1 and 2, mixed; the next 200, which end epoch 0, are those of shards 3 and 4.
+    """
+
+    def __init__(self, shards, batch_size, signals=()):
+        self.shards = shards
+        self.batch_size = batch_size
+        self.seed = shards.config.seed
+        self.signals = signals  # as in GrowingShards
+        self.groups = self.list_groups()
+        self.rows = np.zeros((0, shards.config.max_length), dtype=np.uint16)  # the next ones, as far as read
+        self.next_row = 0  # place of the first of `rows` in the sequence
+        self.epoch = 0  # of the last of `rows`
+        # The rows so far depend on the first so many shards, or on all if there are fewer: a text that ends
+        # before them must still end there.
+        self.num_shards_used = 0
+
+    def batch(self, step):
+        """(epoch, ids (batch_size, max_length) int64) of a step. Steps must not decrease.
+
+        Blocks until the rows are prepared. Raises Stopped if they will not be, or if there is a signal.
+        """
+        self.skip_to(step * self.batch_size)
+        while len(self.rows) < self.batch_size:
+            self.epoch, group, members = next(self.groups)
+            self.rows = np.concatenate([self.rows, self.read(group, members)])
+        rows = self.rows[: self.batch_size]
+        self.rows = self.rows[self.batch_size :]
+        self.next_row += self.batch_size
+        return self.epoch, rows.astype(np.int64)
+
+    def skip_to(self, row):
+        """Drop the rows before a place in the sequence. Groups that end before it are not read."""
+        assert row >= self.next_row, "the step is earlier than the last one"
+        while self.next_row + len(self.rows) < row:
+            self.next_row += len(self.rows)
+            self.rows = self.rows[:0]
+            self.epoch, group, members = next(self.groups)
+            size = sum(self.shards.infos[shard]["rows"] for shard in members)
+            if self.next_row + size <= row:
+                self.next_row += size
+            else:
+                self.rows = self.read(group, members)
+        self.rows = self.rows[row - self.next_row :]
+        self.next_row = row
+
+    def read(self, group, members):
+        """The shuffled rows of a group of shards."""
+        rows = np.concatenate([self.shards.load("train", shard) for shard in members])
+        return rows[rng(self.seed, "rows", self.epoch, group).permutation(len(rows))]
+
+    def list_groups(self):
+        """Yield (epoch, index of the group in it, the group's shards) for ever."""
+        for epoch in itertools.count():
+            group = 0
+            first_shard = 0
+            num_shards = 1
+            while members := self.list_shards(epoch, first_shard, first_shard + num_shards):
+                if self.signals:  # a resume at a far step skips many groups
+                    raise Stopped("")
+                yield epoch, group, members
+                group += 1
+                first_shard += num_shards
+                num_shards = min(2 * num_shards, MAX_GROUP)
+
+    def list_shards(self, epoch, begin, end):
+        """The shards at the places from `begin` to `end` of an epoch, fewer or none where the text ends."""
+        if epoch == 0:
+            self.shards.wait_for_shards(end, self.signals)
+            self.num_shards_used = end
+            return list(range(begin, min(end, len(self.shards.infos))))
+        permuted = rng(self.seed, "shards", epoch).permutation(len(self.shards.infos))
+        return permuted[begin:end].tolist()
+
+
+def rng(seed, purpose, *numbers):
+    """A NumPy random generator that is a function of its arguments."""
+    letters = purpose.encode()  # as numbers
+    return np.random.default_rng([seed, *letters, *numbers])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Model folders: a path, a run of train.py, or a name on the hub
+
+WEIGHTS = "model.safetensors"
+SHARD_INDEX = "model.safetensors.index.json"  # names the files of a model whose weights are in several
+OLD_WEIGHTS = "pytorch_model.bin"
+
+
+def find_model(name, cache, network=None):
+    """The folder of a model: NAME; of a run, NAME/discriminator or NAME/generator; else a download.
+
+    `network` is discriminator or generator. By default it is the one that the run trains for fine-tuning.
+    """
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        folder = folder / (network or trained_network(folder))
+    if (folder / "config.json").is_file():
+        return folder
+    is_hub_name = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name) is not None  # OWNER/NAME
+    is_local = name.startswith("out/") or Path(name).exists()  # out/: a run that is yet to be made
+    if is_local or not is_hub_name:
+        raise UserError(f"there is no model in {folder}; pre-train one with `python train.py --size small`, "
+                        "or give google/electra-small-discriminator or another name on the hub")
+    folder = Path(cache) / "models" / name.replace("/", "--")
+    make_once(folder / "config.json", lambda: download_model(name, folder))
+    return folder
+
+
+def trained_network(folder):
+    """The network that a run of train.py, or a step-N in it, trains for fine-tuning.
+
+    The objective decides. What happens to be there does not: a generator never replaces a discriminator.
+    """
+    run = folder.parent if folder.name.startswith("step-") else folder
+    with suppress(FileNotFoundError), open(run / "log.jsonl", "rb") as file:
+        if b'"objective": "mlm"' in file.readline():  # the settings
+            return "generator"
+    return "discriminator"
+
+
+def download_model(name, folder):
+    """Download a model from the hub. config.json comes last and marks a complete download."""
+    advice = f"check the name: there is no folder {name} here either"
+
+    def get(*files):
+        """Download the first of these files that the hub has."""
+        for file in files:
+            try:
+                download(folder / file, f"hub:/{name}/resolve/main/{file}", advice)
+                return file
+            except NotFound:
+                if file == files[-1]:
+                    raise
+
+    for file in "vocab.txt", "tokenizer.json", "tokenizer_config.json":  # either of the first two is enough
+        with suppress(NotFound):
+            get(file)
+    if get(WEIGHTS, SHARD_INDEX, OLD_WEIGHTS) == SHARD_INDEX:
+        index = (folder / SHARD_INDEX).read_text("utf-8", "replace")
+        for file in sorted(set(re.findall(r'"([\w.-]+\.safetensors)"', index))):  # names, and never paths
+            get(file)
+    get("config.json")
+
+
+def read_tokenizer(folder):
+    """(WordPiece, max_length or None) of a model folder: vocabulary, case, accents, the length trained on."""
+    tokens = read_vocab(find_vocab(folder))
+    # The rules of tokenizer.json outweigh those of tokenizer_config.json.
+    rules = read_rules(Path(folder, "tokenizer_config.json")) | read_rules(Path(folder, "tokenizer.json"))
+    do_lower_case = rules.get("do_lower_case") is not False
+    strip_accents = rules.get("strip_accents") is not False  # if it is lower-cased, as in BERT
+    return WordPiece(tokens, do_lower_case, strip_accents), rules.get("model_max_length")
+
+
+# What the files of a model folder may say about its tokenizer; no entry and null mean the first value.
+RULES = {
+    # tokenizer_config.json. The last two classes leave all rules to tokenizer.json.
+    "tokenizer_class": ["ElectraTokenizer", "ElectraTokenizerFast", "BertTokenizer", "BertTokenizerFast",
+                        "PreTrainedTokenizerFast", "TokenizersBackend"],
+    "do_lower_case": [True, False],
+    "strip_accents": [True, False],
+    "do_basic_tokenize": [True],
+    "word_tokenizer_type": ["basic"],
+    "tokenize_chinese_chars": [True],
+    # tokenizer.json
+    "model.type": ["WordPiece"],
+    "model.continuing_subword_prefix": ["##"],
+    "normalizer.type": ["BertNormalizer"],
+    "normalizer.clean_text": [True],
+    "normalizer.handle_chinese_chars": [True],
+    "pre_tokenizer.type": ["BertPreTokenizer"],
+}
+
+
+def read_rules(path):
+    """What a file of a model folder says about its tokenizer, by the names of RULES. Empty without a file."""
+    if not path.is_file():
+        return {}
+    rules = read_json(path)
+    if path.name == "tokenizer.json":
+        rules = flatten(rules, path)
+    lacking = f"{path} asks for a rule that this tokenizer lacks"
+    for name, possible in RULES.items():
+        if rules.get(name) not in [*possible, None]:
+            raise UserError(f"{lacking}: {name} is {rules[name]!r} and not {possible[0]!r}")
+    if rules.get("strip_accents") and rules.get("do_lower_case") is False:
+        raise UserError(f"{lacking}: accents are stripped only from lower-cased text")
+    if not isinstance(rules.get("model_max_length"), int | float | None):
+        raise UserError(f"{path} is damaged: model_max_length is {rules['model_max_length']!r}")
+    return rules
+
+
+def flatten(content, path):
+    """The rules in the content of a tokenizer.json, by the names of RULES."""
+    rules = {}
+    try:
+        for part in "model", "normalizer", "pre_tokenizer":
+            rules |= {f"{part}.{name}": value for name, value in content[part].items()}
+        return rules | dict(do_lower_case=rules["normalizer.lowercase"],
+                            strip_accents=rules["normalizer.strip_accents"])
+    except (AttributeError, KeyError):
+        raise UserError(f"{path} is damaged, or its tokenizer is not like BERT's") from None
+
+
+def find_vocab(folder):
+    """The vocabulary of a model folder: vocab.txt or, as transformers now writes, tokenizer.json."""
+    for path in Path(folder, "vocab.txt"), Path(folder, "tokenizer.json"):
+        if path.is_file():
+            return path
+    raise UserError(f"{folder} is not a model folder: it has neither vocab.txt nor tokenizer.json")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Vocabularies
+
+BERT_VOCAB = dict(  # BERT's uncased vocabulary, which is ELECTRA's
+    address="hub:/google/electra-small-discriminator/resolve/main/vocab.txt",
+    size=231_508,
+    sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+)
+VOCAB_DOCUMENTS = 100_000  # documents used to train a vocabulary
+# BERT's normalizer makes words of these characters, of Chinese and Japanese kanji.
+IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b73f"
+                       "\U0002b740-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]")
+
+
+def load_wordpiece(config):
+    """The WordPiece that config.vocab names: a file, BERT's, or one trained on the text."""
+    find_files(config)  # a missing one is reported before anything is downloaded
+    tokens = read_vocab(make_vocab(config))
+    return WordPiece(tokens, config.do_lower_case, config.strip_accents)
+
+
+def make_vocab(config):
+    """The path of the vocabulary that config.vocab names. It is downloaded or trained if need be."""
+    if config.vocab == "bert":
+        path = Path(config.cache) / "bert-uncased-vocab.txt"
+        advice = "use --vocab FILE, or --vocab train:8192 for one trained on your text"
+        make_once(path, lambda: download(path, **BERT_VOCAB, advice=advice))
+        return path
+    match = re.fullmatch(r"train:(\d+)", config.vocab)
+    if not match:
+        return Path(config.vocab)
+    size = int(match[1])
+    if not len(SPECIAL_TOKENS) < size <= 65_535:
+        raise UserError(f"--vocab {config.vocab} is not possible; rows are uint16, so take 6 to 65535")
+    # Training is not reproducible to the byte, so the vocabulary of a text is kept.
+    fingerprint = [identify_text(config), config.one_document_per_file, config.do_lower_case,
+                   config.strip_accents, match[1]]
+    path = Path(config.cache) / f"{source_name(config)}-{digest(fingerprint)}-vocab.txt"
+    make_once(path, lambda: train_vocab(config, size, path))
+    return path
+
+
+def train_vocab(config, size, path):
+    """Train a vocabulary of at most `size` tokens on the beginning of the text, and write it to `path`.
+
+    Ideographs are words of their own, so the trainer does not see them. The most frequent ones are added: as
+    many as there is room for, and at least as large a share of the vocabulary as of the text.
+    """
+    wordpiece = WordPiece(SPECIAL_TOKENS, config.do_lower_case, config.strip_accents)
+    counts = Counter()  # of all characters
+    # Letters, which take two tokens each (x and ##x), may fill half of the vocabulary.
+    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL_TOKENS, show_progress=False,
+                                        limit_alphabet=max(1, size // 4))
+    wordpiece.tokenizer.train_from_iterator(lines_without_ideographs(config, wordpiece, counts), trainer)
+    ids = wordpiece.tokenizer.get_vocab()
+    ideographs = [character for character, _ in counts.most_common() if IDEOGRAPH.match(character)]
+    if len(ids) == len(SPECIAL_TOKENS) and not ideographs:
+        raise no_text(config)
+    share = sum(counts[character] for character in ideographs) / counts.total()
+    room = max(size - len(ids), int(share * (size - len(SPECIAL_TOKENS))))
+    kept = ideographs[:room]
+    tokens = sorted(ids, key=ids.get)[: size - len(kept)] + kept
+    if len(tokens) < size:
+        tqdm.write(f"the text yields a vocabulary of {len(tokens):,} and not {size:,}: it has no more pieces "
+                   "of words", file=sys.stderr)
+    with atomic_write(path) as file:
+        file.write(vocab_file(tokens))
+
+
+def lines_without_ideographs(config, wordpiece, counts):
+    """Yield the normalized lines that a vocabulary is trained on, and count their characters in `counts`."""
+    for text, _ in itertools.islice(read_documents(config), VOCAB_DOCUMENTS):
+        for line in text.split("\n"):
+            line = wordpiece.normalize(line)
+            counts.update(line)
+            yield IDEOGRAPH.sub(" ", line)
+
+
+def read_vocab(path):
+    """The tokens of a vocab.txt, one on each line, or of a tokenizer.json, in the order of their ids."""
+    if not path.is_file():
+        raise UserError(f"there is no vocabulary {path}; --vocab takes a vocab.txt, train:SIZE or bert")
+    text = decode_utf8(path.read_bytes(), path)
+    if path.suffix == ".json":
+        content = parse_json(text, path)
+        try:
+            ids = content["model"]["vocab"]
+            tokens = sorted(ids, key=ids.get)
+            is_whole = sorted(ids.values()) == list(range(len(ids)))
+        except (AttributeError, KeyError, TypeError):
+            is_whole = False
+        if not is_whole:
+            raise UserError(f"{path} is not a WordPiece tokenizer, as ELECTRA's and BERT's are")
+    else:
+        tokens = [line.strip() for line in text.removesuffix("\n").split("\n")]  # as in the official code
+    for number, token in enumerate(tokens, 1):
+        if len(token.split()) > 1:
+            raise UserError(f"the vocabulary {path}, line {number}, holds more than a token: {token!r}; "
+                            "keep one on each line")
+    if tokens[:1] != [PAD] or not set(SPECIAL_TOKENS) <= set(tokens):
+        raise UserError(f"the vocabulary {path} must begin with {PAD} and hold {', '.join(SPECIAL_TOKENS)}")
+    if len(set(tokens)) < len(tokens) or len(tokens) > 65_535:
+        raise UserError(f"the vocabulary {path} must hold at most 65,535 tokens, each once; rows are uint16")
+    return tokens
+
+
+NOT_PRINTABLE_ASCII = re.compile(r"[^ -~]+")
+
+
+class WordPiece:
+    """A vocabulary, `tokens` in the order of their ids, and the rules that turn text into ids.
+
+    A word is cut greedily: each token is the longest that fits, and inside a word tokens begin with ##. No
+    text becomes a special token: "[SEP]" is tokenized as "[", "sep" and "]".
+
+    >>> wordpiece = WordPiece([*SPECIAL_TOKENS, "p", "play", "##ing", "##in"])
+    >>> [wordpiece.tokens[number] for number in wordpiece.encode(["Playing"])[0]]
+    ['play', '##ing']
+    """
+
+    def __init__(self, tokens, do_lower_case=True, strip_accents=True):
+        self.tokens = tokens
+        self.do_lower_case = do_lower_case
+        self.strip_accents = do_lower_case and strip_accents
+        ids = {token: number for number, token in enumerate(tokens)}
+        self.cls_token_id = ids[CLS]
+        self.sep_token_id = ids[SEP]
+        self.mask_token_id = ids[MASK]
+        self.unk_token_id = ids[UNK]
+        self.sha256 = hashlib.sha256("\n".join(tokens).encode()).hexdigest()
+        # As in the official code, only words over 200 characters become [UNK] for their length.
+        self.tokenizer = Tokenizer(models.WordPiece(ids, unk_token=UNK, max_input_chars_per_word=200))
+        self.tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self.normalizer = normalizers.BertNormalizer(  # for `normalize`
+            lowercase=self.do_lower_case, strip_accents=self.strip_accents)
+
+    def encode(self, lines):
+        """A list of lines -> a list of lists of ids, without special tokens."""
+        texts = [self.normalize(line) for line in lines]
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def normalize(self, line):
+        """What `normalizer` makes of a line, a third faster: printable ASCII needs only lower-casing."""
+        line = NOT_PRINTABLE_ASCII.sub(lambda match: self.normalizer.normalize_str(match[0]), line)
+        if self.do_lower_case:
+            line = line.lower()
+        return line
+
+    def add_special_tokens(self, first, second):
+        """[CLS] first [SEP] second [SEP], or [CLS] first [SEP] if there is no second, as a list of ids."""
+        row = [self.cls_token_id, *first, self.sep_token_id]
+        if second:
+            row += [*second, self.sep_token_id]
+        return row
+
+    def unknown_share(self, rows):
+        """The share of [UNK] among the ids of text in rows, an array of ids."""
+        ids = rows[(rows != 0) & (rows != self.cls_token_id) & (rows != self.sep_token_id)]
+        return float(np.mean(ids == self.unk_token_id)) if len(ids) else 0.0
+
+    def decode(self, ids):
+        """Readable text, with special tokens and without padding."""
+        words = [self.tokens[number] for number in ids if number != 0]  # 0 is [PAD]
+        return " ".join(words).replace(" ##", "")
+
+    def files(self, max_length):
+        """{name: bytes} of vocab.txt and tokenizer_config.json. `max_length` is the length trained on."""
+        # Without tokenizer_config.json, transformers always lower-cases and strips accents.
+        settings = dict(tokenizer_class="ElectraTokenizer", do_lower_case=self.do_lower_case,
+                        strip_accents=self.strip_accents, tokenize_chinese_chars=True,
+                        model_max_length=max_length)
+        return {"vocab.txt": vocab_file(self.tokens),
+                "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode()}
+
+
+def unknown_warning(share):
+    """A warning that names the usual causes of so many [UNK], or "" if they are at most 5 %."""
+    if share <= 0.05:
+        return ""
+    return (f"warning: {share:.0%} of the tokens are [UNK]. Usual causes: a vocabulary of another "
+            "language, case or accents; words of over 200 characters (text without spaces); lines of "
+            "vocab.txt that hold more than a token")
+
+
+def vocab_file(tokens):
+    """The content of a vocab.txt."""
+    return "".join(f"{token}\n" for token in tokens).encode()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Downloads: addresses -> bytes
+
+TIMEOUT = 30  # seconds without an answer
+BACKOFF = 0.5  # seconds, doubled before each new attempt, at most a minute
+ATTEMPTS = 16  # in a row; they take ten minutes
+ATTEMPTS_WITHOUT_ANSWER = 7  # if the server has never answered; they take a minute
+
+
+def open_source(name):
+    """A file or address as a binary stream."""
+    if is_address(name):
+        return io.BufferedReader(ChunkStream(fetch(name)), 1 << 20)
+    return open(name, "rb")
+
+
+class ChunkStream(io.RawIOBase):
+    """A file object over an iterator of byte chunks, since archives are read from files."""
+
+    def __init__(self, chunks):
+        self.chunks = chunks
+        self.rest = b""
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        if not self.rest:
+            self.rest = next(self.chunks, b"")
+        size = min(len(buffer), len(self.rest))
+        buffer[:size] = self.rest[:size]
+        self.rest = self.rest[size:]
+        return size
+
+
+def is_address(name):
+    return str(name).startswith(("http://", "https://", "hub:"))
+
+
+class NotFound(UserError):
+    """There is nothing at an address."""
+
+
+def download(path, address, advice, size=None, sha256=None):
+    """Fetch a file whole, and check its SHA-256 where that is known."""
+    found = hashlib.sha256()
+    with (atomic_write(path) as file,
+          tqdm(desc=path.name, total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar):
+        for chunk in fetch(address, advice=advice):
+            file.write(chunk)
+            found.update(chunk)
+            bar.update(len(chunk))
+        if sha256 is not None and found.hexdigest() != sha256:
+            raise UserError(f"{without_secrets(address)} has SHA-256 {found.hexdigest()} instead of "
+                            f"{sha256}; try again, or {advice}")
+
+
+def fetch(address, advice="use --data PATH or --data python-docs"):
+    """Yield the bytes at an address. A dropped connection resumes at the byte where it broke off."""
+    name = without_secrets(address)
+    url = url_of(address)
+    headers = {"Accept-Encoding": "identity"}
+    if url.startswith(f"{hub()}/"):
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "TRUE", "YES"):
+            raise UserError(f"{name} is not read, because HF_HUB_OFFLINE is set; unset it, or {advice}")
+        if os.environ.get("HF_TOKEN"):  # requests drops it when another host is redirected to
+            headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN'].strip()}"
+    position = 0
+    length = None  # of the whole; None if the server does not say
+    failures = 0  # in a row
+    while position != length:
+        if position:
+            headers["Range"] = f"bytes={position}-"
+        try:
+            with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+                check_status(response, name, advice)
+                begin, total, found = describe_answer(response)
+                if position == 0:
+                    version = found
+                if position == 0 or length is None:
+                    length = total
+                if (begin, total, found) != (position, length, version):
+                    raise UserError(f"{name} cannot be resumed at byte {position:,}: it has changed, or the "
+                                    "server cannot send a part; download it and use --data PATH")
+                for chunk in response.iter_content(1 << 14):
+                    position += len(chunk)
+                    failures = 0
+                    yield chunk
+                if length is None:
+                    return
+                if position != length:
+                    raise requests.ConnectionError("the body ended early")
+        except UserError:  # also a ValueError
+            raise
+        except ValueError:  # so requests and urllib3 call malformed addresses
+            raise UserError(f"{name} is not the address of a server; {advice}") from None
+        except requests.RequestException as error:
+            failures += 1
+            wait_or_give_up(error, failures, name, position, advice)
+
+
+def describe_answer(response):
+    """(First byte, length of the whole, version) of an answer: a part or the whole. None is unknown."""
+    headers = response.headers
+    version = headers.get("ETag") or headers.get("Last-Modified") or ""
+    if response.status_code == 206:
+        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
+        if not match:
+            return None, None, version
+        return int(match[1]), int(match[2]), version
+    length = headers.get("Content-Length", "")
+    if not length.isdecimal() or "Content-Encoding" in headers:  # of the encoded bytes
+        return 0, None, version
+    return 0, int(length), version
+
+
+def check_status(response, name, advice):
+    """Raise requests.HTTPError if it is worth another attempt, and UserError if it is not."""
+    status = response.status_code
+    if status == 429 or status >= 500:
+        response.raise_for_status()
+    if status not in (200, 206):
+        kind = NotFound if status == 404 else UserError
+        raise kind(f"{name} answers {status} {response.reason}; {advice}")
+
+
+def wait_or_give_up(error, failures, name, position, advice):
+    """Wait before the next attempt. Raises UserError after too many failures in a row."""
+    attempts = ATTEMPTS
+    response = getattr(error, "response", None)
+    if response is not None:
+        reason = f"it answers {response.status_code}"
+    else:
+        reason = type(error).__name__
+        if position == 0:  # perhaps there is no such server
+            attempts = ATTEMPTS_WITHOUT_ANSWER
+    if failures >= attempts:
+        raise UserError(f"{name} cannot be read: {reason}, {failures} times in a row; the same command "
+                        f"resumes later; or {advice}") from None
+    seconds = min(60, BACKOFF * 2**failures)
+    tqdm.write(f"{name}: {reason}, at byte {position:,}; trying again in {seconds:.0f} s", file=sys.stderr)
+    time.sleep(seconds)
+
+
+def url_of(address):
+    """The URL of an address, which may begin with hub:."""
+    if not address.startswith("hub:"):
+        return address
+    return hub() + address.removeprefix("hub:")
+
+
+def hub():
+    """The URL of the hub."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def without_secrets(name):
+    """A path as it is; an address without user, password, query and fragment, which can hold secrets."""
+    url = url_of(name)
+    if "://" not in url:
+        return name
+    return re.sub(r"//[^/?#]*@", "//", re.split("[?#]", url)[0])
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Files that survive a kill: helpers, also for train.py, glue.py and finetune.py
 
 SEAL_BYTES = 32  # of a SHA-256
+
 
 @contextmanager
 def atomic_write(path):
@@ -201,1521 +1676,6 @@ def without_surrogates(text):
 def digest(value):
     """A short hash of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The pipeline
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which text, and how it becomes rows. Annotated fields are flags, as in model.ElectraConfig."""
-
-    data: Annotated[list, "files, folders, addresses of text, openwebtext, or python-docs"] = ("openwebtext",)
-    one_document_per_file: Annotated[bool, "each .txt is one document; else blank lines separate "
-                                           "documents"] = False
-    split_long_lines: Annotated[bool, "cut lines that are longer than a row; else their ends are "
-                                      "lost"] = False
-    vocab: Annotated[str, "a vocab.txt; train:SIZE, trained on the text; or bert, downloaded once"] = "bert"
-    do_lower_case: Annotated[bool, "lower-case the text"] = True
-    strip_accents: Annotated[bool, "strip accents from lower-cased text"] = True
-    max_length: Annotated[int, "tokens in a row, [CLS] and [SEP] included", 8, 1_000_000] = 128
-    seed: Annotated[int, "seed of all randomness", 0, 2**32 - 1] = 0
-    cache: Annotated[str, "folder for prepared text and downloads"] = "cache"
-
-
-def prepare(config, progress=True, wordpiece=None):
-    """Turn text into shards of rows. After a kill it resumes; a finished shard is never made again."""
-    shards = Shards(config, wordpiece or load_wordpiece(config))
-    with lock(shards.folder / "lock", f"waiting for another process to prepare {shards.folder}"):
-        shards.refresh()  # the other process may have added some
-        if shards.is_complete:
-            return shards
-        units = read_units(config, start=shards.next_position, first_number=len(shards.infos))
-        hidden = None if progress else True  # None: shown on a terminal
-        with tqdm(desc="preparing", unit=" rows", disable=hidden) as bar:
-            for train, heldout, info in build_shards(units, shards.wordpiece, config):
-                shards.add(train, heldout, info)
-                bar.update(len(train))
-        if shards.total("rows") == 0:
-            raise no_text(config)
-        shards.mark_complete()
-    return shards
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Documents: names -> files -> one string for each document
-
-SHARD_CHARACTERS = 2_000_000  # characters of text per shard, about 3,000 rows of 128
-MAX_DOCUMENT = 10_000_000  # characters; a longer document of a .txt is split
-
-
-def read_units(config, start, first_number):
-    """Yield (number, texts, position after them) for each unit: the documents that become a shard."""
-    number = first_number
-    texts = []
-    size = 0
-    for text, position in read_documents(config, start):
-        texts.append(text)
-        size += len(text)
-        if size >= SHARD_CHARACTERS:
-            yield number, texts, position
-            number += 1
-            texts = []
-            size = 0
-    if texts:
-        yield number, texts, position
-
-
-def read_documents(config, start=(0, 0)):
-    """Yield (text, position after it) for each document from position `start` on.
-
-    A position is a tuple: number of the file, number of its documents so far. Resuming reads a file from its
-    beginning again.
-    """
-    for file_number, name in enumerate(find_files(config)):
-        if file_number < start[0]:
-            continue
-        for count, text in enumerate(read_source(name, config), 1):
-            text = text.replace("\r\n", "\n").strip()
-            position = (file_number, count)
-            if text and position > start:
-                yield text, position
-
-
-def read_source(name, config):
-    """Yield the documents of a file or an address. Some may be empty."""
-    if name == "python-docs":
-        yield from python_docs()
-        return
-    path = without_secrets(name)
-    is_openwebtext = any(name in addresses for addresses in OPENWEBTEXT.values())
-    one_document = config.one_document_per_file or is_openwebtext
-    with open_source(name) as stream:
-        yield from read_file(stream, path, path, one_document)
-
-
-def read_file(stream, path, source, one_document):
-    """Yield the documents of a file. Its kind follows from `path`; errors name `source`."""
-    kind, compression = kind_of(path)
-    if not kind:
-        raise UserError(f"{source} cannot be read; .txt, .jsonl, .json, .parquet and .tar can, plain, .gz, "
-                        ".xz or .zst")
-    try:
-        with decompress(stream, compression, source) as file:
-            if kind == ".txt":
-                yield from read_txt(file, source, one_document)
-            elif kind == ".tar":
-                for name, content in read_tar(file):  # a member may be an archive in its turn
-                    yield from read_file(content, name, f"{name} in {source}", one_document)
-                if compression:
-                    read_to_the_end(file)
-            elif kind == ".parquet":
-                yield from read_parquet(file, source)
-            else:
-                yield from read_jsonl(file, source)
-    except (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
-        if isinstance(error, OSError) and error.errno:  # an error of the disk; damage has no number
-            raise OSError(error.errno, error.strerror, error.filename or source) from None
-        raise UserError(f"{source} is damaged or cut short ({error}); make or fetch it again") from error
-
-
-def decompress(stream, compression, source):
-    """A context manager that gives the content of a stream as a file."""
-    if compression == ".gz":
-        return gzip.open(stream)
-    if compression == ".xz":
-        return lzma.open(stream)
-    if compression == ".zst":
-        return io.BufferedReader(import_pyarrow(source).CompressedInputStream(stream, "zstd"))
-    return nullcontext(stream)
-
-
-def import_pyarrow(source):
-    """pyarrow, which only .parquet and .zst need."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{source} is read with pyarrow: pip install pyarrow") from None
-    return pyarrow
-
-
-def read_to_the_end(file):
-    """Read what is left of a compressed file. Its checksum comes last, after the end mark of a tar."""
-    while file.read(1 << 20):
-        pass
-
-
-def read_tar(file):
-    """Yield (name, content as a file) for each readable member. Nothing is unpacked to disk."""
-    with tarfile.open(fileobj=file, mode="r|") as tar:
-        while member := tar.next():
-            tar.members.clear()  # it would grow with the archive
-            if member.isfile() and is_readable(member.name):
-                yield member.name, tar.extractfile(member)
-
-
-def read_txt(file, source, one_document):
-    """Yield the parts of a text file between blank lines or, with `one_document`, all of it."""
-    if one_document:
-        yield decode_utf8(file.read(), source)
-        return
-    lines = []
-    size = 0
-    for number, raw in enumerate(file, 1):  # bytes: only "\n" ends a line
-        line = decode_utf8(raw, f"{source}, line {number},")
-        is_blank = not line.strip()
-        if is_blank or size >= MAX_DOCUMENT:
-            yield "".join(lines)
-            lines = []
-            size = 0
-        lines.append(line)  # a blank one, too: `read_documents` strips it
-        size += len(line)
-    yield "".join(lines)
-
-
-def read_jsonl(file, source):
-    """Yield the documents of a file with a JSON object on each line: the value of "text"."""
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, TypeError, KeyError):
-            text = None
-        if not isinstance(text, str):
-            raise UserError(f'{source}, line {number}, is not a JSON object with a string under "text"')
-        yield without_surrogates(text)
-
-
-def read_parquet(file, source):
-    """Yield the documents of a parquet file: the column "text"."""
-    pyarrow = import_pyarrow(source)
-    with tempfile.TemporaryFile() as copy:  # reading begins at the end, which a stream cannot
-        shutil.copyfileobj(file, copy)
-        try:
-            table = pyarrow.parquet.ParquetFile(copy)
-            if "text" not in table.schema_arrow.names:
-                raise UserError(f"{source} has no column text")
-            for batch in table.iter_batches(batch_size=1000, columns=["text"]):
-                for text in batch["text"].to_pylist():
-                    if not isinstance(text, str):
-                        raise UserError(f"{source} has a row whose text is {text!r:.40}, and not a string")
-                    yield text
-        except pyarrow.ArrowException as error:
-            raise EOFError(error) from error
-
-
-# Five plain words or more, from a capital letter to a full stop.
-SENTENCE = re.compile(r"[A-Z][a-z']*(?:[,;:]? [A-Za-z][a-z]*(?:[-'][a-z]+)*){4,}[.?!]")
-
-
-def python_docs():
-    """Yield about 2 MB of English found on every machine: a document for each file, a sentence on each line.
-
-    Yields each sentence once: those without a sign of code in the docstrings and comments of the standard
-    library, torch and numpy. The files are searched, never imported.
-    """
-    roots = [sysconfig.get_path("stdlib")]
-    for package in ("torch", "numpy"):
-        spec = importlib.util.find_spec(package)
-        roots.append(spec.submodule_search_locations[0])  # its folder
-    skipped = {"site-packages", "test", "tests", "idle_test"}
-    documents = []
-    for root in roots:
-        for path in Path(root).rglob("*.py"):
-            if not skipped & set(path.relative_to(root).parts):
-                documents.append(find_sentences(path.read_text("utf-8", "replace")))
-    documents.sort(key=digest)  # an order without meaning, so that every shard is a mixture
-    seen = set()
-    for sentences in documents:
-        yield "\n".join(sentence for sentence in sentences if sentence not in seen)
-        seen.update(sentences)
-
-
-def find_sentences(source):
-    """The sentences of prose in the docstrings and comments of a Python file, each once."""
-    blocks = re.findall(r'"""(.*?)"""', source, re.DOTALL)
-    # Lines of comments become "#text". A run of such lines is a block.
-    comments = re.sub(r"^[ \t]*#+ ?", "#", source, flags=re.MULTILINE)
-    for block in re.findall(r"(?:^#.*\n)+", comments, re.MULTILINE):
-        blocks.append(block.replace("#", ""))
-    found = []
-    for block in blocks:
-        for paragraph in re.split(r"\n\s*\n", block):
-            text = " ".join(re.sub("[`*]", "", paragraph).split())
-            found += filter(SENTENCE.fullmatch, re.split(r"(?<=[.?!]) ", text))
-    return list(dict.fromkeys(found))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Workers: units of documents -> shards, on several cores
-
-try:
-    CORES = len(os.sched_getaffinity(0))
-except AttributeError:  # macOS
-    CORES = os.cpu_count()
-WORKERS = min(8, CORES)  # processes that turn text into rows; a single reader can keep about 8 busy
-
-
-def build_shards(units, wordpiece, config):
-    """Yield (rows for training, held-out rows, info) of each unit that read_units yields, in order.
-
-    The workers take turns, and each has one unit at a time, so memory does not grow with the text.
-    """
-    if WORKERS < 2:
-        for unit in units:
-            yield build_shard(unit, wordpiece, config)
-        return
-    errors = []
-    units = until_error(units, errors)
-    with ExitStack() as stack:
-        workers = [stack.enter_context(start_worker()) for _ in range(WORKERS)]
-        for worker in workers:
-            send(worker, (wordpiece.tokens, asdict(config)))
-        busy = deque()  # the workers that have a unit, in the order of their units
-        for worker in workers:
-            unit = next(units, None)
-            if unit is not None:
-                send(worker, unit)
-                busy.append(worker)
-        for unit in units:
-            worker = busy.popleft()
-            shard = receive(worker)
-            send(worker, unit)  # before the shard is written: a worker that waits is a core that waits
-            busy.append(worker)
-            yield shard
-        for worker in busy:
-            yield receive(worker)
-    if errors:
-        raise errors[0]
-
-
-def until_error(units, errors):
-    """Yield the units before an error, and append it to `errors`: their shards are still written."""
-    try:
-        yield from units
-    except (UserError, OSError) as error:
-        errors.append(error)
-
-
-@contextmanager
-def start_worker():
-    """A process that runs `run_as_worker`. It ends when its parent does, since its standard input closes."""
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}  # one core each
-    with subprocess.Popen([sys.executable, __file__, "worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          env=environment, start_new_session=True) as worker:  # only the parent gets Ctrl-C
-        try:
-            yield worker
-        finally:
-            worker.kill()
-            with suppress(BrokenPipeError):  # ignore data that could not be sent
-                worker.stdin.close()
-
-
-def send(process, message):
-    """Send a message to a worker or to the child process of GrowingShards."""
-    with suppress(BrokenPipeError):  # it has ended, which `receive` or `child_error` reports
-        pickle.dump(message, process.stdin)
-        process.stdin.flush()
-
-
-def receive(worker):
-    """Wait for a worker's shard."""
-    try:
-        return pickle.load(worker.stdout)
-    except (EOFError, pickle.UnpicklingError):
-        raise UserError(f"a process that prepares text ended with status {worker.wait()}; run the same "
-                        "command again") from None
-
-
-def run_as_worker():
-    """Receive units from standard input, and send back their shards, until the parent ends."""
-    with suppress(EOFError, pickle.UnpicklingError, BrokenPipeError):  # the parent has ended
-        tokens, settings = pickle.load(sys.stdin.buffer)
-        config = DataConfig(**settings)
-        wordpiece = WordPiece(tokens, config.do_lower_case, config.strip_accents)
-        while True:
-            unit = pickle.load(sys.stdin.buffer)
-            pickle.dump(build_shard(unit, wordpiece, config), sys.stdout.buffer)
-            sys.stdout.buffer.flush()
-    os._exit(0)  # a normal exit would flush stdout, whose reader is gone
-
-
-def build_shard(unit, wordpiece, config):
-    """(rows for training, held-out rows, info) of a unit. `info` is what shard-N.npz says of itself."""
-    number, texts, position = unit
-    train, heldout, kept, dropped = build_rows(tokenize(texts, wordpiece), number, wordpiece, config)
-    unk = wordpiece.unk_token_id
-    info = dict(documents=len(texts), tokens_kept=kept, tokens_dropped=dropped, end=position,
-                rows=len(train), heldout_rows=len(heldout),
-                tokens_unknown=int(np.sum(train == unk) + np.sum(heldout == unk)),
-                marks_stripped=count_marks(texts) if wordpiece.strip_accents else 0)
-    return train, heldout, info
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Rows: a document -> WordPiece ids -> rows of two segments
-
-HELDOUT_SHARE = 100  # one document in 100 is held out
-# Stripping accents removes all characters of the category Mn. Up to U+036F they belong to Latin, Greek and
-# Cyrillic, and from U+FE00 on mostly to emoji. Between are vowel signs of Hindi, Thai and Arabic, voicing
-# marks of Japanese and the like.
-MARKS = [chr(code) for code in range(0x370, 0xFE00) if unicodedata.category(chr(code)) == "Mn"]
-ANY_MARK = re.compile(f"[{''.join(MARKS)}]")
-
-
-def tokenize(texts, wordpiece):
-    """(Is held out, [ids of each line]) for each document."""
-    documents = [[line for line in text.split("\n") if line.strip()] for text in texts]
-    # All lines are encoded in one call, which is parallel, and then dealt out to their documents.
-    ids = iter(wordpiece.encode([line for lines in documents for line in lines]))
-    tokenized = []
-    for text, lines in zip(texts, documents, strict=True):
-        tokenized.append((is_heldout(text), [next(ids) for _ in lines]))
-    return tokenized
-
-
-def count_marks(texts):
-    """The number of MARKS in texts, also in characters that Unicode takes apart into a letter and a mark."""
-    return sum(len(ANY_MARK.findall(unicodedata.normalize("NFD", text))) for text in texts)
-
-
-def is_heldout(text):
-    """Whether a document is held out. A hash decides, so duplicates are never split."""
-    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-    return number % HELDOUT_SHARE == 0
-
-
-def build_rows(documents, number, wordpiece, config):
-    """(rows for training, held-out rows, tokens kept, tokens dropped) of a unit. Rows are uint16.
-
-    The random numbers of a document follow from the seed, the unit's number and the document's index in it.
-    """
-    length = config.max_length
-    train = []
-    heldout = []
-    kept = 0
-    dropped = 0
-    for index, (is_held_out, lines) in enumerate(documents):
-        rows = heldout if is_held_out else train
-        uniform = random.Random(f"{config.seed} {number} {index}").random  # draws from [0, 1)
-        if config.split_long_lines:
-            lines = [piece for line in lines for piece in split_line(line, length)]
-        for first, second, overflow in segment(lines, length, uniform):
-            row = wordpiece.add_special_tokens(first, second)
-            rows.append(row + [0] * (length - len(row)))
-            kept += len(first) + len(second)
-            dropped += overflow
-    return to_array(train, length), to_array(heldout, length), kept, dropped
-
-
-def to_array(rows, length):
-    return np.array(rows, dtype=np.uint16).reshape(-1, length)  # reshape: an empty list has shape (0,)
-
-
-def split_line(line, max_length):
-    """Cut a line that is longer than a row into rows, and each row into quarters.
-
-    >>> split_line([1, 2, 3, 4, 5, 6, 7, 8, 9], 8), split_line([1, 2, 3], 8)
-    ([[1, 2], [3, 4], [5, 6], [7, 8], [9]], [[1, 2, 3]])
-    """
-    if len(line) <= max_length:
-        return [line]
-    pieces = []
-    for start in range(0, len(line), max_length):
-        row = line[start : start + max_length]
-        for quarter in range(4):
-            piece = row[quarter * max_length // 4 : (quarter + 1) * max_length // 4]
-            if piece:  # the last row may be shorter
-                pieces.append(piece)
-    return pieces
-
-
-def segment(lines, max_length, uniform):
-    """Cut a document into examples of two segments: yield (first, second, number of ids dropped).
-
-    `lines` holds a list of ids for each line, `uniform()` draws from [0, 1). The second segment may be empty.
-    Called once per document, so that no example crosses the end of one. [D01]
-
-    Lines are collected until they hold `target` ids, usually max_length, and then dealt out to two segments.
-    In the example max_length is 12, so the first segment should stay below (12 - 3) // 2 = 4 ids. After the
-    first four lines there are 12 ids. [1, 2] goes to the first segment; [3, 4, 5] would make it too long and
-    begins the second; [12] fits into the first and still joins it. A row has room for 9 ids beside [CLS] and
-    two [SEP], so 3 are dropped. The last line becomes an example of its own.
-
-    >>> list(segment([[1, 2], [3, 4, 5], [6, 7, 8, 9, 10, 11], [12], [13]], 12, lambda: 0.5))
-    [([1, 2, 12], [3, 4, 5, 6, 7, 8], 3), ([13], [], 0)]
-    """
-    collected = []
-    length = 0
-    target = draw_target(max_length, uniform)
-    for line in lines:
-        collected.append(line)
-        length += len(line)
-        if length >= target:
-            yield deal_out(collected, target, max_length, uniform)
-            collected = []
-            length = 0
-            target = draw_target(max_length, uniform)
-    if length:
-        yield deal_out(collected, target, max_length, uniform)
-
-
-def draw_target(max_length, uniform):
-    """The number of ids to collect: max_length or, with probability 0.05, anything from 5 to it. [D03]
-
-    Unlike the official code, where a target carries over to the next document, each document begins with a
-    draw of its own. Its rows then do not depend on the documents before it.
-    """
-    if uniform() < 0.05:
-        return 5 + int(uniform() * (max_length - 4))
-    return max_length
-
-
-def deal_out(lines, target, max_length, uniform):
-    """Deal lines out to two segments that meet near the middle, and drop what overflows a row."""
-    half = (target - 3) // 2
-    if uniform() < 0.1:
-        half = math.inf  # everything goes to the first segment
-    first = []
-    second = []
-    for line in lines:
-        if not first or len(first) + len(line) < half:
-            goes_first = True  # [D02] even after `second` has begun: line order can change
-        elif not second and len(first) < half:  # the line crosses the middle
-            goes_first = uniform() < 0.5
-        else:
-            goes_first = False
-        if goes_first:
-            first += line
-        else:
-            second += line
-    length = len(first) + len(second)
-    first = first[: max_length - 2]
-    second = second[: max(0, max_length - len(first) - 3)]  # [D04] the overflow is dropped
-    return first, second, length - len(first) - len(second)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Shards: rows <-> disk
-
-DELETE = "delete its folder, and it is made again"  # the advice about a damaged cache
-
-
-class Shards:
-    """The shards on disk that were made from one text with one vocabulary.
-
-    shard-N.npz holds the rows for training, the held-out rows and the `info` of build_shard: counts, and the
-    position in the text after the shard. `complete` lists them all, and says that there will be no more.
-    """
-
-    def __init__(self, config, wordpiece):
-        self.config = config
-        self.wordpiece = wordpiece
-        self.infos = []  # of each shard that is known so far: its info, and the file's "sha256"
-        self.is_complete = False
-        self.identities = identify_text(config)
-        self.fingerprint = {  # all that the rows depend on, apart from the text
-            "format": [3, SHARD_CHARACTERS, HELDOUT_SHARE],
-            "one_document_per_file": config.one_document_per_file,
-            "split_long_lines": config.split_long_lines,
-            "vocab": wordpiece.sha256[:12],
-            "do_lower_case": wordpiece.do_lower_case,
-            "strip_accents": wordpiece.strip_accents,
-            "max_length": config.max_length,
-            "seed": config.seed,
-        }
-        self.folder = self.find_folder()
-        self.refresh()
-
-    def find_folder(self):
-        """The folder for these shards. That of a copy of the text, or of another path to it, is found, too.
-
-        A folder's name ends with a hash of the files' names and sizes and one of their times. Where only the
-        times differ, the SHA-256 of each file decides.
-        """
-        key = digest([self.fingerprint, [identity[:2] for identity in self.identities]])
-        times = digest([identity[2:] for identity in self.identities])
-        own = Path(self.config.cache) / f"{source_name(self.config)}-{key}-{times}"
-        if own.exists():
-            return own
-        others = sorted(own.parent.glob(f"*-{key}-*"))
-        for folder in others:
-            if folder.name.endswith(times) or (folder / f"same-{times}").exists():
-                return folder
-        complete = [folder / "complete" for folder in others if (folder / "complete").exists()]
-        hashes = hash_files(self.config) if complete else None
-        for path in complete:
-            if read_complete(path)["files"] == hashes:
-                (path.parent / f"same-{times}").touch()  # the files need not be hashed again
-                return path.parent
-        own.mkdir(parents=True, exist_ok=True)  # the child process must find the same
-        return own
-
-    def refresh(self):
-        """Look for shards that another process has added."""
-        if self.is_complete:
-            return
-        complete = self.folder / "complete"
-        if complete.exists():
-            self.infos = read_complete(complete)["shards"]
-            names = os.listdir(self.folder)
-            for number in range(len(self.infos)):
-                if self.path(number).name not in names:
-                    raise UserError(f"{self.path(number)} is missing; {DELETE}")
-            self.is_complete = True
-            return
-        while self.path(len(self.infos)).exists():
-            arrays, sha256 = self.read(len(self.infos))
-            self.infos.append(json.loads(str(arrays["info"])) | dict(sha256=sha256))
-
-    def path(self, number):
-        return self.folder / f"shard-{number:06d}.npz"
-
-    def read(self, number):
-        """(arrays by their names, SHA-256) of a shard file."""
-        content = read_sealed(self.path(number), DELETE)
-        return np.load(io.BytesIO(content)), hashlib.sha256(content).hexdigest()
-
-    def load(self, name, number):
-        """The `train` or `heldout` rows of a shard, uint16 (rows, max_length)."""
-        arrays, sha256 = self.read(number)
-        if sha256 != self.infos[number]["sha256"]:
-            raise UserError(f"{self.path(number)} was replaced by another shard; {DELETE}")
-        return arrays[name]
-
-    def load_heldout(self, limit):
-        """The first `limit` held-out rows, int64, or all if there are fewer."""
-        rows = np.zeros((0, self.config.max_length), dtype=np.uint16)
-        for number in range(len(self.infos)):
-            if len(rows) >= limit:
-                break
-            rows = np.concatenate([rows, self.load("heldout", number)])
-        return rows[:limit].astype(np.int64)
-
-    @property
-    def next_position(self):
-        """The position in the text (see read_documents) at which the next shard begins."""
-        if not self.infos:
-            return (0, 0)
-        return tuple(self.infos[-1]["end"])
-
-    def add(self, train, heldout, info):
-        """Write the next shard."""
-        file = io.BytesIO()
-        np.savez(file, train=train, heldout=heldout, info=json.dumps(info))
-        write_sealed(self.path(len(self.infos)), file.getvalue())
-        self.infos.append(info | dict(sha256=hashlib.sha256(file.getvalue()).hexdigest()))
-
-    def mark_complete(self):
-        """Say that there will be no more shards, if the text is still the one that was read."""
-        listing = dict(shards=self.infos, files=hash_files(self.config))
-        if identify_text(self.config) != self.identities:
-            raise UserError("the text changed while it was being read; run the same command again")
-        write_sealed(self.folder / "complete", json.dumps(listing).encode())
-        self.is_complete = True
-
-    def total(self, name):
-        """The sum of a count over all shards."""
-        return sum(info[name] for info in self.infos)
-
-    def describe(self):
-        """What the shards hold, and a line for each warning."""
-        kept = self.total("tokens_kept")
-        lost = self.total("tokens_dropped") / max(1, kept + self.total("tokens_dropped"))
-        unknown = self.total("tokens_unknown") / max(1, kept)
-        state = "" if self.is_complete else ", still growing"
-        text = (f"{self.folder}{state}: {self.total('documents'):,} documents, {self.total('rows'):,} rows "
-                f"to train on, {self.total('heldout_rows'):,} held out; {lost:.0%} of the tokens overflow "
-                f"and are dropped, {unknown:.1%} of the rest are [UNK]{describe_unread(self.config)}")
-        return "\n".join([text, *self.list_warnings(kept, lost, unknown)])
-
-    def list_warnings(self, kept, lost, unknown):
-        """Yield a warning if much of the text is lost, unknown or padding."""
-        if lost > 0.4:
-            option = "" if self.config.split_long_lines else ", or use --split-long-lines"
-            yield ("warning: many tokens are dropped. ELECTRA takes a line for a sentence or a paragraph: "
-                   f"raise --max-length{option}")
-        if warning := unknown_warning(unknown):
-            yield warning
-        elif kept < 0.4 * (self.total("rows") + self.total("heldout_rows")) * self.config.max_length:
-            yield ("warning: rows are mostly padding. A blank line ends a document: if it should not, use "
-                   "--one-document-per-file, else lower --max-length")
-        if self.total("marks_stripped") > 0.05 * kept:
-            yield ("warning: vowel signs or voicing marks are stripped like accents, which changes words of "
-                   "Hindi, Thai, Arabic, Japanese and others: use --no-strip-accents")
-
-
-def read_complete(path):
-    """What `complete` holds: "shards", their infos, and "files", the SHA-256 of each file of the text."""
-    return parse_json(read_sealed(path, DELETE), path)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Growing shards: a child process prepares the text while this process trains
-
-
-class Stopped(UserError):
-    """Waiting for text ended: preparing it failed, or a signal arrived.
-
-    The message is the child's error, or empty after a signal.
-    """
-
-
-class GrowingShards(Shards):
-    """Shards to which a child process may still be adding, of this process or of another one.
-
-    Its methods wait for shards. They raise Stopped if the child of this process has failed, or as soon as the
-    list `signals` is not empty.
-    """
-
-    def __init__(self, config, wordpiece):
-        super().__init__(config, wordpiece)
-        self.child = None
-        self.child_output = None
-
-    @contextmanager
-    def prepare_in_child(self):
-        """Run `prepare` in a child process for as long as the context lasts.
-
-        The child exits when its standard input closes, so it cannot outlive its parent. Its error goes to
-        stdout, which is captured; downloads and what it waits for show on the terminal.
-        """
-        if self.is_complete:
-            yield
-            return
-        command = [sys.executable, __file__, "child"]
-        with (tempfile.TemporaryFile() as output,
-              subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output,
-                               start_new_session=True) as child):  # only the parent gets Ctrl-C
-            self.child = child
-            self.child_output = output
-            try:
-                send(child, (self.wordpiece.tokens, asdict(self.config)))
-                yield
-            finally:
-                child.kill()
-                self.child = None
-
-    def wait_for_shards(self, count, signals=()):
-        """Block until there are `count` shards, or until the text is complete."""
-        self.wait_until(lambda: len(self.infos) >= count, signals)
-
-    def history(self, number, signals=()):
-        """16 hex digits of the SHA-256 of each of the first `number` shards, or of all if there are fewer.
-
-        A run that has used so many shards can go on with any text that has the same history. Blocks until
-        they are there.
-        """
-        self.wait_for_shards(number, signals)
-        return "".join(info["sha256"][:16] for info in self.infos[:number])
-
-    def changed_file(self, history):
-        """The file or address in which, or after which, the text differs from that of another history."""
-        number = len(os.path.commonprefix([history, self.history(len(self.infos))])) // 16  # same shards
-        file_number = self.infos[number - 1]["end"][0] if number else 0
-        return without_secrets(find_files(self.config)[file_number])
-
-    def heldout(self, limit, signals=()):
-        """The first `limit` held-out rows, int64, or all if the whole text has fewer. Blocks until then."""
-        self.wait_until(lambda: self.total("heldout_rows") >= limit, signals)
-        return self.load_heldout(limit)
-
-    def wait_until(self, is_there, signals):
-        """Block until `is_there()`, or until the text is complete."""
-        with tqdm(desc="waiting for text", bar_format="{desc}, {elapsed}", delay=1, leave=False,
-                  disable=None) as bar:
-            while True:
-                error = self.child_error()
-                self.refresh()  # after child_error: an ended child adds no more
-                if is_there() or self.is_complete:
-                    return
-                if error or signals:
-                    raise Stopped(error)
-                bar.update(0)  # shows the time
-                time.sleep(0.05)
-
-    def child_error(self):
-        """The error message of a child that has ended, or "" while it runs or if there is none."""
-        if self.child is None or self.child.poll() is None:
-            return ""
-        self.child_output.seek(0)
-        message = self.child_output.read().decode(errors="replace").strip()
-        status = self.child.returncode
-        return message or f"preparing the text ended with status {status}; run the same command again"
-
-
-def run_as_child():
-    """Receive a vocabulary and a config from standard input, and prepare text. Returns the exit status."""
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    tokens, settings = pickle.load(sys.stdin.buffer)
-    config = DataConfig(**settings)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    try:
-        prepare(config, progress=False,
-                wordpiece=WordPiece(tokens, config.do_lower_case, config.strip_accents))
-    except (UserError, OSError) as error:
-        print(error)
-        return 1
-    return 0
-
-
-def end_with_parent():
-    os.read(0, 1)  # the parent writes no more, so this returns when the parent ends and the pipe closes
-    os._exit(1)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Order: (seed, step) -> the rows of a step
-
-MAX_GROUP = 128  # most shards that are shuffled together, about 100 MB
-
-
-class Order:
-    """The endless sequence of rows that training reads. The rows of a step are a function of (seed, step).
-
-    Shards form groups of 1, 2, 4, ... 128, and the rows of a group are shuffled. In epoch 0 shards come in
-    their own order, so that training begins when the first is there; later epochs permute them. For example,
-    five shards of 100 rows: the sequence begins with the 100 rows of shard 0; the next 200 rows are those of
-    shards 1 and 2, mixed; the next 200, which end epoch 0, are those of shards 3 and 4.
-    """
-
-    def __init__(self, shards, batch_size, signals=()):
-        self.shards = shards
-        self.batch_size = batch_size
-        self.seed = shards.config.seed
-        self.signals = signals
-        self.groups = self.list_groups()
-        self.rows = np.zeros((0, shards.config.max_length), dtype=np.uint16)  # read, but not yet used up
-        self.end = 0  # place in the sequence after the last of `rows`
-        self.epoch = 0  # of the last of `rows`
-        # The rows so far depend on the first so many shards, or on all if there are fewer: a text that ends
-        # before them must still end there.
-        self.num_shards_used = 0
-
-    def batch(self, step):
-        """(epoch, ids (batch_size, max_length) int64) of a step. Steps must not decrease.
-
-        Blocks until the rows are prepared. Raises Stopped if they will not be, or if there is a signal.
-        """
-        begin = step * self.batch_size  # place in the sequence of the step's first row
-        while self.end < begin + self.batch_size:
-            if self.signals:  # a resume at a far step skips many groups
-                raise Stopped("")
-            epoch, number, members = next(self.groups)
-            size = sum(self.shards.infos[member]["rows"] for member in members)
-            self.end += size
-            self.epoch = epoch
-            if self.end > begin:  # else the group lies before the step at which a run resumes: skip it
-                rows = np.concatenate([self.shards.load("train", member) for member in members])
-                shuffled = rows[rng(self.seed, "rows", epoch, number).permutation(size)]
-                self.rows = np.concatenate([self.rows, shuffled])
-        remaining = self.end - begin  # rows from `begin` on; those before it belong to earlier steps
-        assert remaining <= len(self.rows), "the step is earlier than the last one"
-        self.rows = self.rows[-remaining:]
-        return self.epoch, self.rows[: self.batch_size].astype(np.int64)
-
-    def list_groups(self):
-        """Yield (epoch, number of the group in it, its shards) for ever."""
-        for epoch in itertools.count():
-            number = 0
-            begin = 0
-            size = 1
-            while members := self.list_shards(epoch, begin, begin + size):
-                yield epoch, number, members
-                number += 1
-                begin += size
-                size = min(2 * size, MAX_GROUP)
-
-    def list_shards(self, epoch, begin, end):
-        """The shards at the places from `begin` to `end` of an epoch, fewer or none where the text ends."""
-        if epoch == 0:
-            self.shards.wait_for_shards(end, self.signals)
-            self.num_shards_used = end
-            return list(range(begin, min(end, len(self.shards.infos))))
-        permuted = rng(self.seed, "shards", epoch).permutation(len(self.shards.infos))
-        return permuted[begin:end].tolist()
-
-
-def rng(seed, purpose, *numbers):
-    """A NumPy random generator that is a function of its arguments."""
-    letters = purpose.encode()  # as numbers
-    return np.random.default_rng([seed, *letters, *numbers])
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Model folders: a path, a run of train.py, or a name on the hub
-
-WEIGHTS = "model.safetensors"
-SHARD_INDEX = "model.safetensors.index.json"  # names the files of a model whose weights are in several
-OLD_WEIGHTS = "pytorch_model.bin"
-
-
-def find_model(name, cache, network=None):
-    """The folder of a model: `name` itself, a network of a run of train.py, or a download.
-
-    `network` is discriminator or generator. By default it is the one that the run trains for fine-tuning.
-    """
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        folder = folder / (network or trained_network(folder))
-    if (folder / "config.json").is_file():
-        return folder
-    is_hub_name = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name) is not None  # OWNER/NAME
-    is_local = name.startswith("out/") or Path(name).exists()  # out/: a run that is yet to be made
-    if is_local or not is_hub_name:
-        raise UserError(f"there is no model in {folder}; pre-train one with `python train.py --size small`, "
-                        "or give google/electra-small-discriminator or another name on the hub")
-    snapshot = find_snapshot(name)
-    if snapshot is not None:
-        return snapshot
-    folder = Path(cache) / "models" / name.replace("/", "--")
-    make_once(folder / "config.json", lambda: download_model(name, folder))
-    return folder
-
-
-def trained_network(folder):
-    """The network that a run of train.py, or a step-N in it, trains for fine-tuning.
-
-    The objective decides. What happens to be there does not: a generator never replaces a discriminator.
-    """
-    run = folder.parent if folder.name.startswith("step-") else folder
-    with suppress(FileNotFoundError), open(run / "log.jsonl", "rb") as file:
-        if b'"objective": "mlm"' in file.readline():  # the settings
-            return "generator"
-    return "discriminator"
-
-
-def find_snapshot(name):
-    """The folder of a whole model that transformers has downloaded from the hub, or None."""
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    repository = Path(home, "hub", f"models--{name.replace('/', '--')}")
-    with suppress(FileNotFoundError):
-        folder = repository / "snapshots" / (repository / "refs" / "main").read_text()
-        files = set(os.listdir(folder))
-        has_vocab = files & {"vocab.txt", "tokenizer.json"}
-        has_weights = files & {WEIGHTS, SHARD_INDEX, OLD_WEIGHTS}
-        if "config.json" in files and has_vocab and has_weights:
-            return folder
-    return None
-
-
-def download_model(name, folder):
-    """Download a model from the hub. config.json comes last and marks a complete download."""
-    advice = f"check the name: there is no folder {name} here either"
-
-    def get(*files):
-        """Download the first of these files that the hub has."""
-        for file in files:
-            try:
-                download(folder / file, f"hub:/{name}/resolve/main/{file}", advice)
-                return file
-            except NotFound:
-                if file == files[-1]:
-                    raise
-
-    for file in "vocab.txt", "tokenizer.json", "tokenizer_config.json":  # either of the first two is enough
-        with suppress(NotFound):
-            get(file)
-    if get(WEIGHTS, SHARD_INDEX, OLD_WEIGHTS) == SHARD_INDEX:
-        index = (folder / SHARD_INDEX).read_text("utf-8", "replace")
-        for file in sorted(set(re.findall(r'"([\w.-]+\.safetensors)"', index))):  # names, and never paths
-            get(file)
-    get("config.json")
-
-
-def read_tokenizer(folder):
-    """(WordPiece, max_length or None) of a model folder: vocabulary, case, accents, the length trained on."""
-    tokens = read_vocab(find_vocab(folder))
-    # The rules of tokenizer.json outweigh those of tokenizer_config.json.
-    rules = read_rules(Path(folder, "tokenizer_config.json")) | read_rules(Path(folder, "tokenizer.json"))
-    do_lower_case = rules.get("do_lower_case") is not False
-    strip_accents = rules.get("strip_accents") is not False  # if it is lower-cased, as in BERT
-    return WordPiece(tokens, do_lower_case, strip_accents), rules.get("model_max_length")
-
-
-# What the files of a model folder may say about its tokenizer; no entry and null mean the first value.
-RULES = {
-    # tokenizer_config.json. The last two classes leave all rules to tokenizer.json.
-    "tokenizer_class": ["ElectraTokenizer", "ElectraTokenizerFast", "BertTokenizer", "BertTokenizerFast",
-                        "PreTrainedTokenizerFast", "TokenizersBackend"],
-    "do_lower_case": [True, False],
-    "strip_accents": [True, False],
-    "do_basic_tokenize": [True],
-    "word_tokenizer_type": ["basic"],
-    "tokenize_chinese_chars": [True],
-    # tokenizer.json
-    "model.type": ["WordPiece"],
-    "model.continuing_subword_prefix": ["##"],
-    "normalizer.type": ["BertNormalizer"],
-    "normalizer.clean_text": [True],
-    "normalizer.handle_chinese_chars": [True],
-    "pre_tokenizer.type": ["BertPreTokenizer"],
-}
-
-
-def read_rules(path):
-    """What a file of a model folder says about its tokenizer, by the names of RULES. Empty without a file."""
-    if not path.is_file():
-        return {}
-    rules = read_json(path)
-    try:
-        if path.name == "tokenizer.json":
-            rules = flatten(rules)
-        special_tokens = find_special_tokens(rules)
-    except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged, or its tokenizer is not like BERT's") from None
-    lacking = f"{path} asks for a rule that this tokenizer lacks"
-    for name, possible in RULES.items():
-        if rules.get(name) not in [*possible, None]:
-            raise UserError(f"{lacking}: {name} is {rules[name]!r} and not {possible[0]!r}")
-    if rules.get("strip_accents") and rules.get("do_lower_case") is False:
-        raise UserError(f"{lacking}: accents are stripped only from lower-cased text")
-    if not special_tokens <= set(SPECIAL_TOKENS):
-        raise UserError(f"{lacking}: special tokens other than {', '.join(SPECIAL_TOKENS)}")
-    if not isinstance(rules.get("model_max_length"), int | float | None):
-        raise UserError(f"{path} is damaged: model_max_length is {rules['model_max_length']!r}")
-    return rules
-
-
-def flatten(content):
-    """The rules in the content of a tokenizer.json, by the names of RULES."""
-    rules = dict(added_tokens=content["added_tokens"])
-    for part in "model", "normalizer", "pre_tokenizer":
-        rules |= {f"{part}.{name}": value for name, value in content[part].items()}
-    return rules | dict(do_lower_case=rules["normalizer.lowercase"], unk_token=rules["model.unk_token"],
-                        strip_accents=rules["normalizer.strip_accents"])
-
-
-def find_special_tokens(rules):
-    """All special tokens that `rules` names, as strings or as objects with their content."""
-    tokens = [rules.get(f"{name}_token") for name in ("pad", "unk", "cls", "sep", "mask")]
-    tokens += rules.get("additional_special_tokens") or []
-    tokens += rules.get("added_tokens") or []
-    tokens += (rules.get("added_tokens_decoder") or {}).values()
-    return {token["content"] if isinstance(token, dict) else token for token in tokens if token is not None}
-
-
-def find_vocab(folder):
-    """The vocabulary of a model folder: vocab.txt or, as transformers now writes, tokenizer.json."""
-    for path in Path(folder, "vocab.txt"), Path(folder, "tokenizer.json"):
-        if path.is_file():
-            return path
-    raise UserError(f"{folder} is not a model folder: it has neither vocab.txt nor tokenizer.json")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Vocabularies
-
-BERT_VOCAB = dict(  # BERT's uncased vocabulary, which is ELECTRA's
-    address="hub:/google/electra-small-discriminator/resolve/main/vocab.txt",
-    size=231_508,
-    sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-)
-VOCAB_DOCUMENTS = 100_000  # documents used to train a vocabulary
-# BERT's normalizer makes words of these characters, of Chinese and Japanese kanji.
-IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b73f"
-                       "\U0002b740-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]")
-
-
-def load_wordpiece(config):
-    """The WordPiece that config.vocab names: a file, BERT's, or one trained on the text."""
-    find_files(config)  # a missing one is reported before anything is downloaded
-    tokens = read_vocab(make_vocab(config))
-    return WordPiece(tokens, config.do_lower_case, config.strip_accents)
-
-
-def make_vocab(config):
-    """The path of the vocabulary that config.vocab names. It is downloaded or trained if need be."""
-    if config.vocab == "bert":
-        path = Path(config.cache) / "bert-uncased-vocab.txt"
-        advice = "use --vocab FILE, or --vocab train:8192 for one trained on your text"
-        make_once(path, lambda: download(path, **BERT_VOCAB, advice=advice))
-        return path
-    match = re.fullmatch(r"train:(\d+)", config.vocab)
-    if not match:
-        return Path(config.vocab)
-    size = int(match[1])
-    if not len(SPECIAL_TOKENS) < size <= 65_535:
-        raise UserError(f"--vocab {config.vocab} is not possible; rows are uint16, so take 6 to 65535")
-    # Training is not reproducible to the byte, so the vocabulary of a text is kept.
-    fingerprint = [identify_text(config), config.one_document_per_file, config.do_lower_case,
-                   config.strip_accents, match[1]]
-    path = Path(config.cache) / f"{source_name(config)}-{digest(fingerprint)}-vocab.txt"
-    make_once(path, lambda: train_vocab(config, size, path))
-    return path
-
-
-def train_vocab(config, size, path):
-    """Train a vocabulary of at most `size` tokens on the beginning of the text, and write it to `path`.
-
-    Ideographs are words of their own, so the trainer does not see them. The most frequent ones are added: as
-    many as there is room for, and at least as large a share of the vocabulary as of the text.
-    """
-    wordpiece = WordPiece(SPECIAL_TOKENS, config.do_lower_case, config.strip_accents)
-    counts = Counter()  # of all characters
-    # Letters, which take two tokens each (x and ##x), may fill half of the vocabulary.
-    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL_TOKENS, show_progress=False,
-                                        limit_alphabet=max(1, size // 4))
-    wordpiece.tokenizer.train_from_iterator(lines_without_ideographs(config, wordpiece, counts), trainer)
-    ids = wordpiece.tokenizer.get_vocab()
-    ideographs = [character for character, _ in counts.most_common() if IDEOGRAPH.match(character)]
-    if len(ids) == len(SPECIAL_TOKENS) and not ideographs:
-        raise no_text(config)
-    share = sum(counts[character] for character in ideographs) / counts.total()
-    room = max(size - len(ids), int(share * (size - len(SPECIAL_TOKENS))))
-    kept = ideographs[:room]
-    tokens = sorted(ids, key=ids.get)[: size - len(kept)] + kept
-    if len(tokens) < size:
-        tqdm.write(f"the text yields a vocabulary of {len(tokens):,} and not {size:,}: it has no more pieces "
-                   "of words", file=sys.stderr)
-    with atomic_write(path) as file:
-        file.write(vocab_file(tokens))
-
-
-def lines_without_ideographs(config, wordpiece, counts):
-    """Yield the normalized lines that a vocabulary is trained on, and count their characters in `counts`."""
-    for text, _ in itertools.islice(read_documents(config), VOCAB_DOCUMENTS):
-        for line in text.split("\n"):
-            line = wordpiece.normalize(line)
-            counts.update(line)
-            yield IDEOGRAPH.sub(" ", line)
-
-
-def read_vocab(path):
-    """The tokens of a vocab.txt, one on each line, or of a tokenizer.json, in the order of their ids."""
-    if not path.is_file():
-        raise UserError(f"there is no vocabulary {path}; --vocab takes a vocab.txt, train:SIZE or bert")
-    text = decode_utf8(path.read_bytes(), path)
-    if path.suffix == ".json":
-        content = parse_json(text, path)
-        try:
-            ids = content["model"]["vocab"]
-            tokens = sorted(ids, key=ids.get)
-            is_whole = [ids[token] for token in tokens] == list(range(len(tokens)))
-            "".join(tokens).encode()
-        except (AttributeError, KeyError, TypeError, UnicodeEncodeError):  # half a surrogate pair
-            is_whole = False
-        if not is_whole:
-            raise UserError(f"{path} is not a WordPiece tokenizer, as ELECTRA's and BERT's are")
-    else:
-        tokens = [line.strip() for line in text.removesuffix("\n").split("\n")]  # as in the official code
-    for number, token in enumerate(tokens, 1):
-        if len(token.split()) > 1:
-            raise UserError(f"the vocabulary {path}, line {number}, holds more than a token: {token!r}; "
-                            "keep one on each line")
-    if tokens[:1] != [PAD] or not set(SPECIAL_TOKENS) <= set(tokens):
-        raise UserError(f"the vocabulary {path} must begin with {PAD} and hold {', '.join(SPECIAL_TOKENS)}")
-    if len(set(tokens)) < len(tokens) or len(tokens) > 65_535:
-        raise UserError(f"the vocabulary {path} must hold at most 65,535 tokens, each once; rows are uint16")
-    return tokens
-
-
-NOT_PRINTABLE_ASCII = re.compile(r"[^ -~]+")
-
-
-class WordPiece:
-    """A vocabulary, `tokens` in the order of their ids, and the rules that turn text into ids.
-
-    No text becomes a special token: "[SEP]" is tokenized as "[", "sep" and "]".
-    """
-
-    def __init__(self, tokens, do_lower_case=True, strip_accents=True):
-        self.tokens = tokens
-        self.do_lower_case = do_lower_case
-        self.strip_accents = do_lower_case and strip_accents
-        ids = {token: number for number, token in enumerate(tokens)}
-        self.cls_token_id = ids[CLS]
-        self.sep_token_id = ids[SEP]
-        self.mask_token_id = ids[MASK]
-        self.unk_token_id = ids[UNK]
-        self.sha256 = hashlib.sha256("\n".join(tokens).encode()).hexdigest()
-        # As in the official code, only words over 200 characters become [UNK] for their length.
-        self.tokenizer = Tokenizer(models.WordPiece(ids, unk_token=UNK, max_input_chars_per_word=200))
-        self.tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        self.normalizer = normalizers.BertNormalizer(  # for `normalize`
-            lowercase=self.do_lower_case, strip_accents=self.strip_accents)
-
-    def encode(self, lines):
-        """A list of lines -> a list of lists of ids, without special tokens."""
-        texts = [self.normalize(line) for line in lines]
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
-    def normalize(self, line):
-        """What `normalizer` makes of a line, a third faster: printable ASCII needs only lower-casing."""
-        line = NOT_PRINTABLE_ASCII.sub(lambda match: self.normalizer.normalize_str(match[0]), line)
-        if self.do_lower_case:
-            line = line.lower()
-        return line
-
-    def add_special_tokens(self, first, second):
-        """[CLS] first [SEP] second [SEP], or [CLS] first [SEP] if there is no second, as a list of ids."""
-        row = [self.cls_token_id, *first, self.sep_token_id]
-        if second:
-            row += [*second, self.sep_token_id]
-        return row
-
-    def unknown_share(self, rows):
-        """The share of [UNK] among the ids of text in rows, an array of ids."""
-        ids = rows[(rows != 0) & (rows != self.cls_token_id) & (rows != self.sep_token_id)]
-        return float(np.mean(ids == self.unk_token_id)) if len(ids) else 0.0
-
-    def decode(self, ids):
-        """Readable text, with special tokens and without padding."""
-        words = [self.tokens[number] for number in ids if number != 0]  # 0 is [PAD]
-        return " ".join(words).replace(" ##", "")
-
-    def files(self, max_length):
-        """{name: bytes} of vocab.txt and tokenizer_config.json. `max_length` is the length trained on."""
-        # Without tokenizer_config.json, transformers always lower-cases and strips accents.
-        settings = dict(tokenizer_class="ElectraTokenizer", do_lower_case=self.do_lower_case,
-                        strip_accents=self.strip_accents, tokenize_chinese_chars=True,
-                        model_max_length=max_length)
-        return {"vocab.txt": vocab_file(self.tokens),
-                "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode()}
-
-
-def unknown_warning(share):
-    """A warning that names the usual causes of so many [UNK], or "" if they are at most 5 %."""
-    if share <= 0.05:
-        return ""
-    return (f"warning: {share:.0%} of the tokens are [UNK]. Usual causes: a vocabulary of another "
-            "language, case or accents; words of over 200 characters (text without spaces); lines of "
-            "vocab.txt that hold more than a token")
-
-
-def vocab_file(tokens):
-    """The content of a vocab.txt."""
-    return "".join(f"{token}\n" for token in tokens).encode()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Source: names, folders and addresses -> files -> bytes
-
-# Where OpenWebText may be: tars of a revision that had them, tars of the main branch, or the files to which
-# the hub converts data sets. hub: stands for its address.
-REPOSITORY = "hub:/datasets/Skylion007/openwebtext/resolve"
-TARS = [f"subsets/urlsf_subset{number:02d}.tar" for number in range(21)]
-OPENWEBTEXT = dict(
-    pinned=[f"{REPOSITORY}/39d1a6d3f3a4c838b27bbc65bfb14a2f6f727740/{tar}" for tar in TARS],
-    main=[f"{REPOSITORY}/main/{tar}" for tar in TARS],
-    parquet=[f"{REPOSITORY}/refs%2Fconvert%2Fparquet/plain_text/train/{number:04d}.parquet"
-             for number in range(80)],
-)
-TIMEOUT = 30  # seconds without an answer
-BACKOFF = 0.5  # seconds, doubled before each new attempt, at most a minute
-ATTEMPTS = 16  # in a row; they take ten minutes
-ATTEMPTS_WITHOUT_ANSWER = 7  # if the server has never answered; they take a minute
-
-
-def identify_text(config):
-    """[its name and, for a file, its size and modification time] for each file and address of the corpus.
-
-    Names of files are relative to the folder that holds them all, so that it can be moved.
-    """
-    files = find_files(config)
-    parents = [os.path.dirname(os.path.abspath(name)) for name in files if is_file(name)]
-    folder = os.path.commonpath(parents or ["/"])
-    return [identify(name, folder) for name in files]
-
-
-def hash_files(config):
-    """The SHA-256 of each file of the corpus. Addresses have none."""
-    hashes = []
-    for name in filter(is_file, find_files(config)):
-        with open(name, "rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return hashes
-
-
-def find_files(config):
-    """The files and addresses of the corpus, in a fixed order: as given, and within a folder by name."""
-    files = []
-    for name in config.data:
-        if name == "openwebtext":
-            files += find_openwebtext(config.cache)
-        elif os.path.isdir(name):
-            files += sorted(filter(is_readable, walk(name)))
-        elif name == "python-docs" or is_address(name) or os.path.exists(name):
-            files.append(name)
-        else:
-            raise UserError(f"there is no {without_secrets(name)}; --data takes paths, addresses, "
-                            "openwebtext or python-docs")
-    if not files:
-        raise UserError(f"{config.data[0]} holds no .txt, .jsonl, .json, .parquet or .tar file, plain, .gz, "
-                        ".xz or .zst")
-    for name in files:
-        if is_file(name) and not os.path.isfile(name):  # a pipe or a device: reading it could wait for ever
-            raise UserError(f"{name} is not a regular file; copy what it gives to one")
-    return files
-
-
-def find_openwebtext(cache):
-    """The addresses of OpenWebText's files. The cache keeps the choice, so that a run has one text."""
-    path = Path(cache) / "openwebtext"
-    make_once(path, lambda: write_sealed(path, choose_openwebtext().encode()))
-    return OPENWEBTEXT[read_sealed(path, "delete it").decode()]
-
-
-def choose_openwebtext():
-    """The first of OPENWEBTEXT whose first file is there."""
-    for choice, addresses in OPENWEBTEXT.items():
-        with suppress(NotFound):
-            next(fetch(addresses[0]), None)
-            return choice
-    raise UserError(f"{hub()} does not have OpenWebText; use --data PATH or --data python-docs")
-
-
-def no_text(config):
-    names = " ".join(without_secrets(name) for name in config.data)
-    return UserError(f"there is no text to train on in {names}")
-
-
-def describe_unread(config):
-    """"; 8 files are not read: .bz2 5, no ending 3" of the folders of the corpus, or "" if all are read."""
-    paths = itertools.chain.from_iterable(walk(name) for name in config.data if os.path.isdir(name))
-    kinds = Counter(Path(path).suffix or "no ending" for path in paths if not is_readable(path))
-    if not kinds:
-        return ""
-    listed = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common(9))
-    return f"; {kinds.total():,} files are not read: {listed}"
-
-
-def walk(folder):
-    """The files in a folder, through symbolic links, without hidden files and folders."""
-    seen = set()
-    for path, folders, names in os.walk(folder, followlinks=True):
-        real_path = os.path.realpath(path)
-        if real_path in seen:  # a link leads back up
-            folders.clear()  # os.walk goes no deeper
-            continue
-        seen.add(real_path)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (os.path.join(path, name) for name in names if not name.startswith("."))
-
-
-def is_readable(name):
-    """Whether a file of a folder or an archive is read. Hidden ones are not: macOS adds ._NAME for NAME."""
-    return kind_of(name)[0] != "" and not os.path.basename(name).startswith(".")
-
-
-def kind_of(name):
-    """The kind and the compression of a file, by its name. The kind is "" if the file cannot be read.
-
-    >>> kind_of("a.jsonl"), kind_of("B.TXT.gz"), kind_of("c.zip")
-    (('.jsonl', ''), ('.txt', '.gz'), ('', ''))
-    """
-    name = name.lower()
-    if name.endswith("_data.xz"):  # the tars in the tars of OpenWebText
-        return ".tar", ".xz"
-    compression = ""
-    if name.endswith((".gz", ".xz", ".zst")):
-        name, compression = os.path.splitext(name)
-    for kind in ".txt", ".json", ".jsonl", ".parquet", ".tar":
-        if name.endswith(kind):
-            return kind, compression
-    return "", compression
-
-
-def identify(name, folder):
-    """[name relative to `folder`, size, modification time] of a file, or [name, versions if it has some]."""
-    if name == "python-docs":
-        versions = [importlib.metadata.version(package) for package in ("torch", "numpy")]
-        return [name, [platform.python_version(), *versions]]
-    if is_address(name):
-        return [name]
-    status = os.stat(name)
-    return [os.path.relpath(name, folder), status.st_size, status.st_mtime_ns]
-
-
-def source_name(config):
-    """The name of the first source, fit for the name of a file: short, and without secrets."""
-    name = Path(without_secrets(config.data[0])).name
-    return re.sub(r"[^\w.-]", "_", name)[:40] or "text"
-
-
-def open_source(name):
-    """A file or address as a binary stream."""
-    if is_address(name):
-        return io.BufferedReader(ChunkStream(fetch(name)), 1 << 20)
-    return open(name, "rb")
-
-
-class ChunkStream(io.RawIOBase):
-    """A file object over an iterator of byte chunks, since archives are read from files."""
-
-    def __init__(self, chunks):
-        self.chunks = chunks
-        self.rest = b""
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        if not self.rest:
-            self.rest = next(self.chunks, b"")
-        size = min(len(buffer), len(self.rest))
-        buffer[:size] = self.rest[:size]
-        self.rest = self.rest[size:]
-        return size
-
-
-def is_file(name):
-    """Whether a name in `find_files` is that of a file."""
-    return name != "python-docs" and not is_address(name)
-
-
-def is_address(name):
-    return str(name).startswith(("http://", "https://", "hub:"))
-
-
-class NotFound(UserError):
-    """There is nothing at an address."""
-
-
-def download(path, address, advice, size=None, sha256=None):
-    """Fetch a file whole, and check its SHA-256 where that is known."""
-    found = hashlib.sha256()
-    with (atomic_write(path) as file,
-          tqdm(desc=path.name, total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar):
-        for chunk in fetch(address, advice=advice):
-            file.write(chunk)
-            found.update(chunk)
-            bar.update(len(chunk))
-        if sha256 is not None and found.hexdigest() != sha256:
-            raise UserError(f"{without_secrets(address)} has SHA-256 {found.hexdigest()} instead of "
-                            f"{sha256}; try again, or {advice}")
-
-
-def fetch(address, advice="use --data PATH or --data python-docs"):
-    """Yield the bytes at an address. A dropped connection resumes at the byte where it broke off."""
-    name = without_secrets(address)
-    url = url_of(address)
-    is_on_hub = url.startswith(f"{hub()}/")
-    if is_on_hub and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "TRUE", "YES"):
-        raise UserError(f"{name} is not read, because HF_HUB_OFFLINE is set; unset it, or {advice}")
-    authorization = {}
-    if is_on_hub and os.environ.get("HF_TOKEN"):  # requests drops it when another host is redirected to
-        authorization = {"Authorization": f"Bearer {os.environ['HF_TOKEN'].strip()}"}
-    position = 0
-    length = None  # of the whole; None if the server does not say
-    version = ""
-    failures = 0  # in a row
-    while position != length:
-        try:
-            headers = request_headers(position, version) | authorization
-            with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-                check_status(response, name, advice)
-                begin, total, found = describe_answer(response)
-                if position == 0:
-                    length = None
-                    version = found
-                if length is None:
-                    length = total
-                if (begin, total, found) != (position, length, version):
-                    raise UserError(f"{name} cannot be resumed at byte {position:,}: it has changed, or the "
-                                    "server cannot send a part; download it and use --data PATH")
-                for chunk in response.iter_content(1 << 14):
-                    position += len(chunk)
-                    failures = 0
-                    yield chunk
-                if length is None:
-                    return
-                if position != length:
-                    raise requests.ConnectionError("the body ended early")
-        except UserError:  # also a ValueError
-            raise
-        except (requests.RequestException, ValueError) as error:
-            if position == 0 and cannot_pass(error):
-                raise UserError(f"{name} is not the address of a server; {advice}") from None
-            failures += 1
-            wait_or_give_up(error, failures, name, position, advice)
-
-
-def request_headers(position, version):
-    """The headers that ask for the bytes from `position` on."""
-    headers = {"Accept-Encoding": "identity"}
-    if position:
-        headers["Range"] = f"bytes={position}-"
-    if version.startswith('"'):  # a strong ETag: the server answers 200 with all of a file that has changed
-        headers["If-Range"] = version
-    return headers
-
-
-def describe_answer(response):
-    """(First byte, length of the whole, version) of an answer: a part or the whole. None is unknown."""
-    headers = response.headers
-    version = headers.get("ETag") or headers.get("Last-Modified") or ""
-    if response.status_code == 206:
-        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
-        if not match:
-            return None, None, version
-        return int(match[1]), int(match[2]), version
-    length = headers.get("Content-Length", "")
-    if not length.isdecimal() or "Content-Encoding" in headers:  # of the encoded bytes
-        return 0, None, version
-    return 0, int(length), version
-
-
-def check_status(response, name, advice):
-    """Raise requests.HTTPError if it is worth another attempt, and UserError if it is not."""
-    status = response.status_code
-    if status == 429 or status >= 500:
-        response.raise_for_status()
-    if status not in (200, 206):
-        kind = NotFound if status == 404 else UserError
-        raise kind(f"{name} answers {status} {response.reason}; {advice}")
-
-
-def cannot_pass(error):
-    """Whether no attempt can succeed: the address is malformed, or there is no such host."""
-    if isinstance(error, ValueError):  # so requests and urllib3 call malformed addresses
-        return True
-    while error is not None:
-        if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def wait_or_give_up(error, failures, name, position, advice):
-    """Wait before the next attempt. Raises UserError after too many failures in a row."""
-    attempts = ATTEMPTS
-    response = getattr(error, "response", None)
-    if response is not None:
-        reason = f"it answers {response.status_code}"
-    else:
-        reason = type(error).__name__
-        if position == 0:  # perhaps there is no such server
-            attempts = ATTEMPTS_WITHOUT_ANSWER
-    if failures >= attempts:
-        raise UserError(f"{name} cannot be read: {reason}, {failures} times in a row; the same command "
-                        f"resumes later; or {advice}") from None
-    seconds = min(60, BACKOFF * 2**failures)
-    tqdm.write(f"{name}: {reason}, at byte {position:,}; trying again in {seconds:.0f} s", file=sys.stderr)
-    time.sleep(seconds)
-
-
-def url_of(address):
-    """The URL of an address, which may begin with hub:."""
-    if not address.startswith("hub:"):
-        return address
-    return hub() + address.removeprefix("hub:")
-
-
-def hub():
-    """The URL of the hub."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
-
-def without_secrets(name):
-    """A path as it is; an address without user, password, query and fragment, which can hold secrets."""
-    url = url_of(name)
-    if "://" not in url:
-        return name
-    return re.sub(r"//[^/?#]*@", "//", re.split("[?#]", url)[0])
 
 
 if __name__ == "__main__":
