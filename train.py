@@ -587,7 +587,9 @@ def read_checkpoint(config):
 
 def written_files(path):
     """Yield the files that a run may have written in its folder, apart from its checkpoint."""
-    for parent in [path, *path.glob("step-*")]:
+    snapshots = [folder for folder in path.glob("step-*")
+                 if re.fullmatch(r"step-\d+", folder.name) and not folder.is_symlink()]
+    for parent in [path, *snapshots]:
         for network in ("generator", "discriminator"):
             for name in NETWORK_FILES:
                 yield parent / network / name
@@ -600,6 +602,7 @@ def write_network(folder, network, wordpiece, max_length, **more):
     Each file is replaced at once, and the weights are the only one that changes in a run. So a reader finds a
     whole network at any time.
     """
+    (folder / "tokenizer.json").unlink(missing_ok=True)  # another program's, which would outweigh these files
     files = wordpiece.files(max_length) | model.pretrained_files(network, **more)
     for name, content in files.items():
         path = folder / name
@@ -687,15 +690,16 @@ class RunFolder:
 
     def cut_log(self, step, old_numerics):
         """Keep the lines up to a step, and log the numerics of the next step if they have changed."""
-        kept = []
+        first = dict(settings=self.settings, numerics=old_numerics)
+        kept = [first]
         if self.log_path.exists():
             for line in self.log_path.read_bytes().splitlines():
-                with suppress(ValueError):  # the last line may be cut short
-                    entry = json.loads(line)
-                    if entry.get("step", 0) <= step:  # the settings have no step
+                with suppress(TypeError, ValueError):  # a line that is damaged, or cut short
+                    entry = data.parse_json(line, self.log_path)
+                    if "settings" in entry:
+                        first["numerics"] = entry.get("numerics")  # those of step 1
+                    elif entry.get("step") <= step:
                         kept.append(entry)
-        if not kept:
-            kept.append(dict(settings=self.settings, numerics=old_numerics))
         if old_numerics != self.numerics:
             kept.append(dict(step=step + 1, numerics=self.numerics))
         with data.atomic_write(self.log_path) as file:

@@ -501,7 +501,7 @@ def test_a_run_is_its_checkpoint(corpus):
 
 
 def test_a_log_that_was_lost_or_cut_goes_on(corpus):
-    """Lines up to the checkpoint's step stay; a lost log begins anew with the settings."""
+    """Lines up to the checkpoint's step stay, and the settings come first, whatever was lost or damaged."""
 
     def fail(*args):
         raise OSError
@@ -512,7 +512,9 @@ def test_a_log_that_was_lost_or_cut_goes_on(corpus):
         patch.setattr(os, "fsync", fail_at("log.jsonl", 5))
         pretrain("--num-train-steps 8")
     kept = path.read_bytes()
-    for content in kept, kept[:-40], b"\xff\x00", None:
+    settings, _, others = kept.partition(b"\n")
+    for content in (kept, kept[:-40], b"\xff\x00", None, others, settings[1:] + b"\n" + others,
+                    b"[" * 200_000 + b"\n1\n" + others, others + settings):
         if content is None:
             path.unlink()
         else:
@@ -530,7 +532,10 @@ def test_a_new_run_needs_a_folder_without_a_run(corpus):
     pretrain("--num-train-steps 4")
     path = Path("out/small")
     (path / "checkpoint.pt").unlink()
-    write_files(path, {"generator/README.md": b"mine", "step-1/notes.txt": b"mine", "step-9/a.b": b"mine"})
+    write_files(path, {"generator/README.md": b"mine", "step-1/notes.txt": b"mine", "step-9/a.b": b"mine",
+                       "step-1-mine/generator/config.json": b"mine", "generator/tokenizer.json": b"{}"})
+    write_files("elsewhere", {"generator/config.json": b"mine"})
+    (path / "step-8").symlink_to(Path("elsewhere").resolve())
     before = everything("out")
     for flags in "", "--seed 1", "--num-train-steps 2":
         with pytest.raises(UserError, match="no checkpoint.pt, but generator/config.json; .* --restart"):
@@ -539,7 +544,10 @@ def test_a_new_run_needs_a_folder_without_a_run(corpus):
     pretrain("--num-train-steps 2 --restart --objective mlm")
     names = {str(path.relative_to("out/small")) for path in everything("out")}
     assert not [name for name in names if "discriminator" in name or name.startswith("step-3")]
-    assert {"step-1/notes.txt", "step-9/a.b", "generator/README.md", "generator/vocab.txt"} <= names
+    assert {"step-1/notes.txt", "step-9/a.b", "generator/README.md", "generator/vocab.txt",
+            "step-1-mine/generator/config.json"} <= names
+    assert Path("elsewhere/generator/config.json").exists()
+    assert "generator/tokenizer.json" not in names  # its rules would outweigh those of the run
 
 
 def test_a_run_goes_on_with_more_text_but_not_with_other_text(corpus):
