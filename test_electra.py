@@ -2899,8 +2899,7 @@ def test_predictions_in_a_file_are_utf8_in_any_locale(tmp_path, monkeypatch, pre
     Path(tmp_path, "a.tsv").write_text("sentence\nba\n")
     output = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, "ascii", errors="replace"))
-    finetune.main(["--predict-file", str(tmp_path / "a.tsv")])
-    sys.stdout.flush()
+    assert train.run_command(lambda: finetune.main(["--predict-file", str(tmp_path / "a.tsv")])) == 0
     assert output.getvalue().decode() == "prediction\té\né\t1.0000\n"
 
 
