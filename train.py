@@ -1071,6 +1071,11 @@ def configure(argv):
     description = "Pre-train ELECTRA. After a stop or a kill the same command resumes."
     configs, typed = parse(argv, description, (TrainConfig, data.DataConfig, model.ElectraConfig), SIZES)
     config, data_config, electra_config = configs
+    for text in filter(os.path.isdir, data_config.data):
+        for folder in config.out, data_config.cache:
+            if Path(folder).resolve().is_relative_to(Path(text).resolve()):
+                raise data.UserError(f"{folder} is in {text}, so that its files would be read as text; use "
+                                     "--data FOLDER with nothing but text, or another --out and --cache")
     config = resolve_device(config)
     if config.size == "tiny" and config.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a second gains little, and loses much on a busy machine (LOG.md)

@@ -861,6 +861,8 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(corpus, monkeypatch
     ("--data pipes", None, "pipes/pipe.txt is not a regular file"),
     ("--data /dev/zero", None, "/dev/zero is not a regular file"),
     ("--data folder", None, "folder holds no .txt, .jsonl, .json, .parquet or .tar file"),
+    ("--data .", None, "out is in ., so that its files would be read as text; use"),
+    ("--data folder --cache folder/cache", None, "folder/cache is in folder, so that its files"),
     ("--data cut.txt.gz", gzip.compress(b"ba " * 999, mtime=0)[:-9], "cut.txt.gz is damaged or cut short"),
     ("--data latin.txt", "ba\nbé".encode("latin-1"), "latin.txt, line 2, is not UTF-8 at byte 1"),
     ("--data a.jsonl", b'{"text": "ba"}\n{"no": 1}\n', "a.jsonl, line 2, is not a JSON object with a string"),
