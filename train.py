@@ -464,7 +464,8 @@ def start_ranks(config):
 
 
 def no_torchrun():
-    found = ", ".join(f"{name} is {os.environ.get(name)}" for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    found = ", ".join(f"{name} is {os.environ.get(name, 'unset')}" for name in names)
     return data.UserError(f"{found}, but this is no process of torchrun: start it with torchrun, or unset "
                           "all three")
 
