@@ -827,19 +827,12 @@ class Predictor:
 def predict_file(config):
     """Print a table of predictions for a file of any size, in its order."""
     predictor = Predictor(config.model, config)
-    use_utf8()
     for number, chunk in enumerate(read_chunks(config, glue.read_sentences)):
         if number == 0:
             print("prediction", *predictor.labels, sep="\t")
         for answer, probabilities in predictor.predict(chunk):
             shown = answer if predictor.labels else f"{answer:{glue.Task.number_format}}"
             print(shown, *(f"{probability:.4f}" for probability in probabilities.values()), sep="\t")
-
-
-def use_utf8():
-    """What is printed into a file or a pipe is UTF-8 in any locale."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
-        sys.stdout.reconfigure(encoding="utf-8", errors="strict")
 
 
 def read_chunks(config, read_row):

@@ -572,9 +572,10 @@ def load_config(folder):
         content = dict(json.loads(path.read_bytes()))
         kind = content.get("model_type")
         activation = content.get("hidden_act", "gelu")
-        if (kind, activation) != ("electra", "gelu"):
-            raise ValueError(f"it describes a model of type {kind!r} with activation {activation!r}, and not "
-                             "'electra' with 'gelu'")
+        positions = content.get("position_embedding_type", "absolute")
+        if (kind, activation, positions) != ("electra", "gelu", "absolute"):
+            raise ValueError(f"it describes a model of type {kind!r} with activation {activation!r} and "
+                             f"{positions!r} positions, and not 'electra' with 'gelu' and 'absolute' ones")
         names = {field.name for field in fields(ElectraConfig)}
         config = ElectraConfig(**{name: value for name, value in content.items() if name in names})
     in_layers = config.num_hidden_layers * config.hidden_size * (

@@ -42,10 +42,24 @@ from tqdm import tqdm
 import data
 import model
 
-# Set by torchrun: the number of this process, its number on this machine, and how many there are.
-RANK = int(os.environ.get("RANK") or 0)
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
+
+def read_ranks():
+    """The number of this process, its number on this machine, and how many there are, as torchrun sets them.
+
+    All are 0 if they cannot be. `parse` reports it.
+    """
+    try:
+        rank = int(os.environ.get("RANK") or 0)
+        local_rank = int(os.environ.get("LOCAL_RANK") or 0)
+        world_size = int(os.environ.get("WORLD_SIZE") or 1)
+    except ValueError:
+        return 0, 0, 0
+    if 0 <= local_rank <= rank < world_size:
+        return rank, local_rank, world_size
+    return 0, 0, 0
+
+
+RANK, LOCAL_RANK, WORLD_SIZE = read_ranks()
 
 
 @dataclass(frozen=True)
@@ -445,9 +459,15 @@ def start_ranks(config):
     backend = "cpu:gloo,cuda:nccl" if config.device.startswith("cuda") else "gloo"
     try:
         dist.init_process_group(backend, timeout=RANK_TIMEOUT)
-    except ValueError as error:  # a variable that torchrun sets is missing
-        raise data.UserError(f"WORLD_SIZE is {WORLD_SIZE}, but this is no process of torchrun: start it with "
-                             f"torchrun, or unset WORLD_SIZE ({error})") from None
+    except ValueError:  # a variable that torchrun sets is missing
+        raise no_torchrun() from None
+
+
+def no_torchrun():
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    found = ", ".join(f"{name} is {os.environ.get(name, 'unset')}" for name in names)
+    return data.UserError(f"{found}, but this is no process of torchrun: start it with torchrun, or unset "
+                          "all three")
 
 
 def compare_ranks(folder, shards):
@@ -587,7 +607,9 @@ def read_checkpoint(config):
 
 def written_files(path):
     """Yield the files that a run may have written in its folder, apart from its checkpoint."""
-    for parent in [path, *path.glob("step-*")]:
+    snapshots = [folder for folder in path.glob("step-*")
+                 if re.fullmatch(r"step-\d+", folder.name) and not folder.is_symlink()]
+    for parent in [path, *snapshots]:
         for network in ("generator", "discriminator"):
             for name in NETWORK_FILES:
                 yield parent / network / name
@@ -600,6 +622,7 @@ def write_network(folder, network, wordpiece, max_length, **more):
     Each file is replaced at once, and the weights are the only one that changes in a run. So a reader finds a
     whole network at any time.
     """
+    (folder / "tokenizer.json").unlink(missing_ok=True)  # another program's, which would outweigh these files
     files = wordpiece.files(max_length) | model.pretrained_files(network, **more)
     for name, content in files.items():
         path = folder / name
@@ -687,15 +710,16 @@ class RunFolder:
 
     def cut_log(self, step, old_numerics):
         """Keep the lines up to a step, and log the numerics of the next step if they have changed."""
-        kept = []
+        first = dict(settings=self.settings, numerics=old_numerics)
+        kept = [first]
         if self.log_path.exists():
             for line in self.log_path.read_bytes().splitlines():
-                with suppress(ValueError):  # the last line may be cut short
-                    entry = json.loads(line)
-                    if entry.get("step", 0) <= step:  # the settings have no step
+                with suppress(TypeError, ValueError):  # a line that is damaged, or cut short
+                    entry = data.parse_json(line, self.log_path)
+                    if "settings" in entry:
+                        first["numerics"] = entry.get("numerics")  # those of step 1
+                    elif entry.get("step") <= step:
                         kept.append(entry)
-        if not kept:
-            kept.append(dict(settings=self.settings, numerics=old_numerics))
         if old_numerics != self.numerics:
             kept.append(dict(step=step + 1, numerics=self.numerics))
         with data.atomic_write(self.log_path) as file:
@@ -1029,9 +1053,9 @@ def main(argv=None):
 
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
-    exported = [folder.path / name for name in networks_of(electra)]
-    if all((path / "config.json").exists() for path in exported):  # --eval-only does not make them
-        print(f"\ntransformers can load {' and '.join(map(str, exported))}; to fine-tune:\n"
+    if not config.eval_only:
+        exported = " and ".join(str(folder.path / name) for name in networks_of(electra))
+        print(f"\ntransformers can load {exported}; to fine-tune:\n"
               f"python finetune.py --model {folder.path} --task mrpc --max-length {data_config.max_length}")
 
 
@@ -1048,6 +1072,11 @@ def configure(argv):
     description = "Pre-train ELECTRA. After a stop or a kill the same command resumes."
     configs, typed = parse(argv, description, (TrainConfig, data.DataConfig, model.ElectraConfig), SIZES)
     config, data_config, electra_config = configs
+    for text in filter(os.path.isdir, data_config.data):
+        for folder in config.out, data_config.cache:
+            if Path(folder).resolve().is_relative_to(Path(text).resolve()):
+                raise data.UserError(f"{folder} is in {text}, so that its files would be read as text; use "
+                                     "--data FOLDER with nothing but text, or another --out and --cache")
     config = resolve_device(config)
     if config.size == "tiny" and config.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a second gains little, and loses much on a busy machine (LOG.md)
@@ -1087,9 +1116,12 @@ def run_command(main):
         sys.stderr = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not in a notebook
-            stream.reconfigure(errors="replace")  # the terminal may not know every character
+            # What is printed into a file or a pipe is UTF-8. A terminal may not know every character.
+            encoding = stream.encoding if stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="replace")
     try:
         main()
+        sys.stdout.flush()
         return 0
     except (data.UserError, model.ModelError) as error:
         print(error, file=sys.stderr)
@@ -1098,11 +1130,14 @@ def run_command(main):
         print("stopped; the same command resumes", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        flush_or_discard()
         return 1
     except OSError as error:  # a full disk, a file that must not be read
-        place = "" if error.filename else f" in {traceback.extract_tb(error.__traceback__)[-1].name}"
-        print(f"{error}{place}; fix that, and the same command resumes", file=sys.stderr)
+        place = traceback.extract_tb(error.__traceback__)[-1].name
+        if not flush_or_discard():
+            place = "standard output"
+        where = "" if error.filename else f" in {place}"
+        print(f"{error}{where}; fix that, and the same command resumes", file=sys.stderr)
         return 1
     except RuntimeError as error:
         if "by peer" not in str(error):
@@ -1112,12 +1147,24 @@ def run_command(main):
         return 1
 
 
+def flush_or_discard():
+    """Flush standard output. If it takes no more, discard the rest, so that exiting is quiet: False."""
+    try:
+        sys.stdout.flush()
+        return True
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+
+
 def parse(argv, description, config_classes, sizes):
     """A config of each class from the command line, and the names of what was typed.
 
     A field whose type is annotated with a text is a flag, and the text is its help. Flags that were not typed
     take the value in the size's row of `sizes`, or else the default.
     """
+    if WORLD_SIZE == 0:
+        raise no_torchrun()
     parser = argparse.ArgumentParser(description=description, usage="%(prog)s [--FLAG VALUE ...]",
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS,
                                      exit_on_error=False)

@@ -481,7 +481,7 @@ def test_a_run_is_its_checkpoint(corpus):
 
 
 def test_a_log_that_was_lost_or_cut_goes_on(corpus):
-    """Lines up to the checkpoint's step stay; a lost log begins anew with the settings."""
+    """Lines up to the checkpoint's step stay, and the settings come first, whatever was lost or damaged."""
 
     def fail(*args):
         raise OSError
@@ -492,7 +492,9 @@ def test_a_log_that_was_lost_or_cut_goes_on(corpus):
         patch.setattr(os, "fsync", fail_at("log.jsonl", 5))
         pretrain("--num-train-steps 8")
     kept = path.read_bytes()
-    for content in kept, kept[:-40], b"\xff\x00", None:
+    settings, _, others = kept.partition(b"\n")
+    for content in (kept, kept[:-40], b"\xff\x00", None, others, settings[1:] + b"\n" + others,
+                    b"[" * 200_000 + b"\n1\n" + others, others + settings):
         if content is None:
             path.unlink()
         else:
@@ -510,7 +512,10 @@ def test_a_new_run_needs_a_folder_without_a_run(corpus):
     pretrain("--num-train-steps 4")
     path = Path("out/small")
     (path / "checkpoint.pt").unlink()
-    write_files(path, {"generator/README.md": b"mine", "step-1/notes.txt": b"mine", "step-9/a.b": b"mine"})
+    write_files(path, {"generator/README.md": b"mine", "step-1/notes.txt": b"mine", "step-9/a.b": b"mine",
+                       "step-1-mine/generator/config.json": b"mine", "generator/tokenizer.json": b"{}"})
+    write_files("elsewhere", {"generator/config.json": b"mine"})
+    (path / "step-8").symlink_to(Path("elsewhere").resolve())
     before = everything("out")
     for flags in "", "--seed 1", "--num-train-steps 2":
         with pytest.raises(UserError, match="no checkpoint.pt, but generator/config.json; .* --restart"):
@@ -519,7 +524,10 @@ def test_a_new_run_needs_a_folder_without_a_run(corpus):
     pretrain("--num-train-steps 2 --restart --objective mlm")
     names = {str(path.relative_to("out/small")) for path in everything("out")}
     assert not [name for name in names if "discriminator" in name or name.startswith("step-3")]
-    assert {"step-1/notes.txt", "step-9/a.b", "generator/README.md", "generator/vocab.txt"} <= names
+    assert {"step-1/notes.txt", "step-9/a.b", "generator/README.md", "generator/vocab.txt",
+            "step-1-mine/generator/config.json"} <= names
+    assert Path("elsewhere/generator/config.json").exists()
+    assert "generator/tokenizer.json" not in names  # its rules would outweigh those of the run
 
 
 def test_a_run_goes_on_with_more_text_but_not_with_other_text(corpus):
@@ -833,6 +841,8 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(corpus, monkeypatch
     ("--data pipes", None, "pipes/pipe.txt is not a regular file"),
     ("--data /dev/zero", None, "/dev/zero is not a regular file"),
     ("--data folder", None, "folder holds no .txt, .jsonl, .json, .parquet or .tar file"),
+    ("--data .", None, "out is in ., so that its files would be read as text; use"),
+    ("--data folder --cache folder/cache", None, "folder/cache is in folder, so that its files"),
     ("--data cut.txt.gz", gzip.compress(b"ba " * 999, mtime=0)[:-9], "cut.txt.gz is damaged or cut short"),
     ("--data latin.txt", "ba\nbé".encode("latin-1"), "latin.txt, line 2, is not UTF-8 at byte 1"),
     ("--data a.jsonl", b'{"text": "ba"}\n{"no": 1}\n', 'a.jsonl, line 2, has no string under "text"'),
@@ -887,6 +897,8 @@ CUT_SHORT = struct.pack("<Q", 61) + b'{"a": {"dtype": "F32", "shape": [2], "data
     ("", {"config.json": None}, "there is no model in out/small/discriminator; pre-train one"),
     ("", {"config.json": b"{"}, "config.json is damaged, or not the config of a model"),
     ("", {"config.json": b'{"model_type": "bert"}'}, "describes a model of type 'bert'"),
+    ("", {"config.json": b'{"model_type": "electra", "position_embedding_type": "relative_key"}'},
+     "'relative_key' positions, and not"),
     ("", {"vocab.txt": None}, "is not a model folder: it has neither vocab.txt nor tokenizer.json"),
     ("", {"vocab.txt": b"\n".join([b"[PAD]", b"[UNK]", b"[CLS]", b"[SEP]", b"[MASK]"])},
      "word_embeddings.weight has shape .48, 40., and should have .5, 40."),
@@ -1067,6 +1079,10 @@ fcntl.flock = flock
 
 @pytest.mark.parametrize("prefix, variables, status, message", [
     ("", {"WORLD_SIZE": "2"}, 1, b"WORLD_SIZE is 2, but this is no process of torchrun"),
+    *[("", {name: value}, 1, f"{name} is {value}, ".encode()) for name, value in
+      [("RANK", "1"), ("RANK", "x"), ("LOCAL_RANK", "1"), ("LOCAL_RANK", "x"), ("WORLD_SIZE", "0"),
+       ("WORLD_SIZE", "abc")]],
+    ("exec > /dev/full; ", {"PYTHONUNBUFFERED": ""}, 1, b"No space left on device in standard output; fix"),
     ("exec >&- 2>&-; ", {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}, 0, b""),
     ("", {"PYTHONPATH": "no-locks"}, 1, b"out/small/lock cannot be locked (No locks available); use --out"),
 ])
@@ -1078,7 +1094,7 @@ def test_odd_surroundings(corpus, prefix, variables, status, message):
     process = subprocess.run(command, shell=True, env=environment, capture_output=True)
     assert process.returncode == status, process.stderr
     assert message in process.stderr and process.stderr.count(b"\n") == status
-    assert Path("out/small/discriminator").exists() == (status == 0)
+    assert Path("out/small/discriminator").exists() == (status == 0 or "full" in prefix)
 
 
 def test_an_error_of_the_system_says_where(corpus, capsys):

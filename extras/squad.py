@@ -283,7 +283,6 @@ def predict_file(config):
             raise data.UserError(f"{where} has an empty context")
         return spans.Question(where, pieces, context, [], None)
 
-    finetune.use_utf8()
     for number, questions in enumerate(finetune.read_chunks(config, read_row)):
         if number == 0:
             print("answer", "probability", sep="\t")

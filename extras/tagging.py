@@ -282,7 +282,6 @@ def predict_file(config):
         words = WORD.findall(glue.read_cell(row, "sentence", where))
         return words, ["O"] * len(words)  # of which only the number counts
 
-    finetune.use_utf8()
     for sentences in finetune.read_chunks(config, read_row):
         tokenized = tokenize(sentences, saved.labels, saved.wordpiece, saved.max_length)
         predicted = predict_tags(network, tokenized, saved.labels, config)
