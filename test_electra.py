@@ -2841,8 +2841,11 @@ def test_a_network_is_kept_and_predicts(toy_glue, capsys, monkeypatch):
         assert line.split("\t") == [label, *(f"{value:.4f}" for value in probabilities.values())]
         assert sum(probabilities.values()) == pytest.approx(1)
     capsys.readouterr()
-    predictor.predict([("ba zzz", "zzz do")])
+    predictor.predict([("ba zzz",)])
     assert capsys.readouterr().err.startswith("warning: 50% of the tokens are [UNK]")
+    for texts in "ba do", {"ba": "do"}, [("ba", "do")], [("ba", "do", "good")], [b"ba"], [1], [[1]], [()]:
+        with pytest.raises(UserError, match="or of pairs of texts; this network takes texts"):
+            predictor.predict(texts)
     Path("empty.tsv").write_text("A fine film.\n")
     with pytest.raises(UserError, match="empty.tsv has no rows; the first line of a table names its columns"):
         finetune.main(f"--predict-file empty.tsv --model {folder} --device cpu".split())
@@ -2865,7 +2868,7 @@ def test_a_network_is_kept_and_predicts(toy_glue, capsys, monkeypatch):
 def predictor(monkeypatch):
     """A network that takes every sentence for of one class, whose name is not ASCII."""
     monkeypatch.setattr(finetune, "Predictor", lambda *_: SimpleNamespace(
-        labels=["é"], predict=lambda texts: [("é", {"é": 1.0})] * len(texts)))
+        labels=["é"], num_sentences=1, predict=lambda texts: [("é", {"é": 1.0})] * len(texts)))
 
 
 @pytest.mark.parametrize("name, content, count", [
@@ -2875,6 +2878,7 @@ def predictor(monkeypatch):
     ("a.csv", f"sentence,x\n{'ba ' * 50_000},\nba,\n", 2),
     ("- --format csv", 'sentence\n"ba, do"\n"ba\ndo"\n', 2),
     ("a.txt --format jsonl", '{"sentence": 1.5}\n{"sentence": ""}', 2),
+    ("a.tsv", "sentence1\tsentence2\nba\tdo\n", "line 2 has sentence1 and sentence2; it should have s"),
     ("a.tsv", "id\tsentence\n1\tba\n\n", "a.tsv, line 3 has 1 fields, and the first line 2"),
     ("a.jsonl", '{"sentence": "ba"}\n\n', "a.jsonl, line 2 is damaged: it is not a JSON object"),
     ("a.csv", 'id,sentence\n1,ba\n2,"ba\n3,ba\n', "a.csv, line 3 is not CSV: a quote opens here"),
