@@ -318,8 +318,12 @@ def write_predictions(experiment, seed, predictions):
 
 def read_predictions(experiment, seed):
     """What `write_predictions` wrote: an array for each test set, by split."""
+    path = experiment.predictions_path(seed)
     advice = "delete it, and the same command makes it again"
-    return np.load(io.BytesIO(data.read_sealed(experiment.predictions_path(seed), advice)))
+    predictions = np.load(io.BytesIO(data.read_sealed(path, advice)))
+    if set(predictions) != set(experiment.task.test_splits):
+        raise data.UserError(f"{path} is of an earlier version; {advice}")
+    return predictions
 
 
 def best_seed(experiment):
@@ -574,6 +578,9 @@ def describe(experiment, split, examples, tokenized):
     else:
         counts = Counter(task.labels[label] for label in labels).most_common()
         found = glue.join_few([f"{name} {count:,}" for name, count in counts])
+    empty = sum(not text for example in examples for text in example[: len(task.sentences)])
+    if empty:
+        found += f"; empty sentences: {empty:,}"
     cut = np.mean(tokenized.lengths > experiment.config.max_length)
     print_split(experiment, split, tokenized.rows, f"{len(examples):,} rows; {found}; the longest has "
                 f"{tokenized.lengths.max():,} tokens, {cut:.1%} are cut")

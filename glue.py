@@ -496,11 +496,11 @@ def read_table(file, source, kind=""):
     kind = kind or Path(source).suffix.lower().removeprefix(".")
     lines = read_lines(file, source)
     if kind == "jsonl":
-        rows = ((where, data.parse_json(line, where)) for where, line in lines)
+        rows = parse_lines(lines)
     elif kind == "csv":
         rows = name_fields(split_csv((line for _, line in lines), source))
     elif kind == "tsv":
-        rows = name_fields((where, line.rstrip("\r\n").split("\t")) for where, line in lines)
+        rows = name_fields(split_tsv(lines))
     else:
         raise data.UserError(f"{source} has no known format; --format takes tsv, csv or jsonl")
     is_empty = True
@@ -515,7 +515,28 @@ def read_lines(file, source):
     """Yield ("SOURCE, line N", text) for each line of a binary file."""
     for number, line in enumerate(file, 1):
         where = f"{source}, line {number}"
+        if number == 1 and b"\r" in line.rstrip(b"\r\n"):  # all lines are one
+            raise data.UserError(f"the lines of {source} end with CR; save it with line ends LF or CR LF")
         yield where, data.decode_utf8(line, where)
+
+
+def parse_lines(lines):
+    """Yield ("SOURCE, line N", {column: value}) for each line of JSON."""
+    for where, line in lines:
+        if not line.strip():
+            raise data.UserError(f"{where} is empty; delete it")
+        yield where, data.parse_json(line, where)
+
+
+def split_tsv(lines):
+    """Yield ("SOURCE, line N", fields) for each line. Quotes are characters like any other."""
+    for where, line in lines:
+        fields = line.rstrip("\r\n").split("\t")
+        # In a table of several columns, the number of fields shows that a cell was cut.
+        if len(fields) == 1 and line.startswith('"') and line.count('"') % 2:
+            raise data.UserError(f"{where} opens a quote and does not close it; cells of several lines need "
+                                 "a .csv or .jsonl file")
+        yield where, fields
 
 
 def split_csv(lines, source):
@@ -535,13 +556,16 @@ def split_csv(lines, source):
 def name_fields(rows):
     """Yield ("SOURCE, line N", {column: field}) for each row but the first, which names the columns."""
     first_where, header = next(rows, ("", []))
+    header = [name.strip() for name in header]
     named = [name for name in header if name]  # spreadsheets append empty columns
     if len(set(named)) < len(named):
         raise data.UserError(f"{first_where} names a column twice; there are {', '.join(named)}")
     for where, fields in rows:
+        if fields == [""] and len(header) > 1:
+            raise data.UserError(f"{where} is empty; delete it")
         if len(fields) != len(header):
             raise data.UserError(f"{where} has {len(fields)} fields, and the first line {len(header)}")
-        if fields == header:
+        if [field.strip() for field in fields] == header:
             raise data.UserError(f"{where} repeats the first line, which names the columns; delete it")
         yield where, dict(zip(header, fields, strict=True))
 

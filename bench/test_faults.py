@@ -949,10 +949,18 @@ def test_bad_input_to_fine_tuning(toy_glue, flags, changes, message):
     ({"train.tsv": "sentence\tlabel\nba\tx\n"}, "own/train.tsv needs at least two different labels"),
     ({"train.tsv": "label\tlabel\tsentence\n1\t2\tba\n"},
      "own/train.tsv, line 1 names a column twice; there are label, label, sentence"),
-    ({"train.tsv": "sentence\tlabel\nba\tgood\nsentence\tlabel\n"},
+    ({"train.tsv": "label\tlabel \tsentence\n1\t2\tba\n"},
+     "own/train.tsv, line 1 names a column twice; there are label, label, sentence"),
+    ({"train.tsv": "sentence\tlabel \nba\tgood\nsentence\tlabel\n"},
      "own/train.tsv, line 3 repeats the first line"),
     ({"dev.tsv": "sentence\tlabel\nba\tbad\n\nba\tbad\n"},
+     "own/dev.tsv, line 3 is empty; delete it"),
+    ({"dev.tsv": "sentence\tlabel\nba\tbad\nba\n"},
      "own/dev.tsv, line 3 has 1 fields, and the first line 2"),
+    ({"train.tsv": "sentence\tlabel\rba\tbad\rdo\tgood\r"}, "the lines of own/train.tsv end with CR; save"),
+    ({"train.tsv": None, "train.csv": "sentence,label\rba,bad\rdo,good\r"},
+     "the lines of own/train.csv end with CR; save"),
+    ({"train.tsv": ""}, "own/train.tsv has no rows"), ({"train.tsv": "sentence\tlabel\n"}, "tsv has no rows"),
     ({"train.tsv": None, "train.csv": 'label,sentence\n"go""od","ba\ndo"\nbad,"ba\ngood,do\n'},
      "own/train.csv, line 4 is not CSV: a quote opens here and is not closed"),
     ({"dev.tsv": None, "dev.csv": 'sentence,label\n"ba\nba,bad\n"do",good\n'},
@@ -966,7 +974,7 @@ def test_bad_input_to_fine_tuning(toy_glue, flags, changes, message):
     ({"train.tsv": None, "train.jsonl": '{"sentence": "ba", "label": Infinity}'},
      "own/train.jsonl, line 1: column label is inf, neither text nor a number"),
     ({"dev.tsv": None, "dev.jsonl": '{"sentence": "ba", "label": "bad"}\n\n'},
-     "own/dev.jsonl, line 2 is damaged"),
+     "own/dev.jsonl, line 2 is empty; delete it"),
     ({"dev.tsv": None, "dev.jsonl": "[1]"}, "own/dev.jsonl, line 1 is damaged: it is not a JSON object"),
     ({"dev.tsv": "sentence\tlabel\n"}, "own/dev.tsv has no rows"),
     ({"dev.tsv": "sentence1\tsentence2\tlabel\nba\tdo\tbad\n"},
@@ -1091,6 +1099,17 @@ def test_a_kill_while_a_network_is_saved_mixes_no_two(toy_glue, monkeypatch):
             finetune.Predictor(find_network("wnli"))
     tune("--task wnli --save")
     assert read_files(find_network("wnli")) == read_files(find_network("wnli", "whole"))
+
+
+def test_predictions_of_an_earlier_version_are_refused(toy_glue, monkeypatch):
+    """Predictions that lack a test set end in a sentence, not in a KeyError."""
+    with monkeypatch.context() as patch:
+        patch.setattr(glue.GlueTask, "test_splits", ["test_matched"])
+        patch.setattr(finetune.Experiment, "predictions_path", lambda *_: Path("kept.npz"))
+        tune("--task mnli --keep-predictions")
+    monkeypatch.setattr(finetune.Experiment, "predictions_path", lambda *_: Path("kept.npz"))
+    with pytest.raises(UserError, match="kept.npz is of an earlier version; delete it, and the same command"):
+        tune("--task mnli --submit")
 
 
 def test_ranks_that_cannot_work_together_say_why(corpus, monkeypatch):
