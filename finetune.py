@@ -12,6 +12,7 @@ gluebenchmark.com. --save keeps the best network of a task, and `Predictor` uses
 import train
 
 # isort: split
+import functools
 import hashlib
 import io
 import itertools
@@ -209,7 +210,8 @@ class Experiment:
 
     def saved_fields(self, seed):
         """What `Predictor` needs to know of the seed's network, for config.json."""
-        return dict(id2label=dict(enumerate(self.task.labels)), label_range=self.task.label_range)
+        return dict(id2label=dict(enumerate(self.task.labels)), label_range=self.task.label_range,
+                    num_sentences=len(self.task.sentences))
 
     @property
     def folder(self):
@@ -316,8 +318,12 @@ def write_predictions(experiment, seed, predictions):
 
 def read_predictions(experiment, seed):
     """What `write_predictions` wrote: an array for each test set, by split."""
+    path = experiment.predictions_path(seed)
     advice = "delete it, and the same command makes it again"
-    return np.load(io.BytesIO(data.read_sealed(experiment.predictions_path(seed), advice)))
+    predictions = np.load(io.BytesIO(data.read_sealed(path, advice)))
+    if set(predictions) != set(experiment.task.test_splits):
+        raise data.UserError(f"{path} is of an earlier version; {advice}")
+    return predictions
 
 
 def best_seed(experiment):
@@ -572,6 +578,9 @@ def describe(experiment, split, examples, tokenized):
     else:
         counts = Counter(task.labels[label] for label in labels).most_common()
         found = glue.join_few([f"{name} {count:,}" for name, count in counts])
+    empty = sum(not text for example in examples for text in example[: len(task.sentences)])
+    if empty:
+        found += f"; empty sentences: {empty:,}"
     cut = np.mean(tokenized.lengths > experiment.config.max_length)
     print_split(experiment, split, tokenized.rows, f"{len(examples):,} rows; {found}; the longest has "
                 f"{tokenized.lengths.max():,} tokens, {cut:.1%} are cut")
@@ -729,8 +738,9 @@ def save_best(experiments):
     for experiment in experiments:
         seed = best_seed(experiment)
         folder = experiment.network_path()
+        fields = read_saved_config(folder)
         # An earlier command, without --save or with more seeds, may have finished this seed.
-        if read_saved_config(folder).get("run_name") != experiment.run_name(seed):
+        if fields.get("run_name") != experiment.run_name(seed) or fields.get("sha256") != hash_files(folder):
             finetuner = Finetuner(experiment)
             finetuner.run(seed, tokenize_splits(experiment))
             save_network(experiment, seed, finetuner.network)
@@ -738,11 +748,27 @@ def save_best(experiments):
 
 
 def save_network(experiment, seed, network):
-    """Write encoder, head, names of the labels and tokenizer to the network's folder."""
+    """Write encoder, head, names of the labels and tokenizer to the network's folder.
+
+    config.json is written last and has the hashes of the other files: no kill or damage mixes two networks.
+    """
+    folder = experiment.network_path()
+    write = functools.partial(train.write_network, folder, network, experiment.pretrained.wordpiece,
+                              experiment.config.max_length)
     with lock_outputs(experiment.folder, "network"):
-        train.write_network(experiment.network_path(), network, experiment.pretrained.wordpiece,
-                            experiment.config.max_length, head=type(network).__name__,
-                            run_name=experiment.run_name(seed), **experiment.saved_fields(seed))
+        write()  # a plain encoder, until its config.json has the rest
+        write(head=type(network).__name__, run_name=experiment.run_name(seed), sha256=hash_files(folder),
+              **experiment.saved_fields(seed))
+
+
+def hash_files(folder):
+    """The SHA-256 by name of the files of a saved network, apart from config.json, which has these hashes."""
+    hashes = {}
+    for name in train.NETWORK_FILES:
+        path = folder / name
+        if name != "config.json" and path.is_file():
+            hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashes
 
 
 def read_saved_config(folder):
@@ -777,6 +803,11 @@ def load_saved(folder, head):
     fields = read_saved_config(folder)
     if fields.get("head") != head:
         raise data.UserError(f"{folder} has no {head}; --model takes what --save wrote in OUT/networks")
+    found = hash_files(folder)
+    for name in train.NETWORK_FILES[1:]:
+        if name not in found or found[name] != fields.get("sha256", {}).get(name):
+            raise data.UserError(f"{folder / name} is damaged, or of an earlier version; the command that "
+                                 "saved it makes it again")
     id2label = fields.get("id2label", {})
     labels = [id2label[str(number)] for number in range(len(id2label))]  # the keys may have any order
     config = model.load_config(folder)
@@ -801,13 +832,23 @@ class Predictor:
         self.max_length = saved.max_length
         self.labels = saved.labels
         self.label_range = saved.fields["label_range"]  # of a regression, else None
+        self.num_sentences = saved.fields["num_sentences"]  # 2 if it takes pairs
         self.network = saved.load_into(Classifier(saved.config, self.labels), self.config.device)
 
     def predict(self, texts):
         """For each sentence or pair of sentences: (label, {label: probability}), or (number, {})."""
+        kind = "texts" if self.num_sentences == 1 else "pairs"
+        refusal = data.UserError("predict takes a list of texts, or of pairs of texts; this network takes "
+                                 f"{kind}")
+        if isinstance(texts, str | dict):
+            raise refusal
         examples = []
         for text in texts:
             sentences = [text] if isinstance(text, str) else text
+            if not isinstance(sentences, list | tuple) or len(sentences) != self.num_sentences:
+                raise refusal
+            if not all(isinstance(sentence, str) for sentence in sentences):
+                raise refusal
             examples.append(glue.Example(*sentences))
         if not examples:
             return []
@@ -827,7 +868,12 @@ class Predictor:
 def predict_file(config):
     """Print a table of predictions for a file of any size, in its order."""
     predictor = Predictor(config.model, config)
-    for number, chunk in enumerate(read_chunks(config, glue.read_sentences)):
+    columns = glue.SINGLE if predictor.num_sentences == 1 else glue.PAIR
+
+    def read_row(row, where):
+        return glue.read_sentences(row, columns, where)
+
+    for number, chunk in enumerate(read_chunks(config, read_row)):
         if number == 0:
             print("prediction", *predictor.labels, sep="\t")
         for answer, probabilities in predictor.predict(chunk):

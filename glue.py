@@ -359,6 +359,8 @@ class OwnTask(Task):
     """A folder of your own files. Its title begins with "own-", so that no task of GLUE has it."""
 
     files: dict  # path by split
+    sentences: tuple  # SINGLE or PAIR, in all files
+    train_sha256: str  # of the file that the labels come from
 
     @property
     def name(self):
@@ -372,20 +374,27 @@ class OwnTask(Task):
         """The examples of a split, in file order, and the SHA-256 of its file."""
         path = self.files[split]
         raw = path.read_bytes()
-        return parse_own(self, split, raw, path), hashlib.sha256(raw).hexdigest()
+        sha256 = hashlib.sha256(raw).hexdigest()
+        if split == "train" and sha256 != self.train_sha256:
+            raise data.UserError(f"the files of {self.title} have changed; run the same command again")
+        return parse_own(self, split, raw, path), sha256
 
 
 def own_task(folder, is_regression):
     """The task that a folder describes: train and dev, and perhaps test, as .tsv, .csv or .jsonl."""
     files = find_own_files(folder)
     title = f"own-{folder.resolve().name}"
-    first_seen = find_labels(files["train"])
+    raw = files["train"].read_bytes()
+    where, first_row = next(read_table(io.BytesIO(raw), files["train"]))
+    fields = dict(title=title, files=files, sentences=find_columns(first_row, where),
+                  train_sha256=hashlib.sha256(raw).hexdigest())
+    first_seen = find_labels(raw, files["train"])
     too_few = data.UserError(f"{files['train']} needs at least two different labels")
     if is_regression:
         numbers = {read_number(text, where) for text, where in first_seen.items()}
         if len(numbers) < 2:
             raise too_few
-        return OwnTask(title=title, files=files, labels=(), label_range=(min(numbers), max(numbers)),
+        return OwnTask(**fields, labels=(), label_range=(min(numbers), max(numbers)),
                        metrics=("spearman", "pearson"))
     for text, where in first_seen.items():
         if not text or re.search(r"[\t\r\n]", text):
@@ -396,7 +405,7 @@ def own_task(folder, is_regression):
         raise too_few
     if all(map(NUMBER.fullmatch, labels)) and any("." in text for text in labels):
         print(f"{title}: labels such as {labels[0]} are names of classes; with --regression they are numbers")
-    return OwnTask(title=title, files=files, labels=labels, metrics=("accuracy", "macro f1", "matthews"))
+    return OwnTask(**fields, labels=labels, metrics=("accuracy", "macro f1", "matthews"))
 
 
 def find_own_files(folder):
@@ -414,12 +423,11 @@ def find_own_files(folder):
     return files
 
 
-def find_labels(path):
+def find_labels(raw, source):
     """The different labels in a file, as text, and where each first occurs."""
     first_seen = {}
-    with open(path, "rb") as file:
-        for where, row in read_table(file, path):
-            first_seen.setdefault(read_cell(row, "label", where), where)
+    for where, row in read_table(io.BytesIO(raw), source):
+        first_seen.setdefault(read_cell(row, "label", where), where)
     return first_seen
 
 
@@ -440,17 +448,28 @@ def parse_own(task, split, raw, source):
         label = None
         if split not in task.test_splits:
             label = read_label(task, read_cell(row, "label", where), where)
-        first, second = read_sentences(row, where)
-        examples.append(Example(first, second, label))
+        examples.append(Example(*read_sentences(row, task.sentences, where), label=label))
     return examples
 
 
-def read_sentences(row, where):
-    """The one or two sentences of a row, under `sentence` or `sentence1` and `sentence2`."""
+def read_sentences(row, columns, where):
+    """The one or two sentences of a row. They must be in these columns: no table or task mixes the two."""
+    found = find_columns(row, where)
+    if found != columns:
+        raise data.UserError(f"{where} has {' and '.join(found)}; it should have {' and '.join(columns)}")
+    return [read_cell(row, column, where) for column in columns]
+
+
+SINGLE = ("sentence",)
+PAIR = ("sentence1", "sentence2")
+
+
+def find_columns(row, where):
+    """The columns with the sentences of a row: SINGLE or PAIR."""
     if "sentence1" in row and "sentence2" in row:
-        return read_cell(row, "sentence1", where), read_cell(row, "sentence2", where)
+        return PAIR
     if "sentence" in row and "sentence2" not in row:
-        return read_cell(row, "sentence", where), ""
+        return SINGLE
     raise data.UserError(f"{where} has no column sentence, or sentence1 and sentence2; there are "
                          f"{', '.join(map(str, row))}")
 
@@ -477,11 +496,11 @@ def read_table(file, source, kind=""):
     kind = kind or Path(source).suffix.lower().removeprefix(".")
     lines = read_lines(file, source)
     if kind == "jsonl":
-        rows = ((where, data.parse_json(line, where)) for where, line in lines)
+        rows = parse_lines(lines)
     elif kind == "csv":
         rows = name_fields(split_csv((line for _, line in lines), source))
     elif kind == "tsv":
-        rows = name_fields((where, line.rstrip("\r\n").split("\t")) for where, line in lines)
+        rows = name_fields(split_tsv(lines))
     else:
         raise data.UserError(f"{source} has no known format; --format takes tsv, csv or jsonl")
     is_empty = True
@@ -496,7 +515,28 @@ def read_lines(file, source):
     """Yield ("SOURCE, line N", text) for each line of a binary file."""
     for number, line in enumerate(file, 1):
         where = f"{source}, line {number}"
+        if number == 1 and b"\r" in line.rstrip(b"\r\n"):  # all lines are one
+            raise data.UserError(f"the lines of {source} end with CR; save it with line ends LF or CR LF")
         yield where, data.decode_utf8(line, where)
+
+
+def parse_lines(lines):
+    """Yield ("SOURCE, line N", {column: value}) for each line of JSON."""
+    for where, line in lines:
+        if not line.strip():
+            raise data.UserError(f"{where} is empty; delete it")
+        yield where, data.parse_json(line, where)
+
+
+def split_tsv(lines):
+    """Yield ("SOURCE, line N", fields) for each line. Quotes are characters like any other."""
+    for where, line in lines:
+        fields = line.rstrip("\r\n").split("\t")
+        # In a table of several columns, the number of fields shows that a cell was cut.
+        if len(fields) == 1 and line.startswith('"') and line.count('"') % 2:
+            raise data.UserError(f"{where} opens a quote and does not close it; cells of several lines need "
+                                 "a .csv or .jsonl file")
+        yield where, fields
 
 
 def split_csv(lines, source):
@@ -516,13 +556,16 @@ def split_csv(lines, source):
 def name_fields(rows):
     """Yield ("SOURCE, line N", {column: field}) for each row but the first, which names the columns."""
     first_where, header = next(rows, ("", []))
+    header = [name.strip() for name in header]
     named = [name for name in header if name]  # spreadsheets append empty columns
     if len(set(named)) < len(named):
         raise data.UserError(f"{first_where} names a column twice; there are {', '.join(named)}")
     for where, fields in rows:
+        if fields == [""] and len(header) > 1:
+            raise data.UserError(f"{where} is empty; delete it")
         if len(fields) != len(header):
             raise data.UserError(f"{where} has {len(fields)} fields, and the first line {len(header)}")
-        if fields == header:
+        if [field.strip() for field in fields] == header:
             raise data.UserError(f"{where} repeats the first line, which names the columns; delete it")
         yield where, dict(zip(header, fields, strict=True))
 

@@ -2835,8 +2835,11 @@ def test_a_network_is_kept_and_predicts(toy_glue, capsys, monkeypatch):
         assert line.split("\t") == [label, *(f"{value:.4f}" for value in probabilities.values())]
         assert sum(probabilities.values()) == pytest.approx(1)
     capsys.readouterr()
-    predictor.predict([("ba zzz", "zzz do")])
+    predictor.predict([("ba zzz",)])
     assert capsys.readouterr().err.startswith("warning: 50% of the tokens are [UNK]")
+    for texts in "ba do", {"ba": "do"}, [("ba", "do")], [("ba", "do", "good")], [b"ba"], [1], [[1]], [()]:
+        with pytest.raises(UserError, match="or of pairs of texts; this network takes texts"):
+            predictor.predict(texts)
     Path("empty.tsv").write_text("A fine film.\n")
     with pytest.raises(UserError, match="empty.tsv has no rows; the first line of a table names its columns"):
         finetune.main(f"--predict-file empty.tsv --model {folder} --device cpu".split())
@@ -2859,7 +2862,7 @@ def test_a_network_is_kept_and_predicts(toy_glue, capsys, monkeypatch):
 def predictor(monkeypatch):
     """A network that takes every sentence for of one class, whose name is not ASCII."""
     monkeypatch.setattr(finetune, "Predictor", lambda *_: SimpleNamespace(
-        labels=["é"], predict=lambda texts: [("é", {"é": 1.0})] * len(texts)))
+        labels=["é"], num_sentences=1, predict=lambda texts: [("é", {"é": 1.0})] * len(texts)))
 
 
 @pytest.mark.parametrize("name, content, count", [
@@ -2869,8 +2872,12 @@ def predictor(monkeypatch):
     ("a.csv", f"sentence,x\n{'ba ' * 50_000},\nba,\n", 2),
     ("- --format csv", 'sentence\n"ba, do"\n"ba\ndo"\n', 2),
     ("a.txt --format jsonl", '{"sentence": 1.5}\n{"sentence": ""}', 2),
-    ("a.tsv", "id\tsentence\n1\tba\n\n", "a.tsv, line 3 has 1 fields, and the first line 2"),
-    ("a.jsonl", '{"sentence": "ba"}\n\n', "a.jsonl, line 2 is damaged: it is not a JSON object"),
+    ("a.tsv", "sentence1\tsentence2\nba\tdo\n", "line 2 has sentence1 and sentence2; it should have s"),
+    ("a.tsv", "id\tsentence\n1\tba\n\n", "a.tsv, line 3 is empty; delete it"),
+    ("a.csv", "id,sentence\n1,ba\n\n", "a.csv, line 3 is empty; delete it"),
+    ("a.jsonl", '{"sentence": "ba"}\n\n', "a.jsonl, line 2 is empty; delete it"),
+    ("a.tsv", 'sentence\n"ba\ndo"\n', "a.tsv, line 2 opens a quote and does not close it; cells of several"),
+    ("a.tsv", 'sentence \n"ba" do\nba"\n', 2),
     ("a.csv", 'id,sentence\n1,ba\n2,"ba\n3,ba\n', "a.csv, line 3 is not CSV: a quote opens here"),
     ("-", "sentence\nba, do\n", "standard input has no known format; --format takes tsv, csv or jsonl"),
 ])
@@ -2900,14 +2907,15 @@ def test_predictions_in_a_file_are_utf8_in_any_locale(tmp_path, monkeypatch, pre
 def test_what_fine_tuning_reads_is_shown_before_the_work(toy_glue, capsys):
     """For each split: rows, labels, the longest row and those that are cut, the share of [UNK]."""
     files = dict(train="good\tba do ku\n bad\tba zzz\ngood\tba ba ba ba ba ba ba ba\n", dev="good\tba\n",
-                 test="x\tba\n")
+                 test="x\tba\ny\t\n")
     write_files("own", {f"{split}.tsv": f"label\tsentence\n{rows}".encode() for split, rows in files.items()})
     tune("--task own --max-length 8 --keep-predictions")
     printed = capsys.readouterr().out
     assert ("own-own, train: 3 rows; good 2, bad 1; the longest has 10 tokens, 33.3% are cut; 9.1% [UNK]\n"
             "warning: 9% of the tokens are [UNK]. Usual causes: a vocabulary of another language") in printed
     assert "own-own, dev: 1 rows; good 1; the longest has 3 tokens, 0.0% are cut; 0.0% [UNK]\n" in printed
-    assert "own-own, test: 1 rows; no labels; " in printed and printed.count("warning") == 1
+    assert "own-own, test: 2 rows; no labels; empty sentences: 1; the longest has" in printed
+    assert printed.count("warning") == 1
     tune("--task stsb cola --num-train-epochs 1")
     assert "STS-B, train: 48 rows; labels from 0 to 5; the longest has" in capsys.readouterr().out
 

@@ -941,10 +941,18 @@ def test_bad_input_to_fine_tuning(toy_glue, flags, changes, message):
     ({"train.tsv": "sentence\tlabel\nba\tx\n"}, "own/train.tsv needs at least two different labels"),
     ({"train.tsv": "label\tlabel\tsentence\n1\t2\tba\n"},
      "own/train.tsv, line 1 names a column twice; there are label, label, sentence"),
-    ({"train.tsv": "sentence\tlabel\nba\tgood\nsentence\tlabel\n"},
+    ({"train.tsv": "label\tlabel \tsentence\n1\t2\tba\n"},
+     "own/train.tsv, line 1 names a column twice; there are label, label, sentence"),
+    ({"train.tsv": "sentence\tlabel \nba\tgood\nsentence\tlabel\n"},
      "own/train.tsv, line 3 repeats the first line"),
     ({"dev.tsv": "sentence\tlabel\nba\tbad\n\nba\tbad\n"},
+     "own/dev.tsv, line 3 is empty; delete it"),
+    ({"dev.tsv": "sentence\tlabel\nba\tbad\nba\n"},
      "own/dev.tsv, line 3 has 1 fields, and the first line 2"),
+    ({"train.tsv": "sentence\tlabel\rba\tbad\rdo\tgood\r"}, "the lines of own/train.tsv end with CR; save"),
+    ({"train.tsv": None, "train.csv": "sentence,label\rba,bad\rdo,good\r"},
+     "the lines of own/train.csv end with CR; save"),
+    ({"train.tsv": ""}, "own/train.tsv has no rows"), ({"train.tsv": "sentence\tlabel\n"}, "tsv has no rows"),
     ({"train.tsv": None, "train.csv": 'label,sentence\n"go""od","ba\ndo"\nbad,"ba\ngood,do\n'},
      "own/train.csv, line 4 is not CSV: a quote opens here and is not closed"),
     ({"dev.tsv": None, "dev.csv": 'sentence,label\n"ba\nba,bad\n"do",good\n'},
@@ -958,9 +966,14 @@ def test_bad_input_to_fine_tuning(toy_glue, flags, changes, message):
     ({"train.tsv": None, "train.jsonl": '{"sentence": "ba", "label": Infinity}'},
      "own/train.jsonl, line 1: column label is inf, neither text nor a number"),
     ({"dev.tsv": None, "dev.jsonl": '{"sentence": "ba", "label": "bad"}\n\n'},
-     "own/dev.jsonl, line 2 is damaged"),
+     "own/dev.jsonl, line 2 is empty; delete it"),
     ({"dev.tsv": None, "dev.jsonl": "[1]"}, "own/dev.jsonl, line 1 is damaged: it is not a JSON object"),
     ({"dev.tsv": "sentence\tlabel\n"}, "own/dev.tsv has no rows"),
+    ({"dev.tsv": "sentence1\tsentence2\tlabel\nba\tdo\tbad\n"},
+     "own/dev.tsv, line 2 has sentence1 and sentence2; it should have sentence"),
+    ({"train.tsv": None, "train.jsonl": '{"sentence1": "ba", "sentence2": "do", "label": "good"}\n'
+                                        '{"sentence": "ba", "label": "bad"}\n'},
+     "own/train.jsonl, line 2 has sentence; it should have sentence1 and sentence2"),
 ])
 def test_bad_input_in_own_tasks(toy_glue, files, message):
     """Each mistake ends in one sentence that names file, line and column."""
@@ -1011,10 +1024,12 @@ def test_the_files_of_a_sweep_belong_to_it_alone(toy_glue, monkeypatch):
     tune("--task rte --save --dropout 0.2")
     assert len(list(Path("out/glue/networks").glob("rte-*/config.json"))) == 2
 
-    write_task("own")
-    watch(monkeypatch, finetune, "tokenize_splits", lambda _: write_task("own", count=20))
-    with pytest.raises(UserError, match="the files of own-own have changed; run the same command again"):
-        finetune.main("--task own --max-length 32".split())
+    for function in "plan_experiments", "tokenize_splits":
+        write_task("own")
+        with monkeypatch.context() as patch:
+            watch(patch, finetune, function, lambda *_: write_task("own", count=20))
+            with pytest.raises(UserError, match="the files of own-own have changed; run the same command"):
+                finetune.main("--task own --max-length 32".split())
 
 
 DAMAGE = {
@@ -1041,6 +1056,52 @@ def test_damage_to_what_a_sweep_wrote_is_found_and_mended(toy_glue, victim, mess
     path.unlink()
     tune("--task wnli --submit")
     assert read_results()["wnli", 0] == before["wnli", 0] and path.exists()
+
+
+def read_files(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.mark.parametrize("victim", [WEIGHTS, "vocab.txt", TOKENIZER])
+def test_a_saved_network_is_whole_or_refused_and_made_again(toy_glue, victim):
+    """A file of it that was cut, flipped or deleted is never used or called kept."""
+    tune("--task wnli --save")
+    folder = Path(find_network("wnli"))
+    before = read_files(folder)
+    for content in before[victim][:-9], flip(before[victim], len(before[victim]) - 99), None:
+        (folder / victim).unlink()
+        if content:
+            (folder / victim).write_bytes(content)
+        with pytest.raises(UserError, match=f"{victim} is damaged, or of an earlier version; the"):
+            finetune.Predictor(folder)
+        tune("--task wnli --save")
+        assert read_files(folder) == before
+
+
+def test_a_kill_while_a_network_is_saved_mixes_no_two(toy_glue, monkeypatch):
+    """Before its config.json is written, a network counts as none; --save makes it."""
+    tune("--task wnli --save --out whole")
+    tune("--task wnli")
+    for _ in range(2):  # tokenizer_config.json is written once, and then config.json twice
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail_at("config.json", 1))
+            with pytest.raises(OSError, match="No space left on device"):
+                tune("--task wnli --save")
+        with pytest.raises(UserError, match="has no Classifier; --model takes"):
+            finetune.Predictor(find_network("wnli"))
+    tune("--task wnli --save")
+    assert read_files(find_network("wnli")) == read_files(find_network("wnli", "whole"))
+
+
+def test_predictions_of_an_earlier_version_are_refused(toy_glue, monkeypatch):
+    """Predictions that lack a test set end in a sentence, not in a KeyError."""
+    with monkeypatch.context() as patch:
+        patch.setattr(glue.GlueTask, "test_splits", ["test_matched"])
+        patch.setattr(finetune.Experiment, "predictions_path", lambda *_: Path("kept.npz"))
+        tune("--task mnli --keep-predictions")
+    monkeypatch.setattr(finetune.Experiment, "predictions_path", lambda *_: Path("kept.npz"))
+    with pytest.raises(UserError, match="kept.npz is of an earlier version; delete it, and the same command"):
+        tune("--task mnli --submit")
 
 
 def test_ranks_that_cannot_work_together_say_why(corpus, monkeypatch):

@@ -98,6 +98,9 @@ class Experiment(finetune.Experiment):
             metrics[f"{split} official f1"] = f1(predicted, actual, official=True)
         return dict(metrics=metrics, is_constant=len(set(itertools.chain(*predictions["dev"]))) == 1)
 
+    def saved_fields(self, seed):
+        return dict(id2label=dict(enumerate(self.task.labels)))
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Files and tags
