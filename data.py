@@ -35,7 +35,6 @@ import platform
 import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -95,10 +94,12 @@ def prepare(config, progress=True, wordpiece=None):
         shards.refresh()  # the other process may have added some
         if shards.is_complete:
             return shards
-        units = read_units(config, start=shards.next_position, first_number=len(shards.infos))
-        hidden = None if progress else True  # None: shown on a terminal
-        with tqdm(desc="preparing", unit=" rows", disable=hidden) as bar:
-            for train, heldout, info in build_shards(units, shards.wordpiece, config):
+        shard_texts = read_shard_texts(config, start=shards.next_position, first_number=len(shards.infos))
+        disable = None  # tqdm: shown on a terminal
+        if not progress:
+            disable = True
+        with tqdm(desc="preparing", unit=" rows", disable=disable) as bar:
+            for train, heldout, info in build_shards(shard_texts, shards.wordpiece, config):
                 shards.add(train, heldout, info)
                 bar.update(len(train))
         if shards.total("rows") == 0:
@@ -112,6 +113,7 @@ def prepare(config, progress=True, wordpiece=None):
 
 SHARD_CHARACTERS = 2_000_000  # characters of text per shard, about 3,000 rows of 128
 MAX_DOCUMENT = 10_000_000  # characters; a longer document of a .txt is split
+READABLE = ".txt, .jsonl, .json, .parquet or .tar file, plain, .gz, .xz or .zst"
 # Where OpenWebText may be: tars of a revision that had them, tars of the main branch, or the files to which
 # the hub converts data sets. hub: stands for its address.
 REPOSITORY = "hub:/datasets/Skylion007/openwebtext/resolve"
@@ -124,8 +126,8 @@ OPENWEBTEXT = dict(
 )
 
 
-def read_units(config, start, first_number):
-    """Yield (number, texts, position after them) for each unit: the documents that become a shard."""
+def read_shard_texts(config, start, first_number):
+    """Yield (number of the shard, its documents, position after them) for each shard."""
     number = first_number
     texts = []
     size = 0
@@ -171,8 +173,7 @@ def find_files(config):
             raise UserError(f"there is no {without_secrets(name)}; --data takes paths, addresses, "
                             "openwebtext or python-docs")
     if not files:
-        raise UserError(f"{config.data[0]} holds no .txt, .jsonl, .json, .parquet or .tar file, plain, .gz, "
-                        ".xz or .zst")
+        raise UserError(f"{config.data[0]} holds no {READABLE}")
     for name in files:
         if is_file(name) and not os.path.isfile(name):  # a pipe or a device: reading it could wait for ever
             raise UserError(f"{name} is not a regular file; copy what it gives to one")
@@ -252,8 +253,7 @@ def read_file(stream, path, source, one_document):
     """Yield the documents of a file. Its kind follows from `path`; errors name `source`."""
     kind, compression = kind_of(path)
     if not kind:
-        raise UserError(f"{source} cannot be read; .txt, .jsonl, .json, .parquet and .tar can, plain, .gz, "
-                        ".xz or .zst")
+        raise UserError(f"{source} cannot be read; it is no {READABLE}")
     try:
         with decompress(stream, compression, source) as file:
             if kind == ".txt":
@@ -261,8 +261,8 @@ def read_file(stream, path, source, one_document):
             elif kind == ".tar":
                 for name, content in read_tar(file):  # a member may be an archive in its turn
                     yield from read_file(content, name, f"{name} in {source}", one_document)
-                if compression:
-                    read_to_the_end(file)
+                while file.read(1 << 20):  # a compressed tar ends with a checksum
+                    pass
             elif kind == ".parquet":
                 yield from read_parquet(file, source)
             else:
@@ -291,12 +291,6 @@ def import_pyarrow(source):
     except ImportError:
         raise UserError(f"{source} is read with pyarrow: pip install pyarrow") from None
     return pyarrow
-
-
-def read_to_the_end(file):
-    """Read what is left of a compressed file. Its checksum comes last, after the end mark of a tar."""
-    while file.read(1 << 20):
-        pass
 
 
 def read_tar(file):
@@ -328,35 +322,32 @@ def read_txt(file, source, one_document):
 
 
 def read_jsonl(file, source):
-    """Yield the documents of a file with a JSON object on each line: the value of "text"."""
+    """Yield the documents of a file with a JSON object on each line: the string under "text"."""
     for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, TypeError, KeyError):
-            text = None
-        if not isinstance(text, str):
-            raise UserError(f'{source}, line {number}, is not a JSON object with a string under "text"')
-        yield without_surrogates(text)
+        if line.strip():
+            place = f"{source}, line {number},"
+            yield without_surrogates(find_text(parse_json(line, place), place))
 
 
 def read_parquet(file, source):
-    """Yield the documents of a parquet file: the column "text"."""
+    """Yield the documents of a parquet file: the strings of the column "text"."""
     pyarrow = import_pyarrow(source)
     with tempfile.TemporaryFile() as copy:  # reading begins at the end, which a stream cannot
         shutil.copyfileobj(file, copy)
         try:
-            table = pyarrow.parquet.ParquetFile(copy)
-            if "text" not in table.schema_arrow.names:
-                raise UserError(f"{source} has no column text")
-            for batch in table.iter_batches(batch_size=1000, columns=["text"]):
-                for text in batch["text"].to_pylist():
-                    if not isinstance(text, str):
-                        raise UserError(f"{source} has a row whose text is {text!r:.40}, and not a string")
-                    yield text
+            for batch in pyarrow.parquet.ParquetFile(copy).iter_batches(batch_size=1000, columns=["text"]):
+                for row in batch.to_pylist():
+                    yield find_text(row, source)
         except pyarrow.ArrowException as error:
             raise EOFError(error) from error
+
+
+def find_text(row, source):
+    """The string under "text" in a dict."""
+    text = row.get("text")
+    if not isinstance(text, str):
+        raise UserError(f'{source} has no string under "text" but {text!r:.40}')
+    return text
 
 
 # Five plain words or more, from a capital letter to a full stop.
@@ -417,75 +408,88 @@ def describe_unread(config):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Workers: units of documents -> shards, on several cores
+# Workers: documents -> shards, on several cores
 
 try:
     CORES = len(os.sched_getaffinity(0))
 except AttributeError:  # macOS
     CORES = os.cpu_count()
 WORKERS = min(8, CORES)  # processes that turn text into rows; a single reader can keep about 8 busy
+HELDOUT_SHARE = 100  # one document in 100 is held out
+# Stripping accents removes all characters of the category Mn. Up to U+036F they belong to Latin, Greek and
+# Cyrillic, and from U+FE00 on mostly to emoji. Between are vowel signs of Hindi, Thai and Arabic, voicing
+# marks of Japanese and the like.
+MARKS = [chr(code) for code in range(0x370, 0xFE00) if unicodedata.category(chr(code)) == "Mn"]
+ANY_MARK = re.compile(f"[{''.join(MARKS)}]")
 
 
-def build_shards(units, wordpiece, config):
-    """Yield (rows for training, held-out rows, info) of each unit that read_units yields, in order.
+def build_shards(shard_texts, wordpiece, config):
+    """Yield (rows for training, held-out rows, info) of each shard whose text read_shard_texts yields.
 
-    The workers take turns, and each has one unit at a time, so memory does not grow with the text.
+    The workers take turns, and each has the text of one shard at a time, so memory does not grow.
     """
     if WORKERS < 2:
-        for unit in units:
-            yield build_shard(unit, wordpiece, config)
+        for shard_text in shard_texts:
+            yield build_shard(shard_text, wordpiece, config)
         return
-    errors = []
-    units = until_error(units, errors)
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}  # one core each
+    error = None
     with ExitStack() as stack:
-        workers = [stack.enter_context(start_worker()) for _ in range(WORKERS)]
-        for worker in workers:
-            send(worker, (wordpiece.tokens, asdict(config)))
-        busy = deque()  # the workers that have a unit, in the order of their units
-        for worker in workers:
-            unit = next(units, None)
-            if unit is not None:
-                send(worker, unit)
-                busy.append(worker)
-        for unit in units:
-            worker = busy.popleft()
-            shard = receive(worker)
-            send(worker, unit)  # before the shard is written: a worker that waits is a core that waits
+        busy = deque()  # the workers, in the order of their shards
+        while True:
+            try:
+                shard_text = next(shard_texts, None)
+            except (UserError, OSError) as caught:  # raised when the shards before it are written
+                shard_text = None
+                error = caught
+            if shard_text is None:
+                break
+            shard = None
+            if len(busy) < WORKERS:
+                worker = stack.enter_context(start_process("worker", wordpiece, config, env=environment,
+                                                           stdout=subprocess.PIPE))
+            else:
+                worker = busy.popleft()
+                shard = receive(worker)
+            send(worker, shard_text)  # before the shard is written: a worker that waits is a core that waits
             busy.append(worker)
-            yield shard
+            if shard is not None:
+                yield shard
         for worker in busy:
             yield receive(worker)
-    if errors:
-        raise errors[0]
-
-
-def until_error(units, errors):
-    """Yield the units before an error, and append it to `errors`: their shards are still written."""
-    try:
-        yield from units
-    except (UserError, OSError) as error:
-        errors.append(error)
+    if error is not None:
+        raise error
 
 
 @contextmanager
-def start_worker():
-    """A process that runs `run_as_worker`. It ends when its parent does, since its standard input closes."""
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}  # one core each
-    with subprocess.Popen([sys.executable, __file__, "worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          env=environment, start_new_session=True) as worker:  # only the parent gets Ctrl-C
+def start_process(role, wordpiece, config, **options):
+    """Run this file as a process: `worker`, see run_as_worker, or `child`, see run_as_child.
+
+    It ends when its standard input closes, so it cannot outlive its parent.
+    """
+    with subprocess.Popen([sys.executable, __file__, role], stdin=subprocess.PIPE, start_new_session=True,
+                          **options) as process:  # in a new session, Ctrl-C reaches only the parent
         try:
-            yield worker
+            send(process, (wordpiece.tokens, asdict(config)))
+            yield process
         finally:
-            worker.kill()
+            process.kill()
             with suppress(BrokenPipeError):  # ignore data that could not be sent
-                worker.stdin.close()
+                process.stdin.close()
 
 
 def send(process, message):
-    """Send a message to a worker or to the child process of GrowingShards."""
+    """Send a message to a process that `start_process` has started."""
     with suppress(BrokenPipeError):  # it has ended, which `receive` or `child_error` reports
         pickle.dump(message, process.stdin)
         process.stdin.flush()
+
+
+def receive_settings():
+    """(WordPiece, config) that `start_process` sends."""
+    tokens, settings = pickle.load(sys.stdin.buffer)
+    config = DataConfig(**settings)
+    return WordPiece(tokens, config.do_lower_case, config.strip_accents), config
 
 
 def receive(worker):
@@ -498,55 +502,42 @@ def receive(worker):
 
 
 def run_as_worker():
-    """Receive units from standard input, and send back their shards, until the parent ends."""
+    """Receive texts from standard input, and send back their shards, until the parent ends."""
     with suppress(EOFError, pickle.UnpicklingError, BrokenPipeError):  # the parent has ended
-        tokens, settings = pickle.load(sys.stdin.buffer)
-        config = DataConfig(**settings)
-        wordpiece = WordPiece(tokens, config.do_lower_case, config.strip_accents)
+        wordpiece, config = receive_settings()
         while True:
-            unit = pickle.load(sys.stdin.buffer)
-            pickle.dump(build_shard(unit, wordpiece, config), sys.stdout.buffer)
+            shard_text = pickle.load(sys.stdin.buffer)
+            pickle.dump(build_shard(shard_text, wordpiece, config), sys.stdout.buffer)
             sys.stdout.buffer.flush()
     os._exit(0)  # a normal exit would flush stdout, whose reader is gone
 
 
-def build_shard(unit, wordpiece, config):
-    """(rows for training, held-out rows, info) of a unit. `info` is what shard-N.npz says of itself."""
-    number, texts, position = unit
-    train, heldout, kept, dropped = build_rows(tokenize(texts, wordpiece), number, wordpiece, config)
+def build_shard(shard_text, wordpiece, config):
+    """(rows for training, held-out rows, info) of a shard. Rows are uint16; shard-N.npz says what info is.
+
+    The random numbers of a document follow from the seed, the shard's number and the document's index in it.
+    """
+    number, documents, position = shard_text
+    train = []
+    heldout = []
+    kept = 0
+    dropped = 0
+    for index, lines in enumerate(tokenize(documents, wordpiece)):
+        rows, num_kept, num_dropped = build_rows(lines, f"{config.seed} {number} {index}", wordpiece, config)
+        if is_heldout(documents[index]):
+            heldout += rows
+        else:
+            train += rows
+        kept += num_kept
+        dropped += num_dropped
+    train = to_array(train, config.max_length)
+    heldout = to_array(heldout, config.max_length)
     unk = wordpiece.unk_token_id
-    info = dict(documents=len(texts), tokens_kept=kept, tokens_dropped=dropped, end=position,
+    info = dict(documents=len(documents), tokens_kept=kept, tokens_dropped=dropped, end=position,
                 rows=len(train), heldout_rows=len(heldout),
                 tokens_unknown=int(np.sum(train == unk) + np.sum(heldout == unk)),
-                marks_stripped=count_marks(texts) if wordpiece.strip_accents else 0)
+                marks_stripped=count_marks(documents) if wordpiece.strip_accents else 0)
     return train, heldout, info
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Rows: a document -> WordPiece ids -> rows of two segments
-
-HELDOUT_SHARE = 100  # one document in 100 is held out
-# Stripping accents removes all characters of the category Mn. Up to U+036F they belong to Latin, Greek and
-# Cyrillic, and from U+FE00 on mostly to emoji. Between are vowel signs of Hindi, Thai and Arabic, voicing
-# marks of Japanese and the like.
-MARKS = [chr(code) for code in range(0x370, 0xFE00) if unicodedata.category(chr(code)) == "Mn"]
-ANY_MARK = re.compile(f"[{''.join(MARKS)}]")
-
-
-def tokenize(texts, wordpiece):
-    """(Is held out, [ids of each line]) for each document."""
-    documents = [[line for line in text.split("\n") if line.strip()] for text in texts]
-    # All lines are encoded in one call, which is parallel, and then dealt out to their documents.
-    ids = iter(wordpiece.encode([line for lines in documents for line in lines]))
-    tokenized = []
-    for text, lines in zip(texts, documents, strict=True):
-        tokenized.append((is_heldout(text), [next(ids) for _ in lines]))
-    return tokenized
-
-
-def count_marks(texts):
-    """The number of MARKS in texts, also in characters that Unicode takes apart into a letter and a mark."""
-    return sum(len(ANY_MARK.findall(unicodedata.normalize("NFD", text))) for text in texts)
 
 
 def is_heldout(text):
@@ -555,31 +546,41 @@ def is_heldout(text):
     return number % HELDOUT_SHARE == 0
 
 
-def build_rows(documents, number, wordpiece, config):
-    """(rows for training, held-out rows, tokens kept, tokens dropped) of a unit. Rows are uint16.
-
-    The random numbers of a document follow from the seed, the unit's number and the document's index in it.
-    """
-    length = config.max_length
-    train = []
-    heldout = []
-    kept = 0
-    dropped = 0
-    for index, (is_held_out, lines) in enumerate(documents):
-        rows = heldout if is_held_out else train
-        uniform = random.Random(f"{config.seed} {number} {index}").random  # draws from [0, 1)
-        if config.split_long_lines:
-            lines = [piece for line in lines for piece in split_line(line, length)]
-        for first, second, overflow in segment(lines, length, uniform):
-            row = wordpiece.add_special_tokens(first, second)
-            rows.append(row + [0] * (length - len(row)))
-            kept += len(first) + len(second)
-            dropped += overflow
-    return to_array(train, length), to_array(heldout, length), kept, dropped
-
-
 def to_array(rows, length):
     return np.array(rows, dtype=np.uint16).reshape(-1, length)  # reshape: an empty list has shape (0,)
+
+
+def count_marks(texts):
+    """The number of MARKS in texts, also in characters that Unicode takes apart into a letter and a mark."""
+    return sum(len(ANY_MARK.findall(unicodedata.normalize("NFD", text))) for text in texts)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rows: a document -> WordPiece ids -> rows of two segments
+
+def tokenize(documents, wordpiece):
+    """Yield [ids of each line] for each document."""
+    split = [[line for line in text.split("\n") if line.strip()] for text in documents]
+    # All lines are encoded in one call, which is parallel, and then dealt out to their documents.
+    ids = iter(wordpiece.encode([line for lines in split for line in lines]))
+    for lines in split:
+        yield [next(ids) for _ in lines]
+
+
+def build_rows(lines, seed, wordpiece, config):
+    """(rows, number of ids kept, number dropped) of a document. A row is a list of max_length ids."""
+    uniform = random.Random(seed).random  # draws from [0, 1); NumPy's generator is slow to make
+    if config.split_long_lines:
+        lines = [piece for line in lines for piece in split_line(line, config.max_length)]
+    rows = []
+    kept = 0
+    dropped = 0
+    for first, second, overflow in segment(lines, config.max_length, uniform):
+        row = wordpiece.add_special_tokens(first, second)
+        rows.append(row + [0] * (config.max_length - len(row)))
+        kept += len(first) + len(second)
+        dropped += overflow
+    return rows, kept, dropped
 
 
 def split_line(line, max_length):
@@ -604,13 +605,14 @@ def segment(lines, max_length, uniform):
     """Cut a document into examples of two segments: yield (first, second, number of ids dropped).
 
     `lines` holds a list of ids for each line, `uniform()` draws from [0, 1). The second segment may be empty.
-    Called once per document, so that no example crosses the end of one. [D01]
+    Called once per document, so that no example crosses the end of one. [D01] No loss looks at the border of
+    the segments: they train token type 1 and the second [SEP] for the sentence pairs of fine-tuning.
 
     Lines are collected until they hold `target` ids, usually max_length, and then dealt out to two segments.
     In the example max_length is 12, so the first segment should stay below (12 - 3) // 2 = 4 ids. After the
-    first four lines there are 12 ids. [1, 2] goes to the first segment; [3, 4, 5] would make it too long and
-    begins the second; [12] fits into the first and still joins it. A row has room for 9 ids beside [CLS] and
-    two [SEP], so 3 are dropped. The last line becomes an example of its own.
+    first four lines there are 12 ids. [1, 2] goes to the first segment; [3, 4, 5] crosses the middle, and a
+    coin, uniform() < 0.5, sends it to the second; [12] fits into the first and still joins it. A row has room
+    for 9 ids beside [CLS] and two [SEP], so 3 are dropped. The last line becomes an example of its own.
 
     >>> list(segment([[1, 2], [3, 4, 5], [6, 7, 8, 9, 10, 11], [12], [13]], 12, lambda: 0.5))
     [([1, 2, 12], [3, 4, 5, 6, 7, 8], 3), ([13], [], 0)]
@@ -631,7 +633,7 @@ def segment(lines, max_length, uniform):
 
 
 def draw_target(max_length, uniform):
-    """The number of ids to collect: max_length or, with probability 0.05, anything from 5 to it. [D03]
+    """The number of ids to collect: max_length or, with probability 0.05, a uniform draw from 5 to it. [D03]
 
     Unlike the official code, where a target carries over to the next document, each document begins with a
     draw of its own. Its rows then do not depend on the documents before it.
@@ -661,13 +663,15 @@ def deal_out(lines, target, max_length, uniform):
             second += line
     length = len(first) + len(second)
     first = first[: max_length - 2]
-    second = second[: max(0, max_length - len(first) - 3)]  # [D04] the overflow is dropped
+    room = max(0, max_length - len(first) - 3)  # not -1, where `first` fills the row and needs one [SEP]
+    second = second[:room]  # [D04] the overflow is dropped
     return first, second, length - len(first) - len(second)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Shards: rows <-> disk
 
+FORMAT = 3  # raise it when rows change
 DELETE = "delete its folder, and it is made again"  # the advice about a damaged cache
 
 
@@ -685,7 +689,7 @@ class Shards:
         self.is_complete = False
         self.identities = identify_text(config)
         self.fingerprint = {  # all that the rows depend on, apart from the text
-            "format": [3, SHARD_CHARACTERS, HELDOUT_SHARE],
+            "format": [FORMAT, SHARD_CHARACTERS, HELDOUT_SHARE],
             "one_document_per_file": config.one_document_per_file,
             "split_long_lines": config.split_long_lines,
             "vocab": wordpiece.sha256[:12],
@@ -706,18 +710,16 @@ class Shards:
         key = digest([self.fingerprint, [identity[:2] for identity in self.identities]])
         times = digest([identity[2:] for identity in self.identities])
         own = Path(self.config.cache) / f"{source_name(self.config)}-{key}-{times}"
-        if own.exists():
-            return own
         others = sorted(own.parent.glob(f"*-{key}-*"))
-        for folder in others:
-            if folder.name.endswith(times) or (folder / f"same-{times}").exists():
+        for folder in [own, *others]:
+            if folder.name.endswith(times) and folder.exists():
                 return folder
-        complete = [folder / "complete" for folder in others if (folder / "complete").exists()]
-        hashes = hash_files(self.config) if complete else None
-        for path in complete:
-            if read_complete(path)["files"] == hashes:
-                (path.parent / f"same-{times}").touch()  # the files need not be hashed again
-                return path.parent
+        hashes = None
+        for folder in others:
+            if (folder / "complete").exists():
+                hashes = hashes or hash_files(self.config)
+                if read_complete(folder / "complete")["files"] == hashes:
+                    return folder
         own.mkdir(parents=True, exist_ok=True)  # the child process must find the same
         return own
 
@@ -736,7 +738,7 @@ class Shards:
             return
         while self.path(len(self.infos)).exists():
             arrays, sha256 = self.read(len(self.infos))
-            self.infos.append(json.loads(str(arrays["info"])) | dict(sha256=sha256))
+            self.infos.append(json.loads(arrays["info"].item()) | dict(sha256=sha256))
 
     def path(self, number):
         return self.folder / f"shard-{number:06d}.npz"
@@ -752,15 +754,6 @@ class Shards:
         if sha256 != self.infos[number]["sha256"]:
             raise UserError(f"{self.path(number)} was replaced by another shard; {DELETE}")
         return arrays[name]
-
-    def load_heldout(self, limit):
-        """The first `limit` held-out rows, int64, or all if there are fewer."""
-        rows = np.zeros((0, self.config.max_length), dtype=np.uint16)
-        for number in range(len(self.infos)):
-            if len(rows) >= limit:
-                break
-            rows = np.concatenate([rows, self.load("heldout", number)])
-        return rows[:limit].astype(np.int64)
 
     @property
     def next_position(self):
@@ -869,10 +862,10 @@ class Stopped(UserError):
 
 
 class GrowingShards(Shards):
-    """Shards to which a child process may still be adding, of this process or of another one.
+    """Shards to which a child of this process, or of another rank, may still be adding.
 
     Its methods wait for shards. They raise Stopped if the child of this process has failed, or as soon as the
-    list `signals` is not empty.
+    list `signals` is not empty, to which the caller's signal handler appends.
     """
 
     def __init__(self, config, wordpiece):
@@ -884,23 +877,18 @@ class GrowingShards(Shards):
     def prepare_in_child(self):
         """Run `prepare` in a child process for as long as the context lasts.
 
-        The child exits when its standard input closes, so it cannot outlive its parent. Its error goes to
-        stdout, which is captured; downloads and what it waits for show on the terminal.
+        Its error goes to stdout, which is captured; downloads and what it waits for show on the terminal.
         """
         if self.is_complete:
             yield
             return
-        command = [sys.executable, __file__, "child"]
         with (tempfile.TemporaryFile() as output,
-              subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output,
-                               start_new_session=True) as child):  # only the parent gets Ctrl-C
+              start_process("child", self.wordpiece, self.config, stdout=output) as child):
             self.child = child
             self.child_output = output
             try:
-                send(child, (self.wordpiece.tokens, asdict(self.config)))
                 yield
             finally:
-                child.kill()
                 self.child = None
 
     def wait_for_shards(self, count, signals=()):
@@ -925,7 +913,12 @@ class GrowingShards(Shards):
     def heldout(self, limit, signals=()):
         """The first `limit` held-out rows, int64, or all if the whole text has fewer. Blocks until then."""
         self.wait_until(lambda: self.total("heldout_rows") >= limit, signals)
-        return self.load_heldout(limit)
+        rows = np.zeros((0, self.config.max_length), dtype=np.uint16)
+        for number in range(len(self.infos)):
+            if len(rows) >= limit:
+                break
+            rows = np.concatenate([rows, self.load("heldout", number)])
+        return rows[:limit].astype(np.int64)
 
     def wait_until(self, is_there, signals):
         """Block until `is_there()`, or until the text is complete."""
@@ -947,6 +940,7 @@ class GrowingShards(Shards):
             return ""
         self.child_output.seek(0)
         message = self.child_output.read().decode(errors="replace").strip()
+        # Success has no message. `wait_until` does not need one, since then the shards are complete.
         status = self.child.returncode
         return message or f"preparing the text ended with status {status}; run the same command again"
 
@@ -954,12 +948,10 @@ class GrowingShards(Shards):
 def run_as_child():
     """Receive a vocabulary and a config from standard input, and prepare text. Returns the exit status."""
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    tokens, settings = pickle.load(sys.stdin.buffer)
-    config = DataConfig(**settings)
+    wordpiece, config = receive_settings()
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        prepare(config, progress=False,
-                wordpiece=WordPiece(tokens, config.do_lower_case, config.strip_accents))
+        prepare(config, progress=False, wordpiece=wordpiece)
     except (UserError, OSError) as error:
         print(error)
         return 1
@@ -990,10 +982,10 @@ class Order:
         self.shards = shards
         self.batch_size = batch_size
         self.seed = shards.config.seed
-        self.signals = signals
+        self.signals = signals  # as in GrowingShards
         self.groups = self.list_groups()
-        self.rows = np.zeros((0, shards.config.max_length), dtype=np.uint16)  # read, but not yet used up
-        self.end = 0  # place in the sequence after the last of `rows`
+        self.rows = np.zeros((0, shards.config.max_length), dtype=np.uint16)  # the next ones, as far as read
+        self.next_row = 0  # place of the first of `rows` in the sequence
         self.epoch = 0  # of the last of `rows`
         # The rows so far depend on the first so many shards, or on all if there are fewer: a text that ends
         # before them must still end there.
@@ -1004,34 +996,48 @@ class Order:
 
         Blocks until the rows are prepared. Raises Stopped if they will not be, or if there is a signal.
         """
-        begin = step * self.batch_size  # place in the sequence of the step's first row
-        while self.end < begin + self.batch_size:
-            if self.signals:  # a resume at a far step skips many groups
-                raise Stopped("")
-            epoch, number, members = next(self.groups)
-            size = sum(self.shards.infos[member]["rows"] for member in members)
-            self.end += size
-            self.epoch = epoch
-            if self.end > begin:  # else the group lies before the step at which a run resumes: skip it
-                rows = np.concatenate([self.shards.load("train", member) for member in members])
-                shuffled = rows[rng(self.seed, "rows", epoch, number).permutation(size)]
-                self.rows = np.concatenate([self.rows, shuffled])
-        remaining = self.end - begin  # rows from `begin` on; those before it belong to earlier steps
-        assert remaining <= len(self.rows), "the step is earlier than the last one"
-        self.rows = self.rows[-remaining:]
-        return self.epoch, self.rows[: self.batch_size].astype(np.int64)
+        self.skip_to(step * self.batch_size)
+        while len(self.rows) < self.batch_size:
+            self.epoch, group, members = next(self.groups)
+            self.rows = np.concatenate([self.rows, self.read(group, members)])
+        rows = self.rows[: self.batch_size]
+        self.rows = self.rows[self.batch_size :]
+        self.next_row += self.batch_size
+        return self.epoch, rows.astype(np.int64)
+
+    def skip_to(self, row):
+        """Drop the rows before a place in the sequence. Groups that end before it are not read."""
+        assert row >= self.next_row, "the step is earlier than the last one"
+        while self.next_row + len(self.rows) < row:
+            self.next_row += len(self.rows)
+            self.rows = self.rows[:0]
+            self.epoch, group, members = next(self.groups)
+            size = sum(self.shards.infos[shard]["rows"] for shard in members)
+            if self.next_row + size <= row:
+                self.next_row += size
+            else:
+                self.rows = self.read(group, members)
+        self.rows = self.rows[row - self.next_row :]
+        self.next_row = row
+
+    def read(self, group, members):
+        """The shuffled rows of a group of shards."""
+        rows = np.concatenate([self.shards.load("train", shard) for shard in members])
+        return rows[rng(self.seed, "rows", self.epoch, group).permutation(len(rows))]
 
     def list_groups(self):
-        """Yield (epoch, number of the group in it, its shards) for ever."""
+        """Yield (epoch, index of the group in it, the group's shards) for ever."""
         for epoch in itertools.count():
-            number = 0
-            begin = 0
-            size = 1
-            while members := self.list_shards(epoch, begin, begin + size):
-                yield epoch, number, members
-                number += 1
-                begin += size
-                size = min(2 * size, MAX_GROUP)
+            group = 0
+            first_shard = 0
+            num_shards = 1
+            while members := self.list_shards(epoch, first_shard, first_shard + num_shards):
+                if self.signals:  # a resume at a far step skips many groups
+                    raise Stopped("")
+                yield epoch, group, members
+                group += 1
+                first_shard += num_shards
+                num_shards = min(2 * num_shards, MAX_GROUP)
 
     def list_shards(self, epoch, begin, end):
         """The shards at the places from `begin` to `end` of an epoch, fewer or none where the text ends."""
@@ -1058,7 +1064,7 @@ OLD_WEIGHTS = "pytorch_model.bin"
 
 
 def find_model(name, cache, network=None):
-    """The folder of a model: `name` itself, a network of a run of train.py, or a download.
+    """The folder of a model: NAME; of a run, NAME/discriminator or NAME/generator; else a download.
 
     `network` is discriminator or generator. By default it is the one that the run trains for fine-tuning.
     """
@@ -1072,9 +1078,6 @@ def find_model(name, cache, network=None):
     if is_local or not is_hub_name:
         raise UserError(f"there is no model in {folder}; pre-train one with `python train.py --size small`, "
                         "or give google/electra-small-discriminator or another name on the hub")
-    snapshot = find_snapshot(name)
-    if snapshot is not None:
-        return snapshot
     folder = Path(cache) / "models" / name.replace("/", "--")
     make_once(folder / "config.json", lambda: download_model(name, folder))
     return folder
@@ -1090,20 +1093,6 @@ def trained_network(folder):
         if b'"objective": "mlm"' in file.readline():  # the settings
             return "generator"
     return "discriminator"
-
-
-def find_snapshot(name):
-    """The folder of a whole model that transformers has downloaded from the hub, or None."""
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    repository = Path(home, "hub", f"models--{name.replace('/', '--')}")
-    with suppress(FileNotFoundError):
-        folder = repository / "snapshots" / (repository / "refs" / "main").read_text()
-        files = set(os.listdir(folder))
-        has_vocab = files & {"vocab.txt", "tokenizer.json"}
-        has_weights = files & {WEIGHTS, SHARD_INDEX, OLD_WEIGHTS}
-        if "config.json" in files and has_vocab and has_weights:
-            return folder
-    return None
 
 
 def download_model(name, folder):
@@ -1165,41 +1154,29 @@ def read_rules(path):
     if not path.is_file():
         return {}
     rules = read_json(path)
-    try:
-        if path.name == "tokenizer.json":
-            rules = flatten(rules)
-        special_tokens = find_special_tokens(rules)
-    except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged, or its tokenizer is not like BERT's") from None
+    if path.name == "tokenizer.json":
+        rules = flatten(rules, path)
     lacking = f"{path} asks for a rule that this tokenizer lacks"
     for name, possible in RULES.items():
         if rules.get(name) not in [*possible, None]:
             raise UserError(f"{lacking}: {name} is {rules[name]!r} and not {possible[0]!r}")
     if rules.get("strip_accents") and rules.get("do_lower_case") is False:
         raise UserError(f"{lacking}: accents are stripped only from lower-cased text")
-    if not special_tokens <= set(SPECIAL_TOKENS):
-        raise UserError(f"{lacking}: special tokens other than {', '.join(SPECIAL_TOKENS)}")
     if not isinstance(rules.get("model_max_length"), int | float | None):
         raise UserError(f"{path} is damaged: model_max_length is {rules['model_max_length']!r}")
     return rules
 
 
-def flatten(content):
+def flatten(content, path):
     """The rules in the content of a tokenizer.json, by the names of RULES."""
-    rules = dict(added_tokens=content["added_tokens"])
-    for part in "model", "normalizer", "pre_tokenizer":
-        rules |= {f"{part}.{name}": value for name, value in content[part].items()}
-    return rules | dict(do_lower_case=rules["normalizer.lowercase"], unk_token=rules["model.unk_token"],
-                        strip_accents=rules["normalizer.strip_accents"])
-
-
-def find_special_tokens(rules):
-    """All special tokens that `rules` names, as strings or as objects with their content."""
-    tokens = [rules.get(f"{name}_token") for name in ("pad", "unk", "cls", "sep", "mask")]
-    tokens += rules.get("additional_special_tokens") or []
-    tokens += rules.get("added_tokens") or []
-    tokens += (rules.get("added_tokens_decoder") or {}).values()
-    return {token["content"] if isinstance(token, dict) else token for token in tokens if token is not None}
+    rules = {}
+    try:
+        for part in "model", "normalizer", "pre_tokenizer":
+            rules |= {f"{part}.{name}": value for name, value in content[part].items()}
+        return rules | dict(do_lower_case=rules["normalizer.lowercase"],
+                            strip_accents=rules["normalizer.strip_accents"])
+    except (AttributeError, KeyError):
+        raise UserError(f"{path} is damaged, or its tokenizer is not like BERT's") from None
 
 
 def find_vocab(folder):
@@ -1299,8 +1276,7 @@ def read_vocab(path):
             ids = content["model"]["vocab"]
             tokens = sorted(ids, key=ids.get)
             is_whole = [ids[token] for token in tokens] == list(range(len(tokens)))
-            "".join(tokens).encode()
-        except (AttributeError, KeyError, TypeError, UnicodeEncodeError):  # half a surrogate pair
+        except (AttributeError, KeyError, TypeError):
             is_whole = False
         if not is_whole:
             raise UserError(f"{path} is not a WordPiece tokenizer, as ELECTRA's and BERT's are")
@@ -1323,7 +1299,12 @@ NOT_PRINTABLE_ASCII = re.compile(r"[^ -~]+")
 class WordPiece:
     """A vocabulary, `tokens` in the order of their ids, and the rules that turn text into ids.
 
-    No text becomes a special token: "[SEP]" is tokenized as "[", "sep" and "]".
+    A word is cut greedily: each token is the longest that fits, and inside a word tokens begin with ##. No
+    text becomes a special token: "[SEP]" is tokenized as "[", "sep" and "]".
+
+    >>> wordpiece = WordPiece([*SPECIAL_TOKENS, "p", "play", "##ing", "##in"])
+    >>> [wordpiece.tokens[number] for number in wordpiece.encode(["Playing"])[0]]
+    ['play', '##ing']
     """
 
     def __init__(self, tokens, do_lower_case=True, strip_accents=True):
@@ -1457,26 +1438,25 @@ def fetch(address, advice="use --data PATH or --data python-docs"):
     """Yield the bytes at an address. A dropped connection resumes at the byte where it broke off."""
     name = without_secrets(address)
     url = url_of(address)
-    is_on_hub = url.startswith(f"{hub()}/")
-    if is_on_hub and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "TRUE", "YES"):
-        raise UserError(f"{name} is not read, because HF_HUB_OFFLINE is set; unset it, or {advice}")
-    authorization = {}
-    if is_on_hub and os.environ.get("HF_TOKEN"):  # requests drops it when another host is redirected to
-        authorization = {"Authorization": f"Bearer {os.environ['HF_TOKEN'].strip()}"}
+    headers = {"Accept-Encoding": "identity"}
+    if url.startswith(f"{hub()}/"):
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "TRUE", "YES"):
+            raise UserError(f"{name} is not read, because HF_HUB_OFFLINE is set; unset it, or {advice}")
+        if os.environ.get("HF_TOKEN"):  # requests drops it when another host is redirected to
+            headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN'].strip()}"
     position = 0
     length = None  # of the whole; None if the server does not say
-    version = ""
     failures = 0  # in a row
     while position != length:
+        if position:
+            headers["Range"] = f"bytes={position}-"
         try:
-            headers = request_headers(position, version) | authorization
             with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
                 check_status(response, name, advice)
                 begin, total, found = describe_answer(response)
                 if position == 0:
-                    length = None
                     version = found
-                if length is None:
+                if position == 0 or length is None:
                     length = total
                 if (begin, total, found) != (position, length, version):
                     raise UserError(f"{name} cannot be resumed at byte {position:,}: it has changed, or the "
@@ -1491,21 +1471,11 @@ def fetch(address, advice="use --data PATH or --data python-docs"):
                     raise requests.ConnectionError("the body ended early")
         except UserError:  # also a ValueError
             raise
-        except (requests.RequestException, ValueError) as error:
-            if position == 0 and cannot_pass(error):
-                raise UserError(f"{name} is not the address of a server; {advice}") from None
+        except ValueError:  # so requests and urllib3 call malformed addresses
+            raise UserError(f"{name} is not the address of a server; {advice}") from None
+        except requests.RequestException as error:
             failures += 1
             wait_or_give_up(error, failures, name, position, advice)
-
-
-def request_headers(position, version):
-    """The headers that ask for the bytes from `position` on."""
-    headers = {"Accept-Encoding": "identity"}
-    if position:
-        headers["Range"] = f"bytes={position}-"
-    if version.startswith('"'):  # a strong ETag: the server answers 200 with all of a file that has changed
-        headers["If-Range"] = version
-    return headers
 
 
 def describe_answer(response):
@@ -1531,17 +1501,6 @@ def check_status(response, name, advice):
     if status not in (200, 206):
         kind = NotFound if status == 404 else UserError
         raise kind(f"{name} answers {status} {response.reason}; {advice}")
-
-
-def cannot_pass(error):
-    """Whether no attempt can succeed: the address is malformed, or there is no such host."""
-    if isinstance(error, ValueError):  # so requests and urllib3 call malformed addresses
-        return True
-    while error is not None:
-        if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def wait_or_give_up(error, failures, name, position, advice):

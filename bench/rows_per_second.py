@@ -68,8 +68,8 @@ def main():
 
 def compare(config, options):
     wordpiece = data.load_wordpiece(config)
-    units = list(data.read_units(config, (0, 0), 0))
-    texts = [text for _, texts, _ in units for text in texts]
+    shard_texts = list(data.read_shard_texts(config, (0, 0), 0))
+    texts = [text for _, documents, _ in shard_texts for text in documents]
     lines = [line for text in texts for line in text.split("\n") if line.strip()]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     tokenizer = Tokenizer(wordpiece.tokenizer.model)
@@ -78,8 +78,8 @@ def compare(config, options):
     shards = data.prepare(config, progress=False)
     rows = shards.total("rows") + shards.total("heldout_rows")
     stub = Path(config.cache) / "stub.py"
-    stub.write_text(STUB.format(rows=rows // len(units), length=config.max_length))
-    some = units[: 1 + len(units) // 3]
+    stub.write_text(STUB.format(rows=rows // len(shard_texts), length=config.max_length))
+    some = shard_texts[: 1 + len(shard_texts) // 3]
 
     def tokenize():
         for start in range(0, len(lines), 10_000):
@@ -90,7 +90,7 @@ def compare(config, options):
         data.prepare(config, progress=False)
 
     def read():
-        for _ in data.read_units(config, (0, 0), 0):
+        for _ in data.read_shard_texts(config, (0, 0), 0):
             pass
 
     def parent():
@@ -101,8 +101,8 @@ def compare(config, options):
 
     def build():
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        for unit in some:
-            data.build_shard(unit, wordpiece, config)
+        for shard_text in some:
+            data.build_shard(shard_text, wordpiece, config)
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
 
     stages = tokenize, prepare, read, parent, build
@@ -117,14 +117,14 @@ def compare(config, options):
     cpu = {stage: statistics.median(cpus[stage]) for stage in stages}
     ratio = statistics.median(t / p for t, p in zip(walls[tokenize], walls[prepare], strict=True))
     where = f"{options.workers} {'threads' if options.in_place or options.workers == 1 else 'workers'}"
-    print(f"{megabytes:.0f} MB, {rows:,} rows, {len(units)} units, {where}: encode_batch alone "
+    print(f"{megabytes:.0f} MB, {rows:,} rows, {len(shard_texts)} shards, {where}: encode_batch alone "
           f"{megabytes / wall[tokenize]:.2f} MB/s, text to rows {megabytes / wall[prepare]:.2f} MB/s, ratio "
           f"{ratio:.2f}; {rows / wall[prepare]:,.0f} rows/s")
-    for stage, count in (read, len(units)), (parent, len(units)), (build, len(some)):
-        print(f"{stage.__name__}: {1000 * wall[stage] / count:.0f} ms a unit, of which "
+    for stage, count in (read, len(shard_texts)), (parent, len(shard_texts)), (build, len(some)):
+        print(f"{stage.__name__}: {1000 * wall[stage] / count:.0f} ms a shard, of which "
               f"{1000 * cpu[stage] / count:.0f} on the CPU")
     for workers in 1, 2, 4, 8, 16:
-        rate = min(len(units) / wall[parent], workers * len(some) / wall[build]) * rows / len(units)
+        rate = min(len(shard_texts) / wall[parent], workers * len(some) / wall[build]) * rows / len(shard_texts)
         print(f"{workers} workers and the parent, a core each: {rate:,.0f} rows/s")
 
 

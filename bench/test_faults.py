@@ -24,7 +24,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -35,7 +34,6 @@ import zipfile
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import requests
@@ -216,11 +214,9 @@ def test_a_body_that_ends_early_without_an_error_is_noticed(quick, monkeypatch):
 
 
 @pytest.mark.parametrize("address", ["http://[bad/a.txt", "http://x:port/a.txt", "http://a..b/a.txt", "https:///a.txt",
-                                     "http://user:password@nowhere/a.txt?signature#fragment"])
+                                     "http://user:password@a..b/a.txt?signature#fragment"])
 def test_what_cannot_be_an_address_is_refused_at_once(monkeypatch, address):
     """No attempt is repeated, and the sentence holds no secret."""
-    error = socket.gaierror(socket.EAI_NONAME, "no such host")
-    monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=error if "nowhere" in address else None))
     monkeypatch.setattr(data.time, "sleep", None)
     with pytest.raises(UserError, match="is not the address of a server; use --data") as caught:
         read_texts(address)
@@ -317,22 +313,6 @@ def test_weights_in_several_files_are_downloaded(corpus, monkeypatch, quick):
         folder = data.find_model("a/b", "cache")
     assert {path.name for path in folder.iterdir()} == {*files, index, "config.lock"}
     assert (folder / "model-2.safetensors").read_bytes() == b"2"
-
-
-def test_what_transformers_has_downloaded_is_used(corpus, monkeypatch):
-    """A whole snapshot in the hub's cache is the model's folder; with a part of it missing, it is not."""
-    repository = corpus / "hub-cache/hub/models--a--b"
-    snapshot = repository / "snapshots/0123"
-    write_files(repository, {"refs/main": b"0123"})
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    names = ["config.json", "tokenizer.json", "model.safetensors.index.json"]
-    write_files(snapshot, dict.fromkeys(names, b"{}"))
-    assert data.find_model("a/b", "cache") == snapshot
-    for name in names:
-        (snapshot / name).rename(snapshot / "aside")
-        with pytest.raises(UserError, match="a/b/resolve/main/vocab.txt is not read, because HF_HUB_OFFLINE"):
-            data.find_model("a/b", "cache")
-        (snapshot / "aside").rename(snapshot / name)
 
 
 def test_the_token_goes_to_the_hub_only(corpus, monkeypatch):
@@ -848,14 +828,14 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(corpus, monkeypatch
 @pytest.mark.parametrize("flags, content, message", [
     ("--data nowhere", None, "there is no nowhere; --data takes"),
     ("--data blank.txt", b"\n \n\n", "there is no text to train on in blank.txt"),
-    ("--data odd.pdf", b"", "odd.pdf cannot be read; .txt, .jsonl, .json, .parquet and .tar can"),
+    ("--data odd.pdf", b"", "odd.pdf cannot be read; it is no .txt, .jsonl, .json, .parquet or .tar file"),
     ("--data pipe.txt", None, "pipe.txt is not a regular file; copy what it gives to one"),
     ("--data pipes", None, "pipes/pipe.txt is not a regular file"),
     ("--data /dev/zero", None, "/dev/zero is not a regular file"),
     ("--data folder", None, "folder holds no .txt, .jsonl, .json, .parquet or .tar file"),
     ("--data cut.txt.gz", gzip.compress(b"ba " * 999, mtime=0)[:-9], "cut.txt.gz is damaged or cut short"),
     ("--data latin.txt", "ba\nbé".encode("latin-1"), "latin.txt, line 2, is not UTF-8 at byte 1"),
-    ("--data a.jsonl", b'{"text": "ba"}\n{"no": 1}\n', "a.jsonl, line 2, is not a JSON object with a string"),
+    ("--data a.jsonl", b'{"text": "ba"}\n{"no": 1}\n', 'a.jsonl, line 2, has no string under "text"'),
     ("--vocab bad.txt", b"[PAD]\n[UNK]\n[CLS]\na", r"must begin with \[PAD\] and hold"),
     ("--vocab bad.txt", "\n".join([*SMALL_VOCAB, "ba"]).encode(), "at most 65,535 tokens, each once"),
     ("--vocab nowhere.txt", None, "there is no vocabulary nowhere.txt"),
