@@ -8,19 +8,19 @@ The table has the mean, deviation, median and best that papers print. --submit w
 gluebenchmark.com. --save keeps the best network of a task, and `Predictor` uses it. `main` is at the end.
 """
 
-# First, since it sets GOMP_SPINCOUNT, which torch reads when it is imported.
+# First, since it sets how OpenMP's threads wait, which torch reads when it is imported.
 import train
 
 # isort: split
 import hashlib
 import io
 import itertools
+import json
 import math
 import re
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -42,7 +42,7 @@ HEAD_DROPOUT = 0.1  # before the classifier; --dropout is the encoder's
 
 @dataclass(frozen=True)
 class FinetuneConfig(train.StepConfig):
-    """The recipe, and where and how it runs. An annotated field is a flag, and the text is its help."""
+    """The recipe, and where and how it runs. StepConfig adds Adam, device, dtype and graphs."""
 
     task: Annotated[list, "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, all, or folders of "
                           "your own"] = ("all",)
@@ -82,7 +82,7 @@ class FinetuneConfig(train.StepConfig):
         return self.keep_predictions or self.submit
 
 
-# Flags that do not decide a result. (Of model, task and folders the content does.)
+# Flags that do not decide a result. (Of model, task and folders the content decides: see `settings`.)
 NOT_SETTINGS = {"task", "seeds", "model", "random_weights", "glue_dir", "keep_predictions", "submit", "save",
                 "predict_file", "format", "cache", "out", "device", "graph", "deterministic", "data_dir"}
 
@@ -94,9 +94,12 @@ def fill_in_recipe(config, task, hidden_size):
     """
     recipes = {}  # (learning rate, layer-wise decay) by width
     for size in train.SIZES.values():
-        recipes[size.get("hidden_size", model.ElectraConfig.hidden_size)] = size["finetuning"]
-    widths = [width for width in recipes if width >= hidden_size]
-    learning_rate, layerwise_lr_decay = recipes[min(widths, default=max(recipes))]
+        width = size.get("hidden_size", model.ElectraConfig.hidden_size)
+        recipes[width] = size["finetuning"]
+    for width in sorted(recipes):
+        if width >= hidden_size:
+            break  # else it is wider than all sizes, and takes the values of the largest
+    learning_rate, layerwise_lr_decay = recipes[width]
     return replace(config, learning_rate=config.learning_rate or learning_rate,
                    layerwise_lr_decay=config.layerwise_lr_decay or layerwise_lr_decay,
                    num_train_epochs=config.num_train_epochs or task.num_train_epochs)
@@ -161,10 +164,7 @@ def run_and_record(experiment, seed, finetuner, splits):
 
 
 def plan_experiments(config, tasks, pretrained, kind):
-    """The Experiment of each task, after all files are checked. `kind` is Experiment or a subclass."""
-    if config.glue_dir:
-        needed = [(task, split) for task in tasks.values() for split in splits_to_read(task, config)]
-        glue.check_glue_dir(needed, config.glue_dir)
+    """The Experiment of each task, after its files are read. `kind` is Experiment or a subclass."""
     experiments = []
     for task in tasks.values():
         # Everything is read here once, so that damage is reported now, not in the middle of the night.
@@ -195,7 +195,7 @@ class Experiment:
 
     def new_network(self):
         """A network with random weights, whose `losses` are trained."""
-        return Classifier(self.pretrained.config, len(self.task.labels) or 1)  # 1 in a regression
+        return Classifier(self.pretrained.config, self.task.labels)
 
     def predict(self, network, tokenized):
         return predict_rows(network, tokenized.rows, self.task, self.config)
@@ -234,7 +234,7 @@ class Experiment:
         return self.folder / "networks" / f"{self.task.name}-{data.digest(self.settings())}"
 
     def predictions_path(self, seed):
-        tests = data.digest([self.sha256[split] for split in self.task.submissions])
+        tests = data.digest([self.sha256[split] for split in self.task.test_splits])
         return self.folder / "predictions" / f"{self.run_name(seed)}-{tests}.npz"
 
     def finished(self):
@@ -269,42 +269,37 @@ def read_splits(task, config):
     """The examples of a task by split, and the SHA-256 of their files by split."""
     examples = {}
     sha256 = {}
-    for split in splits_to_read(task, config):
-        examples[split], sha256[split] = task.read(split, config.cache, config.glue_dir)
-    return examples, sha256
-
-
-def splits_to_read(task, config):
     splits = ["train", *task.dev_splits]
     if config.predicts_test_sets:
-        splits += task.submissions
-    return splits
+        splits += task.test_splits
+    for split in splits:
+        examples[split], sha256[split] = task.read(split, config.cache, config.glue_dir)
+    return examples, sha256
 
 
 def read_results(path):
     """The lines of results.jsonl. Each has a digest of its other entries, so that damage is found."""
     if not path.exists():
         return []
-    *lines, _ = path.read_bytes().split(b"\n")  # a kill may have cut the last one short
     results = []
-    for number, line in enumerate(lines, 1):
-        result = {}
-        with suppress(data.UserError):
-            result = data.parse_json(line, path)
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        where = f"{path}, line {number}"
+        result = data.parse_json(line, where)
         if result.pop("digest", None) != data.digest(result):
-            raise data.UserError(f"{path}, line {number}, is damaged or of an earlier version; delete this "
-                                 "line, and its seed is run again")
+            raise data.UserError(f"{where} is damaged or of an earlier version; delete this line, and its "
+                                 "seed is run again")
         results.append(result)
     return results
 
 
 def append_result(experiment, result):
-    """Append a line to results.jsonl."""
-    with (lock_outputs(experiment.folder, "results"),
-          open(experiment.folder / "results.jsonl", "a+b") as file):
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)  # what a kill cut short
-        data.append_json(file, result | dict(digest=data.digest(result)))
+    """Append a line to results.jsonl. The file is replaced, so that no kill cuts a line short."""
+    path = experiment.folder / "results.jsonl"
+    line = json.dumps(result | dict(digest=data.digest(result))) + "\n"
+    with lock_outputs(experiment.folder, "results"):
+        lines = path.read_bytes() if path.exists() else b""
+        with data.atomic_write(path) as file:
+            file.write(lines + line.encode())
 
 
 def lock_outputs(folder, what):
@@ -313,15 +308,14 @@ def lock_outputs(folder, what):
 
 
 def write_predictions(experiment, seed, predictions):
-    """Write a seed's test predictions, under the names of the files to submit."""
-    arrays = {name: predictions[split] for split, name in experiment.task.submissions.items()}
+    """Write a seed's predictions of the test sets."""
     content = io.BytesIO()
-    np.savez(content, **arrays)
+    np.savez(content, **{split: predictions[split] for split in experiment.task.test_splits})
     data.write_sealed(experiment.predictions_path(seed), content.getvalue())
 
 
 def read_predictions(experiment, seed):
-    """What `write_predictions` wrote: an array for each file to submit, by its name."""
+    """What `write_predictions` wrote: an array for each test set, by split."""
     advice = "delete it, and the same command makes it again"
     return np.load(io.BytesIO(data.read_sealed(experiment.predictions_path(seed), advice)))
 
@@ -351,8 +345,8 @@ class Finetuner:
         device = torch.device(config.device).type
         self.scaler = torch.amp.GradScaler(device, enabled=config.dtype == "fp16")
         self.scaler_state = self.scaler.state_dict()  # with which each seed begins
-        step = make_step(self.network, self.optimizer, self.scaler, config)
-        self.take_step = train.CudaGraphs(step) if config.graph else step
+        take_step = make_step(self.network, self.optimizer, self.scaler, config)
+        self.take_step = train.CudaGraphs(take_step) if config.graph else take_step
 
     def run(self, seed, splits):
         """Train on splits["train"] and return the predictions of the other splits, NumPy arrays (N,).
@@ -373,13 +367,12 @@ class Finetuner:
         with tqdm(total=total, desc=title, unit=" steps", leave=False, disable=None) as bar:
             for epoch in range(config.num_train_epochs):
                 order = data.rng(seed, f"{task.name} order", epoch).permutation(len(rows))
-                for indices, device_indices in batches(order, config.batch_size, config.device):
+                for _, numbers, batch in batches(ids, lengths, order, config.batch_size, config):
                     lr = train.learning_rate(step, config.learning_rate, total,
                                              config.warmup_proportion * total)
                     for group in self.optimizer.param_groups:
-                        group["lr"].fill_(lr * group["lr_scale"])
-                    length = cut_length(lengths[indices], config)
-                    self.take_step(ids[device_indices, :length], labels[device_indices])
+                        group["lr"].fill_(lr * group["lr_scale"])  # a tensor, which the CUDA graph reads
+                    self.take_step(batch, labels[numbers])
                     step += 1
                     bar.update()
         # The last step is scored: no best epoch is picked.
@@ -407,34 +400,35 @@ class Finetuner:
 def make_step(network, optimizer, scaler, config):
     """The function that takes an optimizer step on ids (B, L) and labels (B,)."""
 
-    def step(ids, labels):
+    def take_step(ids, labels):
         optimizer.zero_grad(set_to_none=True)
         with train.autocast(config):
             loss = network.losses(ids, labels).sum()  # [D34] not the mean
         scaler.scale(loss).backward()
         train.update_weights(network, optimizer, scaler, config)
 
-    return step
+    return take_step
 
 
 def lr_scale(name, num_hidden_layers, decay):
-    """A parameter's share of the learning rate: the deeper below the classifier, the smaller. [D28]
+    """A parameter's share of the learning rate: the further below the classifier, the smaller. [D28]
 
-    Embeddings have depth 0, layer i has depth i + 1, and the classifier n + 2. Nothing has n + 1, so that the
-    top layer's rate is the classifier's times decay squared. The official code's author calls that a mistake;
-    the published scores have it.
+    Embeddings have height 0, layer i has height i + 1, and the classifier n + 2. Nothing has n + 1, so that
+    the top layer's rate is the classifier's times decay squared. The official code's author calls that a
+    mistake; the published scores have it.
 
     >>> [round(lr_scale(name, 12, 0.8), 3) for name in ("classifier.bias", "encoder.layers.11.output.bias")]
     [1.0, 0.64]
     """
+    top = num_hidden_layers + 2
     layer = re.match(r"encoder\.layers\.(\d+)\.", name)
     if layer:
-        depth = int(layer[1]) + 1
+        height = int(layer[1]) + 1
     elif name.startswith("encoder."):
-        depth = 0
+        height = 0
     else:
-        depth = num_hidden_layers + 2
-    return decay ** (num_hidden_layers + 2 - depth)
+        height = top
+    return decay ** (top - height)
 
 
 def num_steps(num_examples, batch_size, epochs):
@@ -446,19 +440,19 @@ def ids_and_lengths(rows, config):
     return torch.from_numpy(rows.astype(np.int32)).to(config.device), (rows != 0).sum(1)
 
 
-def batches(order, size, device):
-    """Yield, for each batch, the indices of its examples: on the host, and the same on the device."""
-    device_order = torch.from_numpy(order).to(device)  # all at once
+def batches(ids, lengths, order, size, config):
+    """Yield each batch: the numbers of its rows, on the host and on the device, and ids cut to the longest.
+
+    On a GPU the length is a multiple of 16, so that few shapes are captured.
+    """
+    device_order = torch.from_numpy(order).to(config.device)  # all at once
     for start in range(0, len(order), size):
-        yield order[start : start + size], device_order[start : start + size]
-
-
-def cut_length(lengths, config):
-    """The length of a batch's longest row; on a GPU a multiple of 16, so that few shapes are captured."""
-    longest = int(lengths.max())
-    if config.device.startswith("cuda"):
-        return 16 * math.ceil(longest / 16)
-    return longest
+        numbers = order[start : start + size]
+        device_numbers = device_order[start : start + size]
+        length = int(lengths[numbers].max())
+        if config.device.startswith("cuda"):
+            length = 16 * math.ceil(length / 16)
+        yield numbers, device_numbers, ids[device_numbers, :length]
 
 
 @torch.no_grad()
@@ -467,15 +461,14 @@ def run_network(network, rows, config):
     network.eval()
     ids, lengths = ids_and_lengths(rows, config)
     order = np.argsort(lengths, kind="stable")
-    for indices, device_indices in batches(order, EVAL_BATCH_SIZE, config.device):
-        length = cut_length(lengths[indices], config)
+    for numbers, _, batch in batches(ids, lengths, order, EVAL_BATCH_SIZE, config):
         with train.autocast(config):
-            output = network(ids[device_indices, :length])
-        yield indices, output
+            output = network(batch)
+        yield numbers, output
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Sentences: network, loss, predictions, and the way from examples to rows
+# The network for sentences: classifier, loss, predictions, and how examples become rows
 
 
 class Classifier(nn.Module):
@@ -484,12 +477,12 @@ class Classifier(nn.Module):
     # Saved as a plain encoder, which transformers can load. Its classification head has another layer.
     architecture = "ElectraModel"
 
-    def __init__(self, config, num_outputs):
+    def __init__(self, config, labels):
         super().__init__()
         self.config = config
         self.encoder = model.Encoder(config)
         self.dropout = nn.Dropout(HEAD_DROPOUT)
-        self.classifier = nn.Linear(config.hidden_size, num_outputs)
+        self.classifier = nn.Linear(config.hidden_size, len(labels) or 1)  # 1 in a regression: no labels
         model.glorot_uniform_(self.classifier)
 
     def forward(self, input_ids):
@@ -580,9 +573,14 @@ def describe(experiment, split, examples, tokenized):
         counts = Counter(task.labels[label] for label in labels).most_common()
         found = glue.join_few([f"{name} {count:,}" for name, count in counts])
     cut = np.mean(tokenized.lengths > experiment.config.max_length)
-    unknown = experiment.pretrained.wordpiece.unknown_share(tokenized.rows)
-    print(f"{task.title}, {split}: {len(examples):,} rows; {found}; the longest has "
-          f"{tokenized.lengths.max():,} tokens, {cut:.1%} are cut; {unknown:.1%} [UNK]")
+    print_split(experiment, split, tokenized.rows, f"{len(examples):,} rows; {found}; the longest has "
+                f"{tokenized.lengths.max():,} tokens, {cut:.1%} are cut")
+
+
+def print_split(experiment, split, rows, found):
+    """Print what was found in a split, and the share of [UNK] in its rows."""
+    unknown = experiment.pretrained.wordpiece.unknown_share(rows)
+    print(f"{experiment.task.title}, {split}: {found}; {unknown:.1%} [UNK]")
     if warning := data.unknown_warning(unknown):
         print(warning)
 
@@ -606,41 +604,29 @@ def load_pretrained(config):
     folder = data.find_model(config.model, config.cache)
     wordpiece, trained_length = data.read_tokenizer(folder)
     model_config = replace(model.load_config(folder), hidden_dropout_prob=config.dropout,
-                           attention_probs_dropout_prob=config.dropout, sep_token_id=wordpiece.sep_token_id)
-    check_pretrained(folder, model_config, wordpiece, trained_length, config.max_length)
-    encoder_state = load_encoder(folder, model_config)
+                           attention_probs_dropout_prob=config.dropout, sep_token_id=wordpiece.sep_token_id,
+                           vocab_size=len(wordpiece.tokens))
+    check_length(folder, model_config.max_position_embeddings, trained_length, config.max_length)
     if config.random_weights:
         return Pretrained(folder, model_config, wordpiece, None, "random")
-    return Pretrained(folder, model_config, wordpiece, encoder_state, hash_tensors(encoder_state))
-
-
-def check_pretrained(folder, model_config, wordpiece, trained_length, max_length):
-    """Check that a model fits its vocabulary and --max-length, and say what may surprise."""
     if "ElectraForMaskedLM" in (data.read_json(folder / "config.json").get("architectures") or ()):
         print(f"{folder} is a generator or a masked language model; its encoder is fine-tuned")
-    if len(wordpiece.tokens) != model_config.vocab_size:
-        raise data.UserError(f"{folder} is inconsistent: its vocabulary has {len(wordpiece.tokens):,} "
-                             f"tokens, and config.json says {model_config.vocab_size:,}")
-    positions = model_config.max_position_embeddings
+    network = Classifier(model_config, labels=())  # only its encoder is filled and used
+    model.load_weights(network, folder, encoder_only=True)
+    encoder_state = network.encoder.state_dict()
+    sha256 = hashlib.sha256()
+    for tensor in encoder_state.values():
+        sha256.update(tensor.numpy())
+    return Pretrained(folder, model_config, wordpiece, encoder_state, sha256.hexdigest())
+
+
+def check_length(folder, positions, trained_length, max_length):
+    """Check that a model has --max-length positions, and warn if it was pre-trained on shorter rows."""
     if max_length > positions:
         raise data.UserError(f"{folder} has {positions} positions; use --max-length {positions} or less")
     if trained_length and max_length > trained_length:
         print(f"warning: {folder} was pre-trained on rows of {trained_length} tokens, so later positions are "
               f"untrained; --max-length {trained_length} avoids them")
-
-
-def load_encoder(folder, model_config):
-    """The weights of a folder's encoder, by name."""
-    network = Classifier(model_config, 1)
-    model.load_weights(network, folder, encoder_only=True)
-    return network.encoder.state_dict()
-
-
-def hash_tensors(tensors):
-    sha256 = hashlib.sha256()
-    for tensor in tensors.values():
-        sha256.update(tensor.numpy())
-    return sha256.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -652,37 +638,37 @@ def format_table(results, tasks):
 
     `results` has the lines of results.jsonl by task and seed.
     """
-    has_averages = len(glue.TASKS.keys() & tasks) > 1
+    scores = {}  # by task and metric: percentages, an array (seeds,)
+    for name in tasks:
+        if results[name]:
+            scores[name] = collect_scores(list(results[name].values()))
+    with_averages = len(glue.TASKS.keys() & tasks) > 1
     width = max(10, *(len(task.title) + 1 for task in tasks.values()))
     lines = [f"{'':{width}}{'':22}{'seeds':>6}{'mean':>8}{'sd':>7}{'median':>8}{'best':>7}"]
-    notes = []
-    means = {}  # by task and metric, as `results`
-    medians = {}
-    for name, task in tasks.items():
-        finished = list(results[name].values())
-        if not finished:
-            continue
-        means[name] = {}
-        medians[name] = {}
-        is_averaged = has_averages and name in glue.AVERAGED_BY_ELECTRA and isinstance(task, glue.GlueTask)
-        for metric in finished[0]["metrics"]:
-            values = 100 * np.array([result["metrics"][metric] for result in finished])
-            means[name][metric] = np.mean(values)
-            medians[name][metric] = np.median(values)
-            mark = "*" if is_averaged and metric == task.metrics[0] else ""
-            lines.append(f"{task.title:{width}}{metric + mark:22}{format_statistics(values)}")
-        constant = [str(result["seed"]) for result in finished if result["is_constant"]]
+    for name in scores:
+        for metric, values in scores[name].items():
+            if with_averages and name in glue.AVERAGED_BY_ELECTRA and metric == tasks[name].metrics[0]:
+                metric += "*"
+            lines.append(f"{tasks[name].title:{width}}{metric:22}{format_statistics(values)}")
+    for name in scores:
+        constant = [str(seed) for seed, result in results[name].items() if result["is_constant"]]
         if constant:
-            notes.append(f"{task.title}: seed {', '.join(constant)} gave every example the same answer; it "
-                         "counts, too. With little data, more --num-train-epochs help")
-    if has_averages:
-        notes.append(format_average("ELECTRA's average of 8 (* of each, no WNLI)", glue.average_of_8,
-                                    glue.AVERAGED_BY_ELECTRA, means, medians))
-        notes.append(format_average("GLUE's average of 9 (a task's metrics averaged first)",
-                                    glue.average_of_9, tuple(glue.TASKS), means, medians))
+            lines.append(f"{tasks[name].title}: seed {', '.join(constant)} gave every example the same "
+                         "answer; it counts, too. With little data, more --num-train-epochs help")
+    if with_averages:
+        lines.append("ELECTRA's average of 8 (* of each, no WNLI): "
+                     + format_average(glue.average_of_8, glue.AVERAGED_BY_ELECTRA, scores))
+        lines.append("GLUE's average of 9 (a task's metrics averaged first): "
+                     + format_average(glue.average_of_9, glue.TASKS, scores))
     if "wnli" in tasks:
-        notes.append("WNLI's dev set is adversarial: the majority class scores 56.3, models rarely more")
-    return "\n".join(lines + notes)
+        lines.append("WNLI's dev set is adversarial: the majority class scores 56.3, models rarely more")
+    return "\n".join(lines)
+
+
+def collect_scores(results):
+    """The percentages of all seeds by metric, arrays (seeds,)."""
+    return {metric: 100 * np.array([result["metrics"][metric] for result in results])
+            for metric in results[0]["metrics"]}
 
 
 def format_statistics(values):
@@ -691,12 +677,17 @@ def format_statistics(values):
             f"{np.max(values):7.2f}")
 
 
-def format_average(title, average, needed, means, medians):
-    """The line of an average or, if it cannot be formed, of the tasks that are missing."""
-    missing = [glue.TASKS[name].title for name in needed if name not in means]
+def format_average(average, needed, scores):
+    """An average or, if it cannot be formed, the tasks that are missing."""
+    missing = [glue.TASKS[name].title for name in needed if name not in scores]
     if missing:
-        return f"{title}: needs {', '.join(missing)}"
-    return f"{title}: {average(means):.2f} from means, {average(medians):.2f} from medians"
+        return f"needs {', '.join(missing)}"
+    shown = []
+    for title, statistic in ("means", np.mean), ("medians", np.median):
+        by_task = {name: {metric: statistic(values) for metric, values in scores[name].items()}
+                   for name in needed}
+        shown.append(f"{average(by_task):.2f} from {title}")
+    return ", ".join(shown)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -712,8 +703,8 @@ def submit(experiments, config):
         seed = best_seed(experiment)
         best.append(f"{task.title} {seed}")
         predictions = read_predictions(experiment, seed)
-        for name in task.submissions.values():
-            files[name] = glue.submission_file(task, predictions[name])
+        for split in task.test_splits:
+            files[task.submission_name(split)] = glue.submission_file(task, predictions[split])
     tasks = {experiment.task.name for experiment in experiments}
     is_whole = tasks >= glue.TASKS.keys()
     folder = Path(config.out)
@@ -736,15 +727,14 @@ def submit(experiments, config):
 def save_best(experiments):
     """Save the network of each task's best seed. If the sweep did not save it, the seed is run again."""
     for experiment in experiments:
-        task = experiment.task
         seed = best_seed(experiment)
         folder = experiment.network_path()
-        saved = read_saved_config(folder)
-        if not saved or saved.get("result") != experiment.run_name(seed):
+        # An earlier command, without --save or with more seeds, may have finished this seed.
+        if read_saved_config(folder).get("run_name") != experiment.run_name(seed):
             finetuner = Finetuner(experiment)
             finetuner.run(seed, tokenize_splits(experiment))
             save_network(experiment, seed, finetuner.network)
-        print(f"{folder} holds the network of seed {seed}, {task.title}'s best on dev")
+        print(f"{folder} holds the network of seed {seed}, {experiment.task.title}'s best on dev")
 
 
 def save_network(experiment, seed, network):
@@ -752,34 +742,47 @@ def save_network(experiment, seed, network):
     with lock_outputs(experiment.folder, "network"):
         train.write_network(experiment.network_path(), network, experiment.pretrained.wordpiece,
                             experiment.config.max_length, head=type(network).__name__,
-                            result=experiment.run_name(seed), **experiment.saved_fields(seed))
+                            run_name=experiment.run_name(seed), **experiment.saved_fields(seed))
 
 
 def read_saved_config(folder):
-    """The config.json that `save_network` wrote to a folder, or None if the folder is no such network."""
+    """The config.json of a folder, or {} if it has none."""
     path = folder / "config.json"
-    if not path.is_file():
-        return None
-    content = data.read_json(path)
-    return content if "head" in content else None
-
-
-def read_labels(saved, path):
-    """The names of the classes and None or, in a regression, [] and the lowest and highest label."""
-    try:
-        names = saved["id2label"]
-        labels = [str(names[str(number)]) for number in range(len(names))]  # the keys have any order
-        if labels:
-            return labels, None
-        low, high = map(float, saved["label_range"])
-        return [], (low, high)
-    except (KeyError, TypeError, ValueError):
-        raise data.UserError(f"{path} is damaged: it has no id2label or label_range; delete its folder, and "
-                             "--save makes it again") from None
+    return data.read_json(path) if path.is_file() else {}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Predictions of a saved network: in Python and with --predict-file
+
+
+class Saved(NamedTuple):
+    """What `save_network` wrote to a folder. `load_into` reads the weights."""
+
+    folder: Path
+    fields: dict  # config.json, with what `Experiment.saved_fields` gave
+    labels: list  # names of the classes
+    config: model.ElectraConfig
+    wordpiece: data.WordPiece
+    max_length: int
+
+    def load_into(self, network, device):
+        """The network with the saved weights, on the device."""
+        model.load_weights(network, self.folder)
+        return network.to(device)
+
+
+def load_saved(folder, head):
+    """What --save wrote to a folder for a network of the class that `head` names."""
+    folder = Path(folder)
+    fields = read_saved_config(folder)
+    if fields.get("head") != head:
+        raise data.UserError(f"{folder} has no {head}; --model takes what --save wrote in OUT/networks")
+    id2label = fields.get("id2label", {})
+    labels = [id2label[str(number)] for number in range(len(id2label))]  # the keys may have any order
+    config = model.load_config(folder)
+    wordpiece, trained_length = data.read_tokenizer(folder)
+    positions = config.max_position_embeddings
+    return Saved(folder, fields, labels, config, wordpiece, min(trained_length or positions, positions))
 
 
 class Predictor:
@@ -792,20 +795,13 @@ class Predictor:
     """
 
     def __init__(self, folder, config=None):
-        folder = Path(folder)
-        saved = read_saved_config(folder)
-        if not saved or saved["head"] != "Classifier":
-            raise data.UserError(f"{folder} has no classifier; --model takes what --save wrote, as "
-                                 "out/glue/networks/mrpc-*")
         self.config = config or FinetuneConfig(device="cpu", dtype="fp32")
-        self.labels, self.label_range = read_labels(saved, folder / "config.json")
-        model_config = model.load_config(folder)
-        positions = model_config.max_position_embeddings
-        self.wordpiece, trained_length = data.read_tokenizer(folder)
-        self.max_length = min(trained_length or positions, positions)
-        self.network = Classifier(model_config, len(self.labels) or 1)  # 1 in a regression
-        model.load_weights(self.network, folder)
-        self.network.to(self.config.device)
+        saved = load_saved(folder, "Classifier")
+        self.wordpiece = saved.wordpiece
+        self.max_length = saved.max_length
+        self.labels = saved.labels
+        self.label_range = saved.fields["label_range"]  # of a regression, else None
+        self.network = saved.load_into(Classifier(saved.config, self.labels), self.config.device)
 
     def predict(self, texts):
         """For each sentence or pair of sentences: (label, {label: probability}), or (number, {})."""
@@ -835,10 +831,9 @@ def predict_file(config):
     for number, chunk in enumerate(read_chunks(config, glue.read_sentences)):
         if number == 0:
             print("prediction", *predictor.labels, sep="\t")
-        for label, probabilities in predictor.predict(chunk):
-            if not predictor.labels:  # in a regression it is a number
-                label = f"{label:{glue.Task.number_format}}"
-            print(label, *(f"{probability:.4f}" for probability in probabilities.values()), sep="\t")
+        for answer, probabilities in predictor.predict(chunk):
+            shown = answer if predictor.labels else f"{answer:{glue.Task.number_format}}"
+            print(shown, *(f"{probability:.4f}" for probability in probabilities.values()), sep="\t")
 
 
 def use_utf8():
@@ -854,17 +849,11 @@ def read_chunks(config, read_row):
         file = sys.stdin.buffer
     else:
         source = config.predict_file
-        if not Path(source).is_file():
-            raise data.UserError(f"{source} is not a file; --predict-file takes one, or - for standard input")
         file = open(source, "rb")
     with file:
         rows = (read_row(row, where) for where, row in glue.read_table(file, source, config.format))
-        chunk = list(itertools.islice(rows, CHUNK))
-        if not chunk:
-            raise glue.no_rows(source)
-        while chunk:
+        while chunk := list(itertools.islice(rows, CHUNK)):
             yield chunk
-            chunk = list(itertools.islice(rows, CHUNK))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -873,7 +862,7 @@ def read_chunks(config, read_row):
 
 def main(argv=None):
     description = "Fine-tune and score. The same command resumes; a finished seed is not repeated."
-    [config], _ = train.parse(argv, description, [FinetuneConfig], {})
+    [config], _ = train.parse(argv, description, [FinetuneConfig], sizes={})
     config = train.resolve_device(config)
     if config.predict_file:
         predict_file(config)

@@ -9,13 +9,14 @@ import csv
 import functools
 import hashlib
 import io
+import json
 import math
 import re
 import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -33,7 +34,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What fine-tuning and scoring must know. A subclass has `splits`, a `name`, and reads the examples."""
+    """What fine-tuning and scoring must know. A subclass has `name` and `splits`, and reads the examples."""
 
     title: str
     metrics: tuple  # names in METRICS; the first is the one that ELECTRA reports
@@ -42,7 +43,9 @@ class Task:
     num_train_epochs: int = 3  # [D32]
     both_orders: bool = False  # [D30] trained on both orders of the sentences
 
-    number_format = ".6g"  # of a regression's predictions
+    name: ClassVar  # on the command line and in the names of files
+    splits: ClassVar  # "train", then what begins with "dev", then test sets
+    number_format: ClassVar = ".6g"  # of a regression's predictions
 
     @functools.cached_property
     def class_numbers(self):
@@ -58,11 +61,12 @@ class Task:
         return [split for split in self.splits if split.startswith("dev")]
 
     @property
-    def submissions(self):
-        """The name of the file to submit for each test set."""
-        names = {"test": f"{self.title}.tsv", "test_matched": "MNLI-m.tsv",
-                 "test_mismatched": "MNLI-mm.tsv", "diagnostic": "AX.tsv"}
-        return {split: name for split, name in names.items() if split in self.splits}
+    def test_splits(self):
+        return [split for split in self.splits if split != "train" and split not in self.dev_splits]
+
+    def submission_name(self, split):
+        """The name of the file to submit for a test set."""
+        return f"{self.title}.tsv"
 
     def score(self, predictions, labels):
         """Metrics by name from predictions and labels by split. MNLI has "mismatched accuracy" as well."""
@@ -84,7 +88,7 @@ class GlueTask(Task):
     label: str  # column of the label in train and dev
     header: tuple = None  # columns of train and dev where these files do not name them
 
-    number_format = ".3f"
+    number_format: ClassVar = ".3f"
 
     @property
     def name(self):
@@ -93,6 +97,10 @@ class GlueTask(Task):
     @property
     def splits(self):
         return tuple(self.rows)
+
+    def submission_name(self, split):
+        of_mnli = dict(test_matched="MNLI-m.tsv", test_mismatched="MNLI-mm.tsv", diagnostic="AX.tsv")
+        return of_mnli.get(split, super().submission_name(split))
 
     def read(self, split, cache, glue_dir=None):
         """The examples of a split, in file order, and the SHA-256 of its file.
@@ -192,8 +200,6 @@ MRPC_TEST = (MSR_URL + "msr_paraphrase_test.txt", 441_275,
              "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784")
 MRPC_DEV_IDS = (GLUE_URL + "mrpc_dev_ids.tsv", 6_222,
                 "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7")
-# QQP-clean.zip lacks three training rows of the original QQP.zip, which is accepted as well.
-ORIGINAL_QQP_ROWS = 363_849
 
 
 def find_tasks(names, is_regression=False):
@@ -211,10 +217,8 @@ def find_tasks(names, is_regression=False):
             raise data.UserError(f"there is no task {name}; there are {', '.join(TASKS)}, all, and folders "
                                  "with train and dev as .tsv, .csv or .jsonl")
         for task in found:
-            for other in tasks.values():
-                if other.title == task.title and other != task:
-                    raise data.UserError(f"two tasks are called {task.title}; rename a folder")
-            tasks[task.name] = task
+            if tasks.setdefault(task.name, task) != task:
+                raise data.UserError(f"two tasks are called {task.title}; rename a folder")
     return tasks
 
 
@@ -222,24 +226,14 @@ def find_tasks(names, is_regression=False):
 # Reading GLUE's files
 
 
-def check_glue_dir(needed, glue_dir):
-    """Check that the folder has the files of all (task, split), and name all that are missing."""
-    paths = [official_path(task, split, glue_dir) for task, split in needed if isinstance(task, GlueTask)]
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        raise data.UserError(f"there is no {', '.join(missing)}; --glue-dir takes a folder laid out as the "
-                             "official zips are")
-
-
-def official_path(task, split, glue_dir):
-    folder = "diagnostic" if split == "diagnostic" else task.title
-    return Path(glue_dir) / folder / f"{split}.tsv"
-
-
 def read_official(task, split, cache, glue_dir):
     """The bytes of an official file, and its name for messages."""
     if glue_dir:
-        path = official_path(task, split, glue_dir)
+        folder = "diagnostic" if split == "diagnostic" else task.title
+        path = Path(glue_dir) / folder / f"{split}.tsv"
+        if not path.is_file():
+            raise data.UserError(f"there is no {path}; --glue-dir takes a folder laid out as the official "
+                                 "zips are")
         return path.read_bytes(), path
     if split == "diagnostic":
         path = fetch_official(DIAGNOSTIC, cache)
@@ -288,8 +282,7 @@ def parse_official(task, split, raw, source):
 
     Only "\\n" ends a line and only "\\t" a field. Quotes are characters like any other.
     """
-    is_test = split in task.submissions  # a test set has no labels, and always names its columns
-    is_qqp = task is TASKS["qqp"]
+    is_test = split in task.test_splits  # a test set has no labels, and always names its columns
     lines = data.decode_utf8(raw, source).removesuffix("\n").split("\n")
     if task.header and not is_test:
         header = task.header
@@ -302,27 +295,25 @@ def parse_official(task, split, raw, source):
         columns.append(task.label)
     for column in columns:
         if column not in header:
-            raise data.UserError(f"{source}, line 1, has no column {column}; it was damaged or edited")
+            raise data.UserError(f"{source}, line 1 has no column {column}; it was damaged or edited")
     examples = []
     skipped = 0
     for number, line in enumerate(lines, first_line):
+        where = f"{source}, line {number}"
         fields = line.split("\t")
-        if is_qqp and len(fields) < len(header):  # a few rows lack fields
+        if task is TASKS["qqp"] and len(fields) < len(header):  # a few rows of QQP lack fields
             skipped += 1
             continue
         if len(fields) != len(header):
-            raise data.UserError(f"{source}, line {number}, has {len(fields)} fields; it was damaged or "
-                                 "edited")
+            raise data.UserError(f"{where} has {len(fields)} fields; it was damaged or edited")
         row = dict(zip(header, fields, strict=True))
-        label = None if is_test else read_label(task, row[task.label], f"{source}, line {number}")
-        sentences = [row[column] for column in task.sentences]
-        examples.append(Example(*sentences, label=label))
-    is_original_qqp = is_qqp and len(examples) == ORIGINAL_QQP_ROWS
-    if len(examples) != task.rows[split] and not is_original_qqp:
-        raise data.UserError(f"{source} has {len(examples):,} rows and not {task.rows[split]:,}: it was "
-                             "cut or edited")
+        label = None if is_test else read_label(task, row[task.label], where)
+        examples.append(Example(*[row[column] for column in task.sentences], label=label))
     if skipped:
         print(f"{source}: skipped {skipped} rows that lack fields")
+    if len(examples) != task.rows[split]:
+        raise data.UserError(f"{source} has {len(examples):,} rows and not {task.rows[split]:,}: it was cut "
+                             "or edited, or is another version")
     return examples
 
 
@@ -389,22 +380,23 @@ def own_task(folder, is_regression):
     files = find_own_files(folder)
     title = f"own-{folder.resolve().name}"
     first_seen = find_labels(files["train"])
+    too_few = data.UserError(f"{files['train']} needs at least two different labels")
     if is_regression:
-        labels = sorted({read_number(text, where) for text, where in first_seen.items()})
-    else:
-        for text, where in first_seen.items():
-            check_class(text, where)
-        labels = sorted(first_seen, key=class_order)
-        if all(map(NUMBER.fullmatch, labels)) and any("." in text for text in labels):
-            print(f"{title}: labels such as {labels[0]} are names of classes; with --regression they are "
-                  "numbers")
-    if len(labels) < 2:
-        raise data.UserError(f"{files['train']} needs at least two different labels")
-    if is_regression:
-        return OwnTask(title=title, files=files, labels=(), label_range=(labels[0], labels[-1]),
+        numbers = {read_number(text, where) for text, where in first_seen.items()}
+        if len(numbers) < 2:
+            raise too_few
+        return OwnTask(title=title, files=files, labels=(), label_range=(min(numbers), max(numbers)),
                        metrics=("spearman", "pearson"))
-    return OwnTask(title=title, files=files, labels=tuple(labels),
-                   metrics=("accuracy", "macro f1", "matthews"))
+    for text, where in first_seen.items():
+        if not text or re.search(r"[\t\r\n]", text):
+            raise data.UserError(f"{where}: the label is {text!r}; it must be a word, without tab or line "
+                                 "break")
+    labels = tuple(sorted(first_seen, key=class_order))
+    if len(labels) < 2:
+        raise too_few
+    if all(map(NUMBER.fullmatch, labels)) and any("." in text for text in labels):
+        print(f"{title}: labels such as {labels[0]} are names of classes; with --regression they are numbers")
+    return OwnTask(title=title, files=files, labels=labels, metrics=("accuracy", "macro f1", "matthews"))
 
 
 def find_own_files(folder):
@@ -427,17 +419,11 @@ def find_labels(path):
     first_seen = {}
     with open(path, "rb") as file:
         for where, row in read_table(file, path):
-            first_seen.setdefault(read_own_label(row, where), f"{where}, column label")
+            first_seen.setdefault(read_cell(row, "label", where), where)
     return first_seen
 
 
 NUMBER = re.compile(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?")
-
-
-def check_class(text, where):
-    """Check that a label can be the name of a class."""
-    if not text or re.search(r"[\t\r\n]", text):
-        raise data.UserError(f"{where}: the label is {text!r}; it must be a word, without tab or line break")
 
 
 def class_order(text):
@@ -452,17 +438,11 @@ def parse_own(task, split, raw, source):
     examples = []
     for where, row in read_table(io.BytesIO(raw), source):
         label = None
-        if split not in task.submissions:
-            label = read_label(task, read_own_label(row, where), f"{where}, column label")
+        if split not in task.test_splits:
+            label = read_label(task, read_cell(row, "label", where), where)
         first, second = read_sentences(row, where)
         examples.append(Example(first, second, label))
-    if not examples:
-        raise no_rows(source)
     return examples
-
-
-def no_rows(source):
-    return data.UserError(f"{source} has no rows; the first line of a table names its columns")
 
 
 def read_sentences(row, where):
@@ -471,28 +451,21 @@ def read_sentences(row, where):
         return read_cell(row, "sentence1", where), read_cell(row, "sentence2", where)
     if "sentence" in row and "sentence2" not in row:
         return read_cell(row, "sentence", where), ""
-    raise data.UserError(f"{where}, has no column sentence, or sentence1 and sentence2; there are "
+    raise data.UserError(f"{where} has no column sentence, or sentence1 and sentence2; there are "
                          f"{', '.join(map(str, row))}")
 
 
-def read_own_label(row, where):
-    """The label of a row as text. JSON's booleans are the classes true and false."""
-    label = row.get("label")
-    if isinstance(label, bool):
-        return str(label).lower()
-    return read_cell(row, "label", where).strip()
-
-
 def read_cell(row, column, where):
-    """The text in a column of a row. `where` is "SOURCE, line N", with which every message begins."""
+    """The text in a column of a row, without spaces around it. `where` is "SOURCE, line N"."""
     if column not in row:
-        raise data.UserError(f"{where}, has no column {column}; there are {', '.join(map(str, row))}")
+        raise data.UserError(f"{where} has no column {column}; there are {', '.join(map(str, row))}")
     value = row[column]
-    is_text = isinstance(value, str | int) and not isinstance(value, bool)
-    is_finite = isinstance(value, float) and math.isfinite(value)
-    if not is_text and not is_finite:
-        raise data.UserError(f"{where}, column {column}, is {value!r}, neither text nor a number")
-    return data.without_surrogates(str(value))
+    if isinstance(value, str):
+        return data.without_surrogates(value).strip()
+    is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if not is_number:
+        raise data.UserError(f"{where}: column {column} is {value!r}, neither text nor a number")
+    return json.dumps(value)  # a boolean as `true`, not as Python's `True`
 
 
 def read_table(file, source, kind=""):
@@ -502,25 +475,28 @@ def read_table(file, source, kind=""):
     empty one is an empty cell if there is one column, and else an error.
     """
     kind = kind or Path(source).suffix.lower().removeprefix(".")
-    lines = (data.decode_utf8(line, f"{source}, line {number},") for number, line in enumerate(file, 1))
+    lines = read_lines(file, source)
     if kind == "jsonl":
-        return read_objects(lines, source)
-    if kind == "csv":
-        return name_fields(split_csv(lines, source))
-    if kind == "tsv":
-        return name_fields(split_tsv(lines, source))
-    raise data.UserError(f"{source} has no known format; --format takes tsv, csv or jsonl")
+        rows = ((where, data.parse_json(line, where)) for where, line in lines)
+    elif kind == "csv":
+        rows = name_fields(split_csv((line for _, line in lines), source))
+    elif kind == "tsv":
+        rows = name_fields((where, line.rstrip("\r\n").split("\t")) for where, line in lines)
+    else:
+        raise data.UserError(f"{source} has no known format; --format takes tsv, csv or jsonl")
+    is_empty = True
+    for where, row in rows:
+        is_empty = False
+        yield where, row
+    if is_empty:
+        raise data.UserError(f"{source} has no rows; the first line of a table names its columns")
 
 
-def read_objects(lines, source):
-    for number, line in enumerate(lines, 1):
-        yield f"{source}, line {number}", data.parse_json(line, f"{source}, line {number},")
-
-
-def split_tsv(lines, source):
-    """Yield ("SOURCE, line N", fields) for each line."""
-    for number, line in enumerate(lines, 1):
-        yield f"{source}, line {number}", line.rstrip("\r\n").split("\t")
+def read_lines(file, source):
+    """Yield ("SOURCE, line N", text) for each line of a binary file."""
+    for number, line in enumerate(file, 1):
+        where = f"{source}, line {number}"
+        yield where, data.decode_utf8(line, where)
 
 
 def split_csv(lines, source):
@@ -533,7 +509,7 @@ def split_csv(lines, source):
             yield f"{source}, line {first_line}", fields or [""]
             first_line = reader.line_num + 1
     except csv.Error as error:
-        raise data.UserError(f"{source}, line {first_line}, is not CSV: a quote opens here and is not closed "
+        raise data.UserError(f"{source}, line {first_line} is not CSV: a quote opens here and is not closed "
                              f"at the end of its cell ({error})") from None
 
 
@@ -542,12 +518,12 @@ def name_fields(rows):
     first_where, header = next(rows, ("", []))
     named = [name for name in header if name]  # spreadsheets append empty columns
     if len(set(named)) < len(named):
-        raise data.UserError(f"{first_where}, names a column twice; there are {', '.join(named)}")
+        raise data.UserError(f"{first_where} names a column twice; there are {', '.join(named)}")
     for where, fields in rows:
         if len(fields) != len(header):
-            raise data.UserError(f"{where}, has {len(fields)} fields, and the first line {len(header)}")
+            raise data.UserError(f"{where} has {len(fields)} fields, and the first line {len(header)}")
         if fields == header:
-            raise data.UserError(f"{where}, repeats the first line, which names the columns; delete it")
+            raise data.UserError(f"{where} repeats the first line, which names the columns; delete it")
         yield where, dict(zip(header, fields, strict=True))
 
 
@@ -574,13 +550,16 @@ def accuracy(predictions, labels):
 def macro_f1(predictions, labels):
     """The mean of the F1 of each class."""
     classes = np.union1d(predictions, labels)
-    return float(np.mean([f1(predictions == number, labels == number) for number in classes]))
+    return float(np.mean([f1(predictions, labels, number) for number in classes]))
 
 
-def f1(predictions, labels):
-    """F1 of class 1. (The official F1Scorer counts predictions where it should count labels.)"""
-    hits = np.sum((predictions == 1) & (labels == 1))
-    total = np.sum(predictions == 1) + np.sum(labels == 1)
+def f1(predictions, labels, positive=1):
+    """F1 of the class `positive`.
+
+    (The official F1Scorer counts its predictions as labels, so its recall is wrong. This is the usual F1.)
+    """
+    hits = np.sum((predictions == positive) & (labels == positive))
+    total = np.sum(predictions == positive) + np.sum(labels == positive)
     return float(2 * hits / total) if total else 0.0
 
 
@@ -589,6 +568,8 @@ def matthews(predictions, labels):
     num_classes = 1 + max(predictions.max(), labels.max())
     predicted = np.bincount(predictions, minlength=num_classes) / len(predictions)  # share of each class
     actual = np.bincount(labels, minlength=num_classes) / len(labels)
+    # The covariances of the columns, summed: mean products minus products of means. Two one-hot rows have the
+    # product 1 if they agree and else 0, so the mean product is the accuracy.
     covariance = np.mean(predictions == labels) - predicted @ actual
     norm = np.sqrt((1 - predicted @ predicted) * (1 - actual @ actual))
     return float(covariance / norm) if norm else 0.0
@@ -637,7 +618,8 @@ def write_submission(path, files):
     """Write the zip of eleven files. `files` has the text of each by name."""
     with data.atomic_write(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
         for task in TASKS.values():
-            for name in task.submissions.values():
+            for split in task.test_splits:
+                name = task.submission_name(split)
                 member = zipfile.ZipInfo(name)  # dated 1980: the same predictions give the same bytes
                 member.external_attr = 0o644 << 16  # readable by all
                 archive.writestr(member, files[name], zipfile.ZIP_DEFLATED)

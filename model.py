@@ -21,16 +21,14 @@ whole network.
   E  embedding size                      H  hidden size of the network in question
 """
 
-import io
 import json
 import math
 import pickle
 import struct
-import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -86,24 +84,29 @@ class ElectraConfig:
         if self.objective == "mlm":
             return self
         hidden = max(1, round(self.hidden_size * self.generator_size))  # [D18] narrower, not shallower
-        heads = math.gcd(hidden, max(1, hidden // 64))  # about 64 wide; the gcd always divides `hidden`
+        heads = max(1, hidden // 64)
+        while hidden % heads:  # not all widths are multiples of 64
+            heads -= 1
         return replace(self, hidden_size=hidden, intermediate_size=4 * hidden, num_attention_heads=heads)
 
     def num_slots(self, length):
-        """K, the slots for predictions in a row of `length`: 19 for small's 128. [D08]"""
+        """K, the slots for predictions in a row of `length`: 19 for small's 128. [D08]
+
+        A tensor needs one K for all rows. A row with padding has fewer predictions, and its last slots are
+        spare: they are ignored.
+        """
         slots = int((self.mask_prob + 0.005) * length)  # with the official code's slack of 0.005
         return min(length, max(1, slots))
 
 
 def check_ranges(config):
-    """Check that the numbers of a config are finite, and in the ranges that annotate their fields."""
+    """Check that the numbers of a config are in the ranges that annotate their fields."""
     for field in fields(config):
-        kind = type(field.default)
-        if kind not in (int, float):
+        annotation = get_args(field.type)
+        if len(annotation) < 4:  # not a number
             continue
+        kind, _, least, most = annotation
         number = getattr(config, field.name)
-        _, *limits = getattr(field.type, "__metadata__", [""])
-        least, most = limits or (-sys.float_info.max, sys.float_info.max)
         if type(number) not in (int, kind) or not least <= number <= most:  # NaN is not, either
             raise ModelError(f"{field.name} is {number}; it must be between {least} and {most} "
                              f"({kind.__name__})")
@@ -114,7 +117,10 @@ def check_ranges(config):
 
 
 class Output(NamedTuple):
-    """The result of a forward pass. The losses of micro-batches add up to the loss of the batch."""
+    """The result of a forward pass.
+
+    Its losses are sums, divided by the counts of the whole batch. So those of micro-batches add up.
+    """
 
     loss: torch.Tensor  # () to call backward() on
     mlm_loss: torch.Tensor  # () the generator's part of it
@@ -268,10 +274,10 @@ def sample(log_probs, uniforms):
     tensor([[1]])
     """
     cumulative = log_probs.exp().cumsum(-1)  # (B, K, V)
-    total = cumulative[..., -1:]  # 1 up to rounding
+    total = cumulative[..., -1:]  # 1 up to rounding, which is divided out
     thresholds = (uniforms[..., None] * total).to(cumulative.dtype)  # (B, K, 1)
     sampled = torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)
-    return sampled.clamp(max=log_probs.shape[-1] - 1)  # for NaN, the search runs past the end
+    return sampled.clamp(max=log_probs.shape[-1] - 1)  # NaN lands past the end; train.py reports it
 
 
 def corrupt(input_ids, positions, is_used, sampled):
@@ -357,7 +363,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, input_ids, attention_mask, token_type_ids):
-        """Token vectors (B, L, H). A sequence is represented by its [CLS] vector, [:, 0], unchanged. [D23]"""
+        """Token vectors (B, L, H). Unlike BERT there is no pooler: fine-tuning uses [:, 0] itself. [D23]"""
         hidden = self.embeddings(input_ids, token_type_ids)  # (B, L, E)
         if self.embeddings_project is not None:
             hidden = self.embeddings_project(hidden)  # (B, L, H)
@@ -481,7 +487,9 @@ def is_eager_cpu(tensor):
 # ------------------------------------------------------------------------------------------------------------
 # Weights in and out, as HuggingFace folders
 
-HUGGINGFACE_NAMES = {  # of the parts of our names, between the dots
+# Of the parts of our names, between the dots:
+# encoder.layers.0.output_norm.weight -> electra.encoder.layer.0.output.LayerNorm.weight
+HUGGINGFACE_NAMES = {
     "encoder": "electra",
     "norm": "LayerNorm",
     "layers": "encoder.layer",
@@ -530,31 +538,45 @@ def pretrained_files(network, **more):
 
 
 def load_electra(discriminator_folder, generator_folder):
-    """An Electra from the folders of its two networks."""
+    """An Electra from the folders of its two networks, with the special tokens of their vocabulary."""
     config = load_config(discriminator_folder)
-    generator_config = load_config(generator_folder)
-    electra = Electra(replace(config, generator_size=generator_config.hidden_size / config.hidden_size))
+    generator_size = load_config(generator_folder).hidden_size / config.hidden_size
+    with damage_named(discriminator_folder, "a model folder with a vocabulary"):
+        ids = read_vocabulary(discriminator_folder)
+        config = replace(config, vocab_size=1 + max(ids.values()), cls_token_id=ids["[CLS]"],
+                         sep_token_id=ids["[SEP]"], mask_token_id=ids["[MASK]"])
+    electra = Electra(replace(config, generator_size=generator_size))
     load_weights(electra.generator, generator_folder)
     load_weights(electra.discriminator, discriminator_folder)  # also the embeddings, which they share
     return electra
 
 
-def load_config(folder):
-    """The ElectraConfig of a HuggingFace folder, with the special tokens of its vocabulary, if it has one.
+def read_vocabulary(folder):
+    """{token: id} of a folder's vocab.txt or else its tokenizer.json. (data.py checks more.)"""
+    path = Path(folder) / "vocab.txt"
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        return {line.strip(): number for number, line in enumerate(lines)}
+    return json.loads(path.with_name("tokenizer.json").read_bytes())["model"]["vocab"]
 
-    The size of the weights is looked at, too, since a network takes memory as soon as it is built.
+
+def load_config(folder):
+    """The ElectraConfig in a folder's config.json. Other fields are ignored.
+
+    It is compared with the size of the weights, since a network takes memory as soon as it is built.
     """
-    config = read_config(folder)
-    ids = read_vocabulary(folder)
-    if ids:
-        num_tokens = 1 + max(ids.values())
-        if not 0 <= config.vocab_size - num_tokens <= min(MAX_PADDING, num_tokens // 4):
-            raise ModelError(f"{folder} is inconsistent: its vocabulary has {num_tokens:,} tokens, and "
-                             f"config.json says {config.vocab_size:,}")
-        config = replace(
-            config, vocab_size=num_tokens, cls_token_id=ids.get("[CLS]", config.cls_token_id),
-            sep_token_id=ids.get("[SEP]", config.sep_token_id),
-            mask_token_id=ids.get("[MASK]", config.mask_token_id))
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} is not a model folder: it has no config.json")
+    with damage_named(path, "the config of a model that can be loaded"):
+        content = dict(json.loads(path.read_bytes()))
+        kind = content.get("model_type")
+        activation = content.get("hidden_act", "gelu")
+        if (kind, activation) != ("electra", "gelu"):
+            raise ValueError(f"it describes a model of type {kind!r} with activation {activation!r}, and not "
+                             "'electra' with 'gelu'")
+        names = {field.name for field in fields(ElectraConfig)}
+        config = ElectraConfig(**{name: value for name, value in content.items() if name in names})
     in_layers = config.num_hidden_layers * config.hidden_size * (
         4 * config.hidden_size + 2 * config.intermediate_size)
     in_tables = config.embedding_size * (config.vocab_size + config.max_position_embeddings)
@@ -565,47 +587,22 @@ def load_config(folder):
     return config
 
 
-def read_config(folder):
-    """The ElectraConfig in a folder's config.json. Other fields are ignored."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ModelError(f"{folder} is not a model folder: it has no config.json")
-    with damage_named(path, "the config of a model"):
-        content = dict(json.loads(path.read_bytes()))
-    kind = content.get("model_type")
-    activation = content.get("hidden_act", "gelu")
-    if (kind, activation) != ("electra", "gelu"):
-        raise ModelError(f"{path} describes a model of type {kind!r} with activation {activation!r}; only "
-                         "'electra' with 'gelu' can be loaded")
-    known = {field.name: content[field.name] for field in fields(ElectraConfig) if field.name in content}
-    with damage_named(path, "the config of a model"):
-        return ElectraConfig(**known)
-
-
-def read_vocabulary(folder):
-    """{token: id} of a folder's vocab.txt or tokenizer.json; empty if it has none. (data.py checks more.)"""
-    path = Path(folder) / "vocab.txt"
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
-        return {line.strip(): number for number, line in enumerate(lines)}
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        return {}
-    with damage_named(path, "a tokenizer"):
-        vocabulary = json.loads(path.read_bytes())["model"]["vocab"]
-        return {token: int(number) for token, number in dict(vocabulary).items()}
-
-
-# A vocabulary may be padded, so that its size is a multiple of 8, 64 or the like: rows that no token uses.
-MAX_PADDING = 1024
+MAX_PADDING = 1024  # rows that no token uses: a vocabulary may be padded to a multiple of 64 or the like
 
 
 def load_weights(network, folder, encoder_only=False):
-    """Fill a network or, with encoder_only, the `.encoder` of any module, from a folder.
+    """Fill a network or, with encoder_only, the `.encoder` of any module with a `.config`, from a folder.
 
     Every tensor must be there, have its shape and be finite. Extra tensors are ignored, and so are the rows
     of a padded vocabulary. The numbers of layers and heads must agree.
     """
+    config = load_config(folder)
+    for name in ("num_hidden_layers", "num_attention_heads"):  # tensors do not show these
+        found = getattr(config, name)
+        expected = getattr(network.config, name)
+        if found != expected:
+            raise ModelError(f"{folder} does not fit this {type(network).__name__}: {name} is {found}, and "
+                             f"should be {expected}")
     tensors, path = read_weights(folder)
     if encoder_only and not any(name.startswith("electra.") for name in tensors):
         # transformers' AutoModel saves an encoder without this prefix.
@@ -615,7 +612,7 @@ def load_weights(network, folder, encoder_only=False):
             continue
         if name.endswith(("word_embeddings.weight", "lm_head.bias")) and name in tensors:
             surplus = len(tensors[name]) - len(ours)
-            if 0 < surplus <= MAX_PADDING:
+            if 0 < surplus <= min(MAX_PADDING, len(ours) // 4):
                 print(f"{path}: the last {surplus} rows of {name} are padding, and are left out")
                 tensors[name] = tensors[name][: len(ours)]
         if name not in tensors or tensors[name].shape != ours.shape:
@@ -625,12 +622,6 @@ def load_weights(network, folder, encoder_only=False):
         if not tensors[name].isfinite().all():
             raise ModelError(f"{path} is not usable: {name} is not finite")
         ours.copy_(tensors[name])
-    config = read_config(folder)
-    for name in ("num_hidden_layers", "num_attention_heads"):  # tensors do not show these
-        found = getattr(config, name)
-        expected = getattr(network.config, name)
-        if found != expected:
-            raise ModelError(f"{folder} has {name} {found}, and should have {expected}")
 
 
 def read_weights(folder):
@@ -641,7 +632,7 @@ def read_weights(folder):
             if path.suffix == ".safetensors":
                 found = read_safetensors(path)
             else:
-                found = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+                found = torch.load(path, map_location="cpu", weights_only=True)
             for name, tensor in found.items():
                 if torch.is_tensor(tensor) and tensor.is_floating_point():  # no position_ids
                     # TensorFlow's names of a LayerNorm's parameters stand in old files.
@@ -707,12 +698,8 @@ def read_safetensors(path):
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        dtype = DTYPES.get(entry["dtype"])
-        if dtype is None:
-            continue
-        start, end = entry["data_offsets"]
-        if start < 0 or end - start != math.prod(entry["shape"]) * dtype.itemsize:
-            raise ValueError(f"{name} has other offsets than its shape")
-        raw = bytearray(data[begin + start : begin + end])
-        tensors[name] = torch.frombuffer(raw, dtype=dtype).view(entry["shape"])
+        if entry["dtype"] in DTYPES:
+            start, end = entry["data_offsets"]
+            raw = bytearray(data[begin + start : begin + end])
+            tensors[name] = torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
     return tensors

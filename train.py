@@ -28,7 +28,7 @@ import threading
 import time
 import traceback
 import warnings
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -71,24 +71,21 @@ class TrainConfig(StepConfig):
 
     size: Annotated[str, "tiny, small, base or large: the model and its recipe"] = "small"
     batch_size: Annotated[int, "rows in a step", 1, 1_000_000] = 128
-    num_train_steps: Annotated[int, "steps in all; the learning rate decays to 0",
-                               1, 1_000_000_000] = 1_000_000
+    num_train_steps: Annotated[int, "steps in all; the learning rate decays to 0", 1, 10**9] = 1_000_000
     learning_rate: Annotated[float, "peak learning rate", 0, 1] = 5e-4
-    num_warmup_steps: Annotated[int, "steps over which the learning rate rises from 0",
-                                0, 1_000_000_000] = 10_000
+    num_warmup_steps: Annotated[int, "steps over which the learning rate rises from 0", 0, 10**9] = 10_000
     micro_batch_size: Annotated[int, "rows in a forward pass, to save memory; 0 is all", 0, 1_000_000] = 0
     init: Annotated[list, "start from weights: DISCRIMINATOR [GENERATOR], runs, folders or names on the "
                           "hub"] = ()
     compile: Annotated[bool, "use torch.compile; by default on a GPU, with torch 2.11 or later"] = None
     out: Annotated[str, "parent folder; the run goes to OUT/SIZE"] = "out"
-    log_every: Annotated[int, "steps between lines of log.jsonl", 1, 1_000_000_000] = 100
-    eval_every: Annotated[int, "steps between evaluations on held-out text", 1, 1_000_000_000] = 1000
-    save_every: Annotated[int, "steps between checkpoints; there is one every ten minutes, too",
-                          1, 1_000_000_000] = 1000
+    log_every: Annotated[int, "steps between lines of log.jsonl", 1, 10**9] = 100
+    eval_every: Annotated[int, "steps between evaluations on held-out text", 1, 10**9] = 1000
+    save_every: Annotated[int, "steps between checkpoints; one comes every ten minutes, too", 1, 10**9] = 1000
     restart: Annotated[bool, "delete the run in the folder and start over"] = False
     eval_only: Annotated[bool, "evaluate a saved run, and do not train"] = False
     prepare_only: Annotated[bool, "prepare the text, and do not train"] = False
-    show: Annotated[int, "with --prepare-only: print this many rows", 0, 1_000_000_000] = 0
+    show: Annotated[int, "with --prepare-only: print this many rows", 0, 10**9] = 0
 
     def __post_init__(self):
         if self.size not in SIZES:
@@ -103,6 +100,10 @@ class TrainConfig(StepConfig):
             raise data.UserError("--deterministic does not compile; leave out --compile")
         if self.eval_only and self.restart:
             raise data.UserError("--eval-only evaluates a run, and --restart deletes it; leave one out")
+
+    @property
+    def run_path(self):
+        return Path(self.out, self.size)
 
 
 # All that a size means. A row lists what differs from the defaults of TrainConfig, DataConfig and
@@ -138,39 +139,43 @@ HELDOUT_ROWS = 1024  # the first so many held-out rows are evaluated
 FEW_ROWS = 50  # metrics of fewer held-out rows are mostly chance
 SAVE_SECONDS = 600  # a kill costs no more work than this
 SLOW_DAYS = 14  # a run that takes longer gets a warning
-SNAPSHOTS = (0.01, 0.0625, 0.125, 0.25, 0.5, 0.75)  # the networks are kept after these shares of the steps
+# After these shares of the steps the networks are kept, for the table of score against compute of the paper.
+SNAPSHOTS = (0.01, 0.0625, 0.125, 0.25, 0.5, 0.75)
+LONG_WARMUP = 0.2  # of the run; a longer one gets a warning
+LATE_STEP = 20_000  # earlier, a network may look stuck and still learn
 
 
 def train(config, electra, optimizer, scaler, shards, folder, first_step):
-    """Take the steps from `first_step` to the last, and save.
+    """Take the steps from `first_step` to the last. `shards` is the text; data.Order is its shuffled batches.
 
-    A signal, or an error in the text, ends training early. In that case it saves and raises data.UserError.
+    A signal, or an error in the text, ends training early: it saves, and raises data.UserError.
     """
     seed = shards.config.seed
     take_step = make_step(config, electra, optimizer, scaler)
     snapshot_steps = {round(share * config.num_train_steps) for share in SNAPSHOTS}
     heldout = None  # read before the first evaluation
-    text_error = ""
+    has_warned = False
     step = first_step
-    logged_step = first_step
-    logged_at = time.perf_counter()
-    saved_at = logged_at
+    stopwatch = Stopwatch(step)
+    saved_at = time.perf_counter()
     try:
         with stop_signals() as signals, progress_bar(config, first_step) as bar:
             order = data.Order(shards, config.batch_size, signals)
-            while step < config.num_train_steps and not any_rank(bool(signals)):
+            while step < config.num_train_steps:
+                if any_rank(bool(signals)):
+                    raise data.Stopped("")
                 is_last = step + 1 == config.num_train_steps
-                evaluates = is_last or (step + 1) % config.eval_every == 0
+                is_evaluated = is_last or (step + 1) % config.eval_every == 0
 
                 # Learning rate.
                 lr = learning_rate(step, config.learning_rate, config.num_train_steps,
                                    config.num_warmup_steps)
                 for group in optimizer.param_groups:
-                    group["lr"].fill_(lr * group["lr_scale"])
+                    group["lr"].fill_(lr * group["lr_scale"])  # a tensor (see build_optimizer)
 
                 # Rows. This waits until the text is prepared that far, on all ranks.
                 epoch, rows = read_together(order.batch, step)
-                if evaluates and heldout is None:
+                if is_evaluated and heldout is None:
                     heldout = read_together(shards.heldout, HELDOUT_ROWS, signals)
                     describe_heldout(heldout, electra.config)
 
@@ -183,19 +188,20 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
                 bar.update()
 
                 # Log. This waits for the device.
-                is_logged = evaluates or step == 1 or step % config.log_every == 0
+                is_logged = is_evaluated or step == 1 or step % config.log_every == 0
                 if is_logged:
                     metrics = compute_metrics(gather_outputs(outputs), input_ids)
-                    seconds = (time.perf_counter() - logged_at) / (step - logged_step)  # of a step
+                    seconds = stopwatch.seconds_per_step(step)
                     rate = round(input_ids.numel() / seconds)  # tokens per second, padding included
                     folder.log("train", step, epoch, lr=lr, **metrics, grad_norm=grad_norm.item(),
-                               **loss_scaling(scaler, optimizer, step), tokens_per_second=rate)
+                               **fp16_metrics(scaler, optimizer, step), tokens_per_second=rate)
                     bar.set_description(f"loss {metrics['loss']:.3f}, {rate:,} tokens/s")
-                    if logged_step < first_step + 100 <= step:  # the first time after 100 steps
+                    if step >= first_step + 100 and not has_warned:
                         warn_if_slow(seconds * (config.num_train_steps - step))
+                        has_warned = True
 
                 # Evaluate.
-                if evaluates and len(heldout):
+                if is_evaluated and len(heldout):
                     metrics = compute_metrics(*evaluate(config, electra, heldout, seed))
                     folder.log("heldout", step, epoch, **metrics,
                                unigram_entropy=unigram_entropy(heldout, electra.config))
@@ -205,23 +211,32 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
                 # Save.
                 if step in snapshot_steps:
                     folder.export(step, electra, folder.path / f"step-{step}")
-                is_time = time.perf_counter() - saved_at > SAVE_SECONDS
-                if is_last or is_time or step % config.save_every == 0:
+                is_overdue = time.perf_counter() - saved_at > SAVE_SECONDS
+                if is_last or is_overdue or step % config.save_every == 0:
                     folder.save(step, electra, optimizer, scaler, order)
                     saved_at = time.perf_counter()
-                if is_logged or step == first_step + 1:  # rates leave out compiling, evaluating and saving
-                    logged_at = time.perf_counter()
-                    logged_step = step
-    except data.Stopped as error:  # while waiting for text: an error in it, or "" after a signal
-        text_error = str(error)
-    if step < config.num_train_steps:
+                if is_logged or step == first_step + 1:  # the first step compiles
+                    stopwatch.restart(step)
+    except data.Stopped as error:  # an error in the text, or "" after a signal
         if step > first_step:
             folder.save(step, electra, optimizer, scaler, order)
-        wait_for_ranks()  # for the one that saves, since torchrun ends all ranks when one has ended
-        if text_error:
-            raise data.UserError(text_error)
+        any_rank(False)  # waits for the one that saves, since torchrun ends all ranks when one has ended
         command = "the same command without --restart" if config.restart else "the same command"
-        raise data.UserError(f"stopped after step {step}; {command} resumes")
+        raise data.UserError(str(error) or f"stopped after step {step}; {command} resumes") from None
+
+
+class Stopwatch:
+    """Measures the seconds that a step takes, without what lies between a step's metrics and `restart`."""
+
+    def __init__(self, step):
+        self.restart(step)
+
+    def restart(self, step):
+        self.started_at = time.perf_counter()
+        self.first_step = step
+
+    def seconds_per_step(self, step):
+        return (time.perf_counter() - self.started_at) / (step - self.first_step)
 
 
 def progress_bar(config, step):
@@ -238,6 +253,13 @@ def describe_heldout(heldout, electra_config):
     unigram = unigram_entropy(heldout, electra_config)
     tqdm.write(f"{len(heldout):,} rows are held out{doubt}; guessing by word frequency alone would "
                f"give an MLM loss of {unigram:.3f}")
+
+
+def warn_if_warmup_is_long(config):
+    if config.num_warmup_steps > LONG_WARMUP * config.num_train_steps:
+        print(f"warning: the learning rate rises for {config.num_warmup_steps:,} of "
+              f"{config.num_train_steps:,} steps; a short run needs fewer: --num-warmup-steps "
+              f"{config.num_train_steps // 20}")
 
 
 def warn_if_slow(seconds):
@@ -429,16 +451,14 @@ def start_ranks(config):
 
 
 def compare_ranks(folder, shards):
-    """Raise data.UserError if ranks have other text, vocabularies or flags than this one.
-
-    Paths of --init and times of files may differ between machines.
-    """
+    """Raise data.UserError if ranks have other text, vocabularies or flags than this one."""
     config = folder.config
-    names_and_sizes = [identity[:2] for identity in shards.identities]
-    ours = folder.settings | dict(files=data.digest(names_and_sizes), init=len(config.init),
-                                  log_every=config.log_every, eval_every=config.eval_every)
+    ours = folder.settings | dict(
+        files=data.digest([identity[:2] for identity in shards.identities]),  # names and sizes, not times
+        init=len(config.init),  # paths may differ between machines
+        log_every=config.log_every, eval_every=config.eval_every)  # where ranks meet
     different = set()
-    for theirs in gather(ours):
+    for theirs in from_all_ranks(ours):
         different.update(name for name in ours if theirs[name] != ours[name])
     if different:
         raise data.UserError(f"the ranks differ in {', '.join(sorted(different))}: give all machines the "
@@ -447,21 +467,21 @@ def compare_ranks(folder, shards):
 
 
 def read_together(read, *args):
-    """read(*args) on every rank, where `read` blocks until text is prepared.
+    """read(*args) on every rank, where `read` blocks until text is prepared. With one process just that.
 
     The first rank of each machine prepares the text. It reads first, and the others wait for it here. If
     reading stops on one rank, it stops on all: data.Stopped is raised on every rank.
     """
-    is_stopped = False
-    message = ""
+    if WORLD_SIZE == 1:
+        return read(*args)
+    message = None
     if LOCAL_RANK == 0:
         try:
             result = read(*args)
         except data.Stopped as error:
-            is_stopped = True
             message = str(error)
-    if any_rank(is_stopped):
-        messages = [each for each in gather(message) if each]
+    if any_rank(message is not None):
+        messages = [each for each in from_all_ranks(message) if each]
         raise data.Stopped(messages[0] if messages else "")
     if LOCAL_RANK > 0:
         result = read(*args)
@@ -475,10 +495,6 @@ def any_rank(flag):
     flags = torch.tensor([flag], dtype=torch.int32)
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags.item())
-
-
-def wait_for_ranks():
-    any_rank(False)
 
 
 def add_up_gradients(electra):
@@ -502,8 +518,10 @@ def broadcast_state(step, electra, optimizer, scaler):
     step, scaler_state = objects
     if scaler_state:
         scaler.load_state_dict(scaler_state)
-    for state in [electra.state_dict(), *optimizer.state.values()]:
-        for tensor in state.values():
+    for tensor in electra.state_dict().values():
+        dist.broadcast(tensor, 0)
+    for moments in optimizer.state.values():  # of a parameter
+        for tensor in moments.values():
             dist.broadcast(tensor, 0)
     return step
 
@@ -514,13 +532,10 @@ def gather_outputs(outputs):
     for output in outputs:
         tensors = [None if tensor is None else tensor.cpu() for tensor in output]
         ours.append(model.Output(*tensors))
-    everything = []
-    for theirs in gather(ours):
-        everything += theirs
-    return everything
+    return [output for theirs in from_all_ranks(ours) for output in theirs]
 
 
-def gather(value):
+def from_all_ranks(value):
     """The values of all ranks, in their order."""
     values = [value] * WORLD_SIZE
     if WORLD_SIZE > 1:
@@ -537,42 +552,46 @@ NETWORK_FILES = ("config.json", "tokenizer_config.json", "vocab.txt", "model.saf
 
 
 @contextmanager
-def lock_run(path):
-    """Only one process at a time may train in a folder."""
-    with data.try_lock(path / "lock") as is_ours:
+def lock_run(config):
+    """Only one process at a time may train in a folder. Evaluating needs no lock."""
+    if RANK > 0 or config.eval_only:
+        yield
+        return
+    with data.try_lock(config.run_path / "lock") as is_ours:
         if not is_ours:
-            raise data.UserError(f"another process is training in {path}; use another --out")
+            raise data.UserError(f"another process is training in {config.run_path}; use another --out")
         yield
 
 
-def read_checkpoint(path, restart):
-    """The state of the run in a folder. None if there is no run, or none that is to be kept.
+def read_checkpoint(config):
+    """The state of the run in a folder, on rank 0. None if there is no run, or none that is to be kept.
 
     Networks or a log without a checkpoint are refused: a new run would write over them.
     """
-    if restart:
-        return None
+    path = config.run_path
     checkpoint = path / "checkpoint.pt"
-    if not checkpoint.exists():
-        for found in written_files(path):
+    if RANK > 0 or config.restart:
+        return None
+    if checkpoint.exists():
+        content = data.read_sealed(checkpoint, "--restart starts over; if a former version wrote it, use "
+                                               f"another --out and --init {path}, which takes its networks")
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    if config.eval_only:
+        raise data.UserError(f"there is no run in {path} to evaluate; check --size and --out")
+    for found in written_files(path):
+        if found.exists():
             raise data.UserError(f"{path} has no checkpoint.pt, but {found.relative_to(path)}; use another "
                                  "--out, or --restart, which deletes it")
-        return None
-    content = data.read_sealed(checkpoint, "--restart starts over; if a former version wrote it, use another "
-                                           f"--out and --init {path}, which takes its networks")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return None
 
 
 def written_files(path):
-    """Yield the files in the folder of a run that the run has written, apart from its checkpoint."""
+    """Yield the files that a run may have written in its folder, apart from its checkpoint."""
     for parent in [path, *path.glob("step-*")]:
         for network in ("generator", "discriminator"):
             for name in NETWORK_FILES:
-                file = parent / network / name
-                if file.exists():
-                    yield file
-    if (path / "log.jsonl").exists():
-        yield path / "log.jsonl"
+                yield parent / network / name
+    yield path / "log.jsonl"
 
 
 def write_network(folder, network, wordpiece, max_length, **more):
@@ -600,7 +619,7 @@ class RunFolder:
         self.config = config
         self.shards = shards
         self.inputs = inputs
-        self.path = Path(config.out) / config.size
+        self.path = config.run_path
         self.checkpoint = self.path / "checkpoint.pt"
         self.log_path = self.path / "log.jsonl"
         everything = asdict(config) | asdict(electra_config) | shards.fingerprint
@@ -615,18 +634,12 @@ class RunFolder:
         """Refuse to continue a run that has other settings."""
         old = run["settings"]
         new = self.settings
-        changes = []
-        for name in sorted(old.keys() | new.keys()):
-            if old.get(name) == new.get(name):
-                continue
-            if name == "vocab":
-                changes.append("the vocabulary differs")
-            else:
-                changes.append(f"{name} was {old.get(name)} and is now {new.get(name)}")
+        changes = [f"{name} was {old.get(name)} and is now {new.get(name)}"
+                   for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
         if not changes:
             return
         message = self.refusal("; ".join(changes))
-        if old.get("num_train_steps") != new["num_train_steps"] and not self.config.eval_only:
+        if old.get("num_train_steps") != new["num_train_steps"]:
             message += f"; to train it for longer, use another --out and --init {self.path}"
         raise data.UserError(message)
 
@@ -634,7 +647,7 @@ class RunFolder:
         """Refuse to continue a run that has read another text. Waits until the text is prepared that far."""
         history = read_together(self.shards.history, run["num_shards"])
         if history != run["history"]:
-            place = data.without_secrets(self.shards.changed_file(run["history"]))
+            place = self.shards.changed_file(run["history"])
             raise data.UserError(self.refusal(f"the text differs in {place} or after it"))
 
     def refusal(self, reason):
@@ -653,20 +666,18 @@ class RunFolder:
                 scaler.load_state_dict(state["scaler"])
         return broadcast_state(step, electra, optimizer, scaler)
 
-    def begin(self, electra, optimizer, scaler):
-        """Make a new run. With --restart, the old one is deleted first, and its checkpoint last."""
-        if self.config.restart:
-            for file in [*written_files(self.path), self.checkpoint]:
-                file.unlink(missing_ok=True)
-                with suppress(OSError):  # what others have written there stays
-                    file.parent.rmdir()
-                    file.parent.parent.rmdir()
-        self.write_checkpoint(0, electra, optimizer, scaler, num_shards=0)
-        self.cut_log(0, self.numerics)
-
-    def resume(self, step, old_numerics, electra):
-        """Bring the log and the networks into line with the checkpoint, and say where the run stands."""
-        self.cut_log(step, old_numerics)
+    def start(self, run, step, electra, optimizer, scaler):
+        """Make a new run, or bring the log and the networks of one into line with its checkpoint."""
+        if RANK > 0:
+            return
+        if run is None:
+            if self.config.restart:  # the old run is deleted, and its checkpoint last
+                for file in [*written_files(self.path), self.checkpoint]:
+                    file.unlink(missing_ok=True)
+            self.write_checkpoint(0, electra, optimizer, scaler, num_shards=0)
+            self.cut_log(0, self.numerics)
+            return
+        self.cut_log(step, run["numerics"])
         if step > 0:
             self.export(step, electra, self.path)
         if step == self.config.num_train_steps:
@@ -675,20 +686,18 @@ class RunFolder:
             print(f"resuming after step {step} of {self.config.num_train_steps}")
 
     def cut_log(self, step, old_numerics):
-        """Keep the lines up to a step, and log the numerics if they have changed."""
+        """Keep the lines up to a step, and log the numerics of the next step if they have changed."""
         kept = []
         if self.log_path.exists():
             for line in self.log_path.read_bytes().splitlines():
-                with suppress(ValueError, TypeError):  # the last line may be cut short
-                    entry = dict(json.loads(line))
-                    logged_at = entry.get("step", -1)  # the settings come before all steps
-                    is_change = entry.keys() == {"step", "numerics"}  # logged after the checkpoint of a step
-                    if logged_at < step or (logged_at == step and not is_change):
+                with suppress(ValueError):  # the last line may be cut short
+                    entry = json.loads(line)
+                    if entry.get("step", 0) <= step:  # the settings have no step
                         kept.append(entry)
         if not kept:
             kept.append(dict(settings=self.settings, numerics=old_numerics))
         if old_numerics != self.numerics:
-            kept.append(dict(step=step, numerics=self.numerics))
+            kept.append(dict(step=step + 1, numerics=self.numerics))
         with data.atomic_write(self.log_path) as file:
             file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
@@ -750,9 +759,9 @@ FIRST_ADAM_STEP = 1_000_000  # so late that Adam has no bias left to correct
 def build_optimizer(parameters, config, lr_scale=None):
     """torch's AdamW as the official Adam, which does not correct the bias of its moments. [D24]
 
-    `parameters` are (name, parameter) pairs. `lr_scale(name)` is a parameter's share of the learning rate.
-    Steps are counted from FIRST_ADAM_STEP, where 1 - beta^step is 1 to the last bit. So the update is exactly
-    the official one, and the fused kernel can be used.
+    AdamW corrects it by dividing by 1 - beta^step. Steps are counted from FIRST_ADAM_STEP, where that is 1 to
+    the last bit. So the update is exactly the official one, and the fused kernel can be used. `parameters`
+    are (name, parameter) pairs, and `lr_scale(name)` is a parameter's share of the learning rate.
     """
     groups = {}
     for name, parameter in parameters:
@@ -794,7 +803,7 @@ def learning_rate(step, peak, num_train_steps, num_warmup_steps):
     return peak * (1 - step / num_train_steps) * warmup
 
 
-def loss_scaling(scaler, optimizer, step):
+def fp16_metrics(scaler, optimizer, step):
     """The extra log values of fp16. A step with an infinite gradient is skipped."""
     if not scaler.is_enabled():
         return {}
@@ -872,7 +881,6 @@ def entropy(probabilities):
 # A network that is this bad late in training has learned next to nothing.
 STUCK_SHARE = 0.97  # the discriminator's loss as a share of that of guessing the base rate
 STUCK_MLM_LOSS = 6  # guessing by word frequency alone gives about 7 with BERT's vocabulary
-LATE_STEP = 20_000  # earlier, a network may look stuck and still learn
 
 
 def describe_metrics(metrics, is_late):
@@ -898,8 +906,8 @@ SHOWN_TOKENS = 40
 MIN_SHOWN_TOKENS = 16
 LEGEND = """
 Held-out sentences, as the networks see them.
-  [word =]        masked; the generator put the same word back
-  [word→other]    masked; the generator put another word"""
+  [word =]        predicted (85 % of them were masked); the generator put the same word back
+  [word→other]    predicted; the generator put another word"""
 DISCRIMINATOR_LEGEND = """\
              ✓    ... and the discriminator flagged it
              ✗    ... and the discriminator did not flag it
@@ -936,37 +944,37 @@ def choose_readable(rows, wordpiece):
 
 
 def print_sentences(outputs, input_ids, wordpiece):
-    """Print rows with what was masked, what the generator put there, and what the discriminator flagged."""
+    """Print rows: what was predicted, what the generator put there, and what the discriminator flagged."""
     corrupted_ids = concatenate(outputs, "corrupted_ids")
     is_replaced = concatenate(outputs, "is_replaced")
-    is_masked = torch.zeros_like(is_replaced).scatter(
+    is_predicted = torch.zeros_like(is_replaced).scatter(
         1, concatenate(outputs, "positions"), concatenate(outputs, "is_used"))
     is_flagged = torch.zeros_like(is_replaced)
-    verdicts = {True: "", False: ""}  # of the discriminator, by whether a replaced token is flagged
+    has_discriminator = outputs[0].disc_logits is not None
     print(LEGEND)
-    if outputs[0].disc_logits is not None:
+    if has_discriminator:
         print(DISCRIMINATOR_LEGEND)
-        verdicts = {True: " ✓", False: " ✗"}
         logits = concatenate(outputs, "disc_logits")
         descending = logits[input_ids != 0].sort(descending=True).values
         threshold = descending[is_replaced.sum()]  # as many lie above as were replaced
         is_flagged = logits > threshold
-    for row in zip(input_ids.tolist(), corrupted_ids.tolist(), is_masked.tolist(), is_flagged.tolist(),
-                   strict=True):
+    tokens = torch.stack([input_ids, corrupted_ids, is_predicted.long(), is_flagged.long()], dim=2)
+    for row in tokens[:, :SHOWN_TOKENS].tolist():
         words = []
-        tokens = list(zip(*row, strict=True))
-        for original, seen, masked, flagged in tokens[:SHOWN_TOKENS]:
+        for original, seen, predicted, flagged in row:
             if original == 0:  # [PAD]
                 break
             word = wordpiece.tokens[original]
             if seen != original:
-                words.append(f"[{word}→{wordpiece.tokens[seen]}{verdicts[flagged]}]")
+                verdict = ""
+                if has_discriminator:
+                    verdict = " ✓" if flagged else " ✗"
+                word = f"[{word}→{wordpiece.tokens[seen]}{verdict}]"
             elif flagged:
-                words.append(f"[{word} !]")
-            elif masked:
-                words.append(f"[{word} =]")
-            else:
-                words.append(word)
+                word = f"[{word} !]"
+            elif predicted:
+                word = f"[{word} =]"
+            words.append(word)
         text = " ".join(words)
         print("\n" + re.sub(r"(?<!\]) ##", "", text))  # joins word pieces, unless the first one is marked
 
@@ -981,21 +989,13 @@ def main(argv=None):
         inputs, _ = find_inputs(None, config, data_config, electra_config)
         prepare_only(config, *apply_inputs(inputs, data_config, electra_config, typed))
         return
-    check_configs(config, data_config, electra_config)
     if WORLD_SIZE > 1:
         start_ranks(config)
 
-    with ExitStack() as stack:
-        # The run, if there is one.
-        path = Path(config.out, config.size)
-        state = None
-        if RANK == 0:
-            if not config.eval_only:
-                stack.enter_context(lock_run(path))
-            state = read_checkpoint(path, config.restart)
-        run = gather(state and state["run"])[0]
-
-        # What it is made from. The text is prepared in a child process, below.
+    with lock_run(config):
+        # The run, if there is one, and what it is made from.
+        state = read_checkpoint(config)
+        run = from_all_ranks(state and state["run"])[0]
         inputs, init_folders = find_inputs(run, config, data_config, electra_config)
         data_config, electra_config, wordpiece = apply_inputs(inputs, data_config, electra_config, typed)
         shards = data.GrowingShards(data_config, wordpiece)
@@ -1012,35 +1012,28 @@ def main(argv=None):
         optimizer = build_optimizer(electra.named_parameters(), config)
         scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
 
-        # The text and the run come together.
-        if LOCAL_RANK == 0:
-            stack.enter_context(shards.prepare_in_child())
-        read_together(shards.wait_for_shards, 1)  # before the folder is touched: bad text cannot harm a run
-        if run:
-            folder.check_text(run)
-        step = folder.load(state, electra, optimizer, scaler)
-        del state  # it takes memory
-        if RANK == 0 and not config.eval_only:
+        # The text, which is prepared in a child process.
+        with shards.prepare_in_child() if LOCAL_RANK == 0 else nullcontext():
+            read_together(shards.wait_for_shards, 1)  # bad text ends this before the folder is touched
             if run:
-                folder.resume(step, run["numerics"], electra)
-            else:
-                folder.begin(electra, optimizer, scaler)
-
-        print(shards.describe())
-        if not config.eval_only:
-            train(config, electra, optimizer, scaler, shards, folder, step)
-            step = config.num_train_steps
-        report(config, electra, shards, step)
+                folder.check_text(run)
+            step = folder.load(state, electra, optimizer, scaler)
+            del state  # it takes memory
+            print(shards.describe())
+            if not config.eval_only:
+                warn_if_warmup_is_long(config)
+                folder.start(run, step, electra, optimizer, scaler)
+                train(config, electra, optimizer, scaler, shards, folder, step)
+                step = config.num_train_steps
+            report(config, electra, shards, step)
 
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     exported = [folder.path / name for name in networks_of(electra)]
-    if all(path.exists() for path in exported):  # --eval-only does not make them
+    if all((path / "config.json").exists() for path in exported):  # --eval-only does not make them
         print(f"\ntransformers can load {' and '.join(map(str, exported))}; to fine-tune:\n"
               f"python finetune.py --model {folder.path} --task mrpc --max-length {data_config.max_length}")
 
-
-MAX_WARMUP_SHARE = 0.2  # a run whose learning rate rises for longer gets a warning
 
 # torch 2.6 was seen to compile wrong gradients of embeddings on a CPU, and 2.11 to be right. Comparisons with
 # torch.__version__ are by number, not by letters.
@@ -1048,7 +1041,10 @@ COMPILES_SINCE = "2.11"
 
 
 def configure(argv):
-    """The three configs of a command line, with every automatic value filled in, and the flags typed."""
+    """The three configs of a command line, with every automatic value filled in, and the flags typed.
+
+    It also sets up torch for them.
+    """
     description = "Pre-train ELECTRA. After a stop or a kill the same command resumes."
     configs, typed = parse(argv, description, (TrainConfig, data.DataConfig, model.ElectraConfig), SIZES)
     config, data_config, electra_config = configs
@@ -1081,21 +1077,6 @@ def prepare_only(config, data_config, electra_config, wordpiece):
     print(shards.describe())
     for row in shards.load("train", 0)[: config.show]:
         print("\n" + wordpiece.decode(row))
-
-
-def check_configs(config, data_config, electra_config):
-    """Refuse configs that cannot be trained or evaluated, and warn of a warm-up that is most of the run."""
-    if config.num_warmup_steps > MAX_WARMUP_SHARE * config.num_train_steps and not config.eval_only:
-        print(f"warning: the learning rate rises for {config.num_warmup_steps:,} of "
-              f"{config.num_train_steps:,} steps; a short run needs fewer: --num-warmup-steps "
-              f"{config.num_train_steps // 20}")
-    positions = electra_config.max_position_embeddings
-    if data_config.max_length > positions:
-        raise data.UserError(f"max_length {data_config.max_length} is beyond the model's {positions} "
-                             "positions; lower it, or raise --max-position-embeddings too")
-    folder = Path(config.out) / config.size
-    if config.eval_only and RANK == 0 and not (folder / "checkpoint.pt").exists():
-        raise data.UserError(f"there is no run in {folder} to evaluate; check --size and --out")
 
 
 def run_command(main):
@@ -1142,9 +1123,7 @@ def parse(argv, description, config_classes, sizes):
                                      exit_on_error=False)
     for config_class in config_classes:
         group = parser.add_argument_group(config_class.__doc__.partition(".")[0])
-        own = [field for field in fields(config_class) if field.name in vars(config_class)]
-        inherited = [field for field in fields(config_class) if field.name not in vars(config_class)]
-        for field in own + inherited:
+        for field in fields(config_class):
             if get_origin(field.type) is Annotated and get_args(field.type)[1]:
                 add_flag(group, field, sizes)
     try:
@@ -1161,15 +1140,10 @@ def parse(argv, description, config_classes, sizes):
 
 def make_config(config_class, values):
     """A config with those of the values that are its fields, checked for numbers out of range."""
-    config = config_class(**own_values(config_class, values))
+    names = {field.name for field in fields(config_class)}
+    config = config_class(**{name: value for name, value in values.items() if name in names})
     model.check_ranges(config)
     return config
-
-
-def own_values(config_class, values):
-    """Those of the values that are fields of a config."""
-    names = {field.name for field in fields(config_class)}
-    return {name: value for name, value in values.items() if name in names}
 
 
 def add_flag(group, field, sizes):
@@ -1261,74 +1235,70 @@ def compute_deterministically():
 
 
 # Fields of ElectraConfig that weights prescribe.
-SHAPE = ("vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+SHAPE = ("embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
          "intermediate_size", "max_position_embeddings", "type_vocab_size", "layer_norm_eps")
 
 
 def find_inputs(run, config, data_config, electra_config):
-    """What a run is made from: (tokens of the vocabulary and what --init prescribes, folders of --init).
+    """What a run is made from (see `read_inputs`), and the folders of --init if they are to be loaded.
 
-    A run that exists has it in its checkpoint. Only a vocabulary that is a file is read again, to compare it.
+    A run that exists has its inputs in its checkpoint. Only a vocabulary in a file is read again, to compare.
     """
     if run and not Path(data_config.vocab).is_file():
         inputs = run["inputs"]
         if (inputs["init"], inputs["vocab"]) == (list(config.init), data_config.vocab):
             return inputs, []
-    folders = []
-    prescribed = {}
-    if config.init:
-        folders = find_init(config, data_config, electra_config)
-        tokens, prescribed = read_init(folders)
-    else:
-        tokens = data.load_wordpiece(data_config).tokens
-    inputs = dict(init=list(config.init), vocab=data_config.vocab, tokens=tokens, prescribed=prescribed)
-    return inputs, folders
+    folders = find_init(config, data_config, electra_config) if config.init else []
+    inputs = read_inputs(folders, data_config)
+    return inputs | dict(init=list(config.init), vocab=data_config.vocab), folders
+
+
+def read_inputs(folders, data_config):
+    """The tokens of the vocabulary, and what folders of --init prescribe: shape, and rules for case."""
+    if not folders:
+        return dict(tokens=data.load_wordpiece(data_config).tokens, shape={}, rules={})
+    tokenizers = [data.read_tokenizer(folder)[0] for folder in folders]
+    if len({(each.sha256, each.do_lower_case, each.strip_accents) for each in tokenizers}) > 1:
+        raise data.UserError(f"{folders[0]} and {folders[1]} have different vocabularies, or rules for case")
+    configs = [model.load_config(folder) for folder in folders]
+    shape = {name: getattr(configs[0], name) for name in SHAPE}
+    if len(folders) == 2:
+        shape["generator_size"] = configs[1].hidden_size / configs[0].hidden_size
+    rules = dict(do_lower_case=tokenizers[0].do_lower_case, strip_accents=tokenizers[0].strip_accents)
+    return dict(tokens=tokenizers[0].tokens, shape=shape, rules=rules)
 
 
 def apply_inputs(inputs, data_config, electra_config, typed):
     """(DataConfig, ElectraConfig, WordPiece) of a run that is made from these inputs."""
-    prescribed = inputs["prescribed"]
-    refused = sorted({"vocab", *prescribed} & typed)
-    if prescribed and refused:
+    refused = sorted({"vocab", *inputs["shape"], *inputs["rules"]} & typed)
+    if inputs["init"] and refused:
         raise data.UserError(f"--init prescribes {', '.join(refused)}; leave these flags out")
-    data_config = replace(data_config, **own_values(data.DataConfig, prescribed))
-    electra_config = replace(electra_config, **own_values(model.ElectraConfig, prescribed))
+    data_config = replace(data_config, **inputs["rules"])
     wordpiece = data.WordPiece(inputs["tokens"], data_config.do_lower_case, data_config.strip_accents)
     electra_config = replace(
-        electra_config, vocab_size=len(wordpiece.tokens), cls_token_id=wordpiece.cls_token_id,
-        sep_token_id=wordpiece.sep_token_id, mask_token_id=wordpiece.mask_token_id)
+        electra_config, **inputs["shape"], vocab_size=len(wordpiece.tokens),
+        cls_token_id=wordpiece.cls_token_id, sep_token_id=wordpiece.sep_token_id,
+        mask_token_id=wordpiece.mask_token_id)
+    positions = electra_config.max_position_embeddings
+    if data_config.max_length > positions:
+        raise data.UserError(f"max_length {data_config.max_length} is beyond the model's {positions} "
+                             "positions; lower it, or raise --max-position-embeddings too")
     return data_config, electra_config, wordpiece
-
-
-def read_init(folders):
-    """The tokens of the folders of --init, and what they prescribe: the shape, and the rules for case."""
-    tokenizers = [data.read_tokenizer(folder)[0] for folder in folders]
-    rules = {(each.sha256, each.do_lower_case, each.strip_accents) for each in tokenizers}
-    if len(rules) > 1:
-        raise data.UserError(f"{folders[0]} and {folders[1]} have different vocabularies, or rules for case")
-    shapes = [model.load_config(folder) for folder in folders]
-    prescribed = {name: getattr(shapes[0], name) for name in SHAPE}
-    if len(folders) == 2:
-        prescribed["generator_size"] = shapes[1].hidden_size / shapes[0].hidden_size
-    prescribed |= dict(do_lower_case=tokenizers[0].do_lower_case, strip_accents=tokenizers[0].strip_accents)
-    return tokenizers[0].tokens, prescribed
 
 
 def find_init(config, data_config, electra_config):
     """The folders of --init: the discriminator's, then the generator's if there is one; for mlm, one."""
-    names = config.init
+    names = list(config.init)
     networks = ["discriminator", "generator"]
     if electra_config.objective == "mlm":
+        networks = ["generator"]
         if len(names) == 2:
             raise data.UserError("--objective mlm has no discriminator; --init takes one folder")
-        networks = ["generator"]
     elif len(names) == 1 and Path(names[0], "generator").is_dir():
-        names = [names[0], names[0]]  # both networks of a run
-    elif len(names) == 1:
-        networks = ["discriminator"]
+        names = names * 2  # both networks of a run
     folders = [data.find_model(name, data_config.cache, network).resolve()
-               for name, network in zip(names, networks, strict=True)]
-    if any(Path(config.out, config.size).resolve() in folder.parents for folder in folders):
+               for name, network in zip(names, networks, strict=False)]  # there may be no generator
+    if any(config.run_path.resolve() in folder.parents for folder in folders):
         raise data.UserError("--init names the run that would be overwritten; use another --out")
     return folders
 
@@ -1345,11 +1315,12 @@ def load_init(electra, folders):
         print("--init names no generator, so one starts from random weights; until it has learned, its "
               "samples are easy to tell and teach the discriminator little")
         return
+    table = electra.generator.encoder.embeddings.word_embeddings.weight  # both networks share it
     model.load_weights(electra.generator, folders[1])
-    shared = electra.generator.encoder.embeddings.state_dict()
-    of_generator = {name: tensor.clone() for name, tensor in shared.items()}
-    model.load_weights(electra.discriminator, folders[0])  # overwrites the shared embeddings
-    if not all(torch.equal(shared[name], of_generator[name]) for name in shared):
+    of_generator = table.clone()
+    model.load_weights(electra.discriminator, folders[0])
+    of_discriminator = table.clone()
+    if not torch.equal(of_generator, of_discriminator):
         print("the two folders of --init have different embeddings; the discriminator's are used")
 
 

@@ -10,6 +10,7 @@ Helpers are those of test_electra.py, and fixtures come by way of conftest.py.
 
 import doctest
 import glob
+import gzip
 import hashlib
 import json
 import math
@@ -73,6 +74,18 @@ def test_the_flags_that_the_readme_names_exist(module, configs, capsys):
         assert "peak learning rate (0.0005; tiny: 0.001; base: 0.0002; large: 0.0002)" in text
 
 
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def make_questions():
+    """The bytes of a file in SQuAD's format: a question with an answer, and one without."""
+    answer = dict(text="cat", answer_start=4)
+    questions = [dict(id="1", question="what sat", is_impossible=False, answers=[answer]),
+                 dict(id="2", question="what ran", is_impossible=True, answers=[])]
+    return json.dumps(dict(data=[dict(paragraphs=[dict(context="the cat sat", qas=questions)])])).encode()
+
+
 def test_the_readmes_commands_and_session_run(toy_glue, monkeypatch, quick):
     """The README's commands and Python session run as they are written, on small files and networks."""
     shape = dict(embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -83,7 +96,7 @@ def test_the_readmes_commands_and_session_run(toy_glue, monkeypatch, quick):
     vocab, files = Path("vocab.txt").read_bytes(), {"/owt.tar": make_openwebtext()[1]}
     monkeypatch.setattr(data, "OPENWEBTEXT", {"pinned": ["hub:/owt.tar"]})
     monkeypatch.setattr(data, "BERT_VOCAB", data.BERT_VOCAB | dict(
-        address="hub:/vocab.txt", size=len(vocab), sha256=hashlib.sha256(vocab).hexdigest()))
+        address="hub:/vocab.txt", size=len(vocab), sha256=sha256(vocab)))
     files["/vocab.txt"] = vocab
     train.main("--size tiny --max-position-embeddings 128 --out google".split())
     for network in "discriminator", "generator":
@@ -93,9 +106,20 @@ def test_the_readmes_commands_and_session_run(toy_glue, monkeypatch, quick):
     write_task("reviews")
     shutil.copy("reviews/test.tsv", "new.tsv")
     write_files("my_texts", {"a.txt": Path("corpus.txt").read_bytes()})
-    monkeypatch.syspath_prepend(str(HERE))
-    monkeypatch.syspath_prepend(str(HERE / "bench"))
+    for folder in HERE, HERE / "bench", HERE / "extras":
+        monkeypatch.syspath_prepend(str(folder))
     import plot
+
+    import squad
+    import tagging
+
+    questions, words = make_questions(), b"the B-NP\ncat I-NP\nsat B-VP\n\n" * 4
+    monkeypatch.setattr(squad, "SQUAD", "hub:/squad/")
+    monkeypatch.setattr(squad, "FILES", dict.fromkeys(squad.FILES, (len(questions), sha256(questions))))
+    monkeypatch.setattr(tagging, "CONLL2000", "hub:/conll2000/")
+    monkeypatch.setattr(tagging, "SHA256", dict.fromkeys(tagging.SHA256, sha256(words)))
+    files |= {f"/squad/{name}": questions for name in squad.FILES}
+    files |= {f"/conll2000/{name}.gz": gzip.compress(words) for name in tagging.SHA256}
 
     def run(command):
         program, script, *flags = shlex.split(command.split(" > ")[0])
@@ -105,8 +129,9 @@ def test_the_readmes_commands_and_session_run(toy_glue, monkeypatch, quick):
             process = launch(2, " ".join(flags[2:]))
             printed = process.communicate(timeout=120)[0]
             assert process.returncode == 0, printed
-        elif script == "finetune.py":
-            finetune.main([path for flag in flags for path in glob.glob(flag) or [flag]])  # as a shell does
+        elif script in ("finetune.py", "extras/squad.py", "extras/tagging.py"):
+            module = dict(finetune=finetune, squad=squad, tagging=tagging)[Path(script).stem]
+            module.main([path for flag in flags for path in glob.glob(flag) or [flag]])  # as a shell does
         elif script == "bench/plot.py":
             monkeypatch.setattr(sys, "argv", [script, *flags])
             plot.main()
@@ -234,8 +259,8 @@ def test_imports_only_go_up_the_list_and_five_packages_are_enough():
     assert packages == {"torch", "numpy", "tokenizers", "requests", "tqdm"}
     may_import = {"model": set(), "data": {"pyarrow"}, "train": {"model", "data"}, "glue": {"data"},
                   "finetune": {"model", "data", "train", "glue"}, "extras/spans": {"model"},
-                  "extras/squad": {"data", "finetune", "glue", "model", "spans", "train"},
-                  "extras/tagging": {"data", "finetune", "model"}}
+                  "extras/squad": {"data", "finetune", "glue", "spans", "train"},
+                  "extras/tagging": {"data", "finetune", "glue", "model", "train"}}
     for module, allowed in may_import.items():
         code = (HERE / f"{module}.py").read_text(encoding="utf-8")
         imported = set(re.findall(r"^ *from (\w+)[\w.]* import ", code, re.MULTILINE))

@@ -28,7 +28,6 @@ from tqdm import tqdm
 import data
 import finetune
 import glue
-import model
 import spans
 
 SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
@@ -56,7 +55,7 @@ class SquadConfig(finetune.FinetuneConfig):
                                  "input: print answers"] = ""
     out: Annotated[str, "folder for results"] = "out/squad"
 
-    # Without a text these are no flags: they are about sentences.
+    # These have no help, and so are no flags: they are about sentences.
     task: list = ()
     regression: bool = False
     glue_dir: str = ""
@@ -70,13 +69,12 @@ class SquadConfig(finetune.FinetuneConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Squad(glue.Task):
-    """SQuAD, or files like SQuAD's in a folder of your own, whose name is then the title."""
+    """SQuAD, or files like SQuAD's in a folder of your own, whose title begins with "own-" as in glue.py."""
 
     version: str
     data_dir: str
 
     splits = ("train", "dev")
-    is_regression = False
 
     @property
     def name(self):
@@ -100,7 +98,13 @@ class Experiment(finetune.Experiment):
         raw, path = examples
         wordpiece = self.pretrained.wordpiece
         questions = read_questions(raw, path, self.task.version, wordpiece, is_training=split == "train")
-        return spans.make_windows(questions, wordpiece, self.config.max_length, self.config.stride)
+        tokenized = spans.make_windows(questions, wordpiece, self.config.max_length, self.config.stride)
+        if not len(tokenized.rows):
+            raise data.UserError(f"{path} needs a context that has words")
+        answered = sum(bool(question.answers) for question in questions)
+        found = f"{len(questions):,} questions, {answered:,} with an answer, in {len(tokenized.rows):,} rows"
+        finetune.print_split(self, split, tokenized.rows, found)
+        return tokenized
 
     def new_network(self):
         return spans.QuestionAnswerer(self.pretrained.config)
@@ -122,8 +126,8 @@ def predict(network, tokenized, wordpiece, config):
     """The answers and the null score of each question, as `spans.find_answers` has them."""
     order = []
     outputs = []
-    for indices, output in finetune.run_network(network, tokenized.rows, config):
-        order.append(indices)
+    for numbers, output in finetune.run_network(network, tokenized.rows, config):
+        order.append(numbers)
         outputs.append(output)
     in_file_order = np.argsort(np.concatenate(order))
     fields = [torch.cat(field).cpu().numpy()[in_file_order] for field in zip(*outputs, strict=True)]
@@ -157,7 +161,7 @@ def read_questions(raw, source, version, wordpiece, is_training):
                 answers = [] if entry.get("is_impossible") else read_field(entry, "answers", list, where)
                 texts = [read_field(answer, "text", str, where) for answer in answers]
                 if version == "1.1" and not texts:
-                    raise data.UserError(f"{where}, has no answer; use --version 2.0")
+                    raise data.UserError(f"{where} has no answer; use --version 2.0")
                 span = None
                 if is_training and texts:  # [Q04] The first answer is learned; all are for metrics.
                     start = read_field(answers[0], "answer_start", int, where)
@@ -178,9 +182,9 @@ def read_field(entry, name, kind, where):
     """A field of a JSON object. `where` is the last question that was read."""
     value = entry.get(name) if isinstance(entry, dict) else None
     if not isinstance(value, kind):
-        raise data.UserError(f"{where}, or what follows, is not in SQuAD's format: {name} is wrong")
+        raise data.UserError(f"{where} or what follows is not in SQuAD's format: {name} is wrong")
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
+        return data.without_surrogates(value)
     return value
 
 
@@ -267,33 +271,28 @@ def predict_file(config):
     The probability of an answer is its share among the likeliest ones. If the null score is above the saved
     threshold, the answer is empty, with the probability that the context has none.
     """
-    folder = Path(config.model)
-    saved = finetune.read_saved_config(folder)
-    if not saved or saved["head"] != "QuestionAnswerer":
-        raise data.UserError(f"{folder} does not answer questions; --model takes what --save wrote, as "
-                             "out/squad/networks/squad2.0-*")
-    wordpiece, max_length = data.read_tokenizer(folder)
-    network = spans.QuestionAnswerer(model.load_config(folder))
-    model.load_weights(network, folder)
-    network.to(config.device)
+    saved = finetune.load_saved(config.model, "QuestionAnswerer")
+    wordpiece = saved.wordpiece
+    threshold = saved.fields["threshold"]  # None in 1.1
+    network = saved.load_into(spans.QuestionAnswerer(saved.config), config.device)
 
     def read_row(row, where):
         [pieces] = wordpiece.encode([glue.read_cell(row, "question", where)])
         context = spans.make_context(glue.read_cell(row, "context", where), wordpiece)
         if not context.pieces:
-            raise data.UserError(f"{where}, has an empty context")
+            raise data.UserError(f"{where} has an empty context")
         return spans.Question(where, pieces, context, [], None)
 
     finetune.use_utf8()
     for number, questions in enumerate(finetune.read_chunks(config, read_row)):
         if number == 0:
             print("answer", "probability", sep="\t")
-        tokenized = spans.make_windows(questions, wordpiece, max_length, saved["stride"])
+        tokenized = spans.make_windows(questions, wordpiece, saved.max_length, saved.fields["stride"])
         for answers, null_score in predict(network, tokenized, wordpiece, config):
             shares = torch.tensor(list(answers.values())).softmax(0)
             text = next(iter(answers))
             probability = float(shares[0])
-            if saved["threshold"] is not None and null_score > saved["threshold"]:
+            if threshold is not None and null_score > threshold:
                 text = ""
                 probability = float(torch.tensor(null_score).sigmoid())
             print(text, f"{probability:.4f}", sep="\t")
@@ -309,9 +308,7 @@ def main(argv=None):
     if config.version not in ("1.1", "2.0"):
         raise data.UserError(f"there is no version {config.version}; there are 1.1 and 2.0")
     config = replace(config, stride=config.stride or min(128, config.max_length // 2))  # [Q47]
-    title = f"SQuAD {config.version}"
-    if config.data_dir:
-        title = Path(config.data_dir).resolve().name
+    title = f"own-{Path(config.data_dir).resolve().name}" if config.data_dir else f"SQuAD {config.version}"
     metrics = ("exact", "f1") if config.version == "1.1" else ("best exact", "best f1")
     task = Squad(title=title, metrics=metrics, version=config.version, data_dir=config.data_dir)
     finetune.run(config, {task.name: task}, finetune.load_pretrained(config), Experiment)

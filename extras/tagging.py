@@ -1,22 +1,24 @@
 """Tag the words of sentences: fine-tune, score, predict. `python extras/tagging.py --task chunking --seeds 3`
 
-The task is CoNLL-2000's chunks, or a folder of your own. It has train.txt and perhaps dev.txt and test.txt: a
-word and its tag on a line, and an empty line between sentences. Tags are O, or B-, I-, E- or S- with a type,
-as B-NP. finetune.py has the sweep over seeds and the training. [Tnn] marks a detail with a test.
+The task is CoNLL-2000's chunks, or a folder of your own with train.txt, and perhaps dev.txt and test.txt: a
+word and its tag on a line, an empty line after each sentence. Tags are O, or B-, I-, E- or S- with a type, as
+B-NP. finetune.py has the sweep over seeds and the training. [Tnn] marks a detail that DETAILS.md explains.
 """
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train  # before torch, as in finetune.py
+# First, as in finetune.py.
+import train
 
 # isort: split
 import gzip
 import hashlib
 import itertools
 import re
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -43,11 +45,11 @@ class TaggingConfig(finetune.FinetuneConfig):
     # The longest sentence that CoNLL-2000 has for training is 107 tokens.
     max_length: Annotated[int, "tokens in a row; a longer sentence takes several", 8, 65_536] = 128
     num_train_epochs: Annotated[int, "passes over the sentences", 1, 10_000] = 3
-    predict_file: Annotated[str, "a file, or - for standard input, with a sentence on each line and spaces "
-                                 "between its words: print words and tags"] = ""
+    predict_file: Annotated[str, "a .tsv, .csv or .jsonl file with a column sentence, spaces between words, "
+                                 "or - for standard input: print words and tags"] = ""
     out: Annotated[str, "folder for results"] = "out/tagging"
 
-    # What tags do not need is not a flag here: a test set has tags, and is scored in every run.
+    # These have no help, and so are no flags: they are about sentences. A test set is scored in every run.
     regression: bool = False
     glue_dir: str = ""
     keep_predictions: bool = False
@@ -59,36 +61,31 @@ class TaggingConfig(finetune.FinetuneConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task(glue.OwnTask):
-    """A folder of words and tags. Without a dev.txt, `files` has train.txt for dev, too."""
+class Task(glue.Task):
+    """The sentences, (words, tags), of each split: train, dev and perhaps test."""
 
-    submissions = {}
-    dev_splits = property(lambda self: self.splits[1:])
+    sentences: dict
 
-    def read(self, split, cache=None, glue_dir=None):
-        """The sentences of a split, (words, tags), and the SHA-256 of its file."""
-        path = self.files[split]
-        raw = path.read_bytes()
-        sentences = parse(raw, path)
-        if path == self.files["train"] == self.files["dev"]:
-            # As for CoNLL-2000: a random tenth of train is held out, the same in every run.
-            is_kept = data.rng(0, "held-out sentences").permutation(len(sentences)) < len(sentences) / 10
-            if split == "train":
-                is_kept = ~is_kept
-            sentences = list(itertools.compress(sentences, is_kept))
-        if not sentences:
-            raise data.UserError(f"{path} needs a sentence, and train.txt two if there is no dev.txt")
-        return sentences, hashlib.sha256(raw).hexdigest()
+    name = property(lambda self: self.title)
+    dev_splits = property(lambda self: list(self.sentences)[1:])  # all but train are scored
+
+    def read(self, split, cache, glue_dir):
+        """The sentences of a split, and a hash of them."""
+        return self.sentences[split], data.digest(self.sentences[split])
 
 
 class Experiment(finetune.Experiment):
     """Words in the place of sentences. A test set is scored beside the dev set, which picks the best seed."""
 
     def tokenize(self, split, examples):
-        return tokenize(examples, self.task.labels, self.pretrained.wordpiece, self.config.max_length)
+        tokenized = tokenize(examples, self.task.labels, self.pretrained.wordpiece, self.config.max_length)
+        counts = Counter(tag for _, tags in examples for tag in tags).most_common()
+        found = glue.join_few([f"{tag} {count:,}" for tag, count in counts])
+        finetune.print_split(self, split, tokenized.rows, f"{len(examples):,} sentences; {found}")
+        return tokenized
 
     def new_network(self):
-        return Tagger(self.pretrained.config, len(self.task.labels))
+        return Tagger(self.pretrained.config, self.task.labels)
 
     def predict(self, network, tokenized):
         return predict_tags(network, tokenized, self.task.labels, self.config)
@@ -96,9 +93,9 @@ class Experiment(finetune.Experiment):
     def score(self, predictions, splits):
         metrics = {}
         for split, predicted in predictions.items():
-            prefix = "test " if split == "test" else ""
-            scores = score(predicted, [tags for _, tags in splits[split].sentences])
-            metrics |= {prefix + name: value for name, value in scores.items()}
+            actual = [tags for _, tags in splits[split].sentences]
+            metrics[f"{split} f1"] = f1(predicted, actual)
+            metrics[f"{split} official f1"] = f1(predicted, actual, official=True)
         return dict(metrics=metrics, is_constant=len(set(itertools.chain(*predictions["dev"]))) == 1)
 
 
@@ -109,35 +106,39 @@ class Experiment(finetune.Experiment):
 def find_task(config):
     """The Task of a command. Its labels are those of train. [T05]"""
     folder = Path(config.task)
+    title = f"own-{folder.resolve().name}"
     if config.task == "chunking":
-        folder = fetch_conll2000(config.cache)
-    train, dev, test = (folder / f"{split}.txt" for split in ("train", "dev", "test"))
-    files = dict(train=train, dev=dev if dev.exists() else train)
-    if test.exists():
-        files["test"] = test
-    task = Task(title=Path(config.task).resolve().name, files=files, metrics=("f1",))
-    sentences, _ = task.read("train")
-    return replace(task, labels=tuple(sorted({tag for _, tags in sentences for tag in tags})))
+        title = "chunking"
+        folder = Path(config.cache, "conll2000")
+        data.make_once(folder / "test.txt", lambda: download(folder))
+    sentences = {}
+    for split in "train", "dev", "test":
+        path = folder / f"{split}.txt"
+        if split == "train" or path.exists():
+            sentences[split] = parse(path.read_bytes(), path)
+    if "dev" not in sentences:  # as in CoNLL-2000: a random tenth of train is held out, the same in every run
+        whole = sentences["train"]
+        is_dev = data.rng(0, "held-out sentences").permutation(len(whole)) < len(whole) / 10
+        sentences["train"] = list(itertools.compress(whole, ~is_dev))
+        sentences["dev"] = list(itertools.compress(whole, is_dev))
+    if not all(sentences.values()):
+        raise data.UserError(f"each file in {folder} needs a sentence, and train.txt two without a dev.txt")
+    labels = sorted({tag for _, tags in sentences["train"] for tag in tags})
+    return Task(title=title, metrics=("dev f1",), labels=tuple(labels), sentences=sentences)
 
 
-def fetch_conll2000(cache):
-    """The folder of CoNLL-2000's files. They are downloaded, unpacked and checked once."""
-    folder = Path(cache, "conll2000")
-    with data.lock(folder / "lock", f"waiting for another process to fill {folder}"):
-        for name, sha256 in SHA256.items():
-            path = folder / name
-            if path.exists():
-                continue
-            address = f"{CONLL2000}{name}.gz"
-            advice = f"put {name} into {folder}"
-            raw = b"".join(data.fetch(address, advice))
-            if raw.startswith(b"\x1f\x8b"):  # it is not a web page
-                raw = gzip.decompress(raw)
-            if hashlib.sha256(raw).hexdigest() != sha256:
-                raise data.UserError(f"{address} is not the official file; {advice}")
-            with data.atomic_write(path) as file:
-                file.write(raw)
-    return folder
+def download(folder):
+    """Download CoNLL-2000's files, unpack and check them. test.txt is the last one."""
+    advice = f"put {' and '.join(SHA256)} into {folder}"
+    for name, sha256 in SHA256.items():
+        address = f"{CONLL2000}{name}.gz"
+        raw = b"".join(data.fetch(address, advice))
+        if raw.startswith(b"\x1f\x8b"):  # it is not a web page
+            raw = gzip.decompress(raw)
+        if hashlib.sha256(raw).hexdigest() != sha256:
+            raise data.UserError(f"{address} is not the official file; {advice}")
+        with data.atomic_write(folder / name) as file:
+            file.write(raw)
 
 
 def parse(raw, source):
@@ -153,12 +154,12 @@ def parse(raw, source):
         columns = WORD.findall(line)
         if columns and columns[0] != "-DOCSTART-":
             if len(columns) == 1 or not re.fullmatch("O|[BIES]-.+", columns[-1]):
-                raise data.UserError(f"{source}, line {number}, needs a word, and last a tag: O, or B-, I-, "
+                raise data.UserError(f"{source}, line {number} needs a word, and last a tag: O, or B-, I-, "
                                      f"E- or S- with a type, as B-NP; it is {line.strip()[:80]!r}")
             pairs.append((columns[0], columns[-1]))
         elif pairs:
             words, tags = zip(*pairs, strict=True)
-            # Unlike the official code, which makes one VP of B-NP I-VP, this reads tags by conlleval's rules.
+            # By conlleval's rules. The official code makes one VP of B-NP I-VP.
             sentences.append((words, to_bioes(find_spans(tags), len(tags))))
             pairs = []
     return sentences
@@ -176,7 +177,7 @@ def find_spans(tags, official=False):
         continues = before[0] in "BI" and tag[0] in "IE" and before[2:] == tag[2:]
         if official:  # neither an E nor a change of type ends a span
             continues = before != "O" and tag[0] in "IE"
-        first = spans.pop()[0] if continues else index
+        first = spans.pop()[0] if continues else index  # a longer span takes the place of the last one
         if tag != "O":
             spans.append((first, index, tag[2:]))
     return spans
@@ -211,7 +212,6 @@ def tokenize(sentences, names, wordpiece, max_length):
     >>> tokenized.rows.tolist(), tokenized.labels.tolist()
     ([[2, 5, 7, 6, 3, 0]], [[-100, 0, -100, 1, -100, -100]])
     """
-    unknown = [wordpiece.tokens.index(data.UNK)]
     classes = {name: number for number, name in enumerate(names)}
     rows = []
     labels = []
@@ -220,7 +220,7 @@ def tokenize(sentences, names, wordpiece, max_length):
         # Unlike in the official code, words are tokenized as in pre-training: Chinese by character, cased
         # text in its case [T06], [SEP] as text [T07]. Every word has a first piece, if only [UNK]. [T09]
         for pieces, tag in zip(wordpiece.encode(words), tags, strict=True):
-            pieces = (pieces or unknown)[: max_length - 2]
+            pieces = pieces[: max_length - 2] or [wordpiece.unk_token_id]
             # [T10] Unlike in the official code, which cuts a sentence at about half of what fits, a long one
             # continues in the next row, so that all words are trained on and scored. [T16]
             if end + len(pieces) + 1 > max_length:
@@ -233,14 +233,15 @@ def tokenize(sentences, names, wordpiece, max_length):
             rows[-1][end : end + len(pieces)] = pieces
             end += len(pieces)
             rows[-1][end] = wordpiece.sep_token_id  # until the next word takes its place
-    return Tokenized(np.stack(rows), np.stack(labels), sentences)
+    shape = (len(rows), max_length)  # also if no sentence has a word
+    return Tokenized(np.reshape(rows, shape).astype(np.uint16), np.reshape(labels, shape), sentences)
 
 
 class Tagger(finetune.Classifier):
     """The pre-trained encoder, then one linear layer on every token, without dropout. [T12]"""
 
     def forward(self, input_ids):
-        """(B, L) ids -> logits (B, L, num_outputs). A word's are those of its first piece. [T09]"""
+        """(B, L) ids -> logits (B, L, number of classes). A word's are those of its first piece. [T09]"""
         attention_mask = input_ids != 0
         token_types = attention_mask.long()  # [T08] 1 everywhere; in pre-training a first segment has 0
         return model.in_fp32(self.classifier(self.encoder(input_ids, attention_mask, token_types)))
@@ -261,14 +262,11 @@ def predict_tags(network, tokenized, names, config):
     return [list(itertools.islice(tags, len(words))) for words, _ in tokenized.sentences]
 
 
-def score(predicted, actual):
-    """F1 of the spans in lists of tags, as a fraction of 1: conlleval's and the official code's. [T15]"""
-    metrics = {}
-    for name, official in (("f1", False), ("official f1", True)):
-        found, gold = ({(number, *span) for number, tags in enumerate(sentences)
-                        for span in find_spans(tags, official)} for sentences in (predicted, actual))
-        metrics[name] = 2 * len(found & gold) / max(1, len(found) + len(gold))
-    return metrics
+def f1(predicted, actual, official=False):
+    """F1 of the spans in lists of tags, as a fraction of 1: conlleval's or the official code's. [T15]"""
+    found, gold = ({(number, *span) for number, tags in enumerate(sentences)
+                    for span in find_spans(tags, official)} for sentences in (predicted, actual))
+    return 2 * len(found & gold) / max(1, len(found) + len(gold))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -276,26 +274,20 @@ def score(predicted, actual):
 
 
 def predict_file(config):
-    """Print the words of a file of any size with their tags, in the format of train.txt."""
-    folder = Path(config.model)
-    saved = finetune.read_saved_config(folder)
-    if not saved or saved["head"] != "Tagger":
-        raise data.UserError(f"{folder} does not tag words; --model takes what --save wrote")
-    names = list(saved["id2label"].values())
-    wordpiece, max_length = data.read_tokenizer(folder)
-    network = Tagger(model.load_config(folder), len(names))
-    model.load_weights(network, folder)
-    network.to(config.device)
-    source = config.predict_file
-    with sys.stdin.buffer if source == "-" else open(source, "rb") as file:
-        lines = (data.decode_utf8(line, f"{source}, line {number},") for number, line in enumerate(file, 1))
-        sentences = ((words, ["O"] * len(words)) for words in map(WORD.findall, lines) if words)
-        while chunk := list(itertools.islice(sentences, finetune.CHUNK)):
-            tags = predict_tags(network, tokenize(chunk, names, wordpiece, max_length), names, config)
-            for (words, _), predicted in zip(chunk, tags, strict=True):
-                for word, tag in zip(words, predicted, strict=True):
-                    print(word, tag)
-                print()
+    """Print the words of each sentence in a table with their tags, in the format of train.txt."""
+    saved = finetune.load_saved(config.model, "Tagger")
+    network = saved.load_into(Tagger(saved.config, saved.labels), config.device)
+
+    def read_row(row, where):
+        words = WORD.findall(glue.read_cell(row, "sentence", where))
+        return words, ["O"] * len(words)  # of which only the number counts
+
+    finetune.use_utf8()
+    for sentences in finetune.read_chunks(config, read_row):
+        tokenized = tokenize(sentences, saved.labels, saved.wordpiece, saved.max_length)
+        predicted = predict_tags(network, tokenized, saved.labels, config)
+        for (words, _), tags in zip(sentences, predicted, strict=True):
+            print(*(f"{word} {tag}\n" for word, tag in zip(words, tags, strict=True)), sep="")
 
 
 def main(argv=None):

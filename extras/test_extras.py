@@ -525,28 +525,30 @@ def test_a_command_trains_scores_resumes_saves_and_predicts(own_questions, monke
     ask("--seeds 1")
     ask("--seeds 2 --save")
     results = read_results("out/squad")
-    best = max((0, 1), key=lambda seed: results["own", seed]["metrics"]["best exact"])
-    assert ran[:2] == [0, 1] and set(ran[2:]) <= {best} and set(results) == {("own", 0), ("own", 1)}
-    assert results["own", best]["metrics"]["best exact"] == results["own", best]["metrics"]["best f1"] == 1.0
-    assert results["own", best]["examples"] == dict(train=12, dev=12)
+    assert set(results) == {("own-own", 0), ("own-own", 1)}
+    best = max((0, 1), key=lambda seed: results["own-own", seed]["metrics"]["best exact"])
+    assert ran[:2] == [0, 1] and set(ran[2:]) <= {best}
+    result = results["own-own", best]
+    assert result["metrics"]["best exact"] == result["metrics"]["best f1"] == 1.0
+    assert result["examples"] == dict(train=12, dev=12)
     ask("--seeds 2 --save")
     assert len(ran) <= 3 and read_results("out/squad") == results
     assert "best exact" in capsys.readouterr().out
 
-    asked = [(f"the {word} was lost", question) for word in ("dam", "cat") for question in
-             ("what was lost", "who")]
+    asked = [("the " + "small crew"[:number] + f" {word} was lost in the storm", question)
+             for number, word in ((0, "dam"), (3, "cat")) for question in ("what was lost", "who")]
     lines = [dict(context=context, question=question) for context, question in asked]
     Path("new.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    folder = find_network("own", "out/squad")
+    folder = find_network("own-own", "out/squad")
     squad.main(f"--predict-file new.jsonl --model {folder} --device cpu".split())
     header, *answers = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert header == ["answer", "probability"]
     assert [text for text, _ in answers] == ["dam", "", "cat", ""]
     assert all(0.3 < float(probability) <= 1 for _, probability in answers)
 
-    with pytest.raises(data.UserError, match=f"{folder} has no classifier"):
+    with pytest.raises(data.UserError, match=f"{folder} has no Classifier"):
         finetune.main(f"--predict-file new.jsonl --model {folder} --device cpu".split())
-    with pytest.raises(data.UserError, match="out/small/discriminator does not answer questions; --model"):
+    with pytest.raises(data.UserError, match="out/small/discriminator has no QuestionAnswerer; --model"):
         squad.main("--predict-file new.jsonl --model out/small/discriminator --device cpu".split())
 
 
@@ -560,6 +562,15 @@ def test_Q47_length_and_stride(own_questions, monkeypatch):
     for length, flags in ((128, ""), (48, ""), (48, "--stride 9")):
         ask(f"--num-train-epochs 1 --max-length {length} {flags}")
     assert strides == [(128, 64)] * 2 + [(48, 24)] * 2 + [(48, 9)] * 2
+
+
+def test_a_look_at_each_split_is_printed(own_questions, capsys):
+    """Questions, those with an answer, and rows are counted. Contexts without any word are refused."""
+    ask("--num-train-epochs 1")
+    assert "own-own, dev: 12 questions, 6 with an answer, in 12 rows; 6.8% [UNK]" in capsys.readouterr().out
+    Path("own/dev.json").write_bytes(squad_file([(" ", [("a", "what", [])])]))
+    with pytest.raises(data.UserError, match="own/dev.json needs a context that has words"):
+        ask("--num-train-epochs 1")
 
 
 def test_rows_longer_than_those_of_pre_training_are_reported(own_questions, capsys):
@@ -592,7 +603,7 @@ def test_replayed_steps_are_plain_steps(own_questions, monkeypatch):
     ask("--seeds 2 --num-train-epochs 6 --save --out replayed")
     assert Recorded.replays > Recorded.captures > 0
     assert read_results("plain") == read_results("replayed")
-    plain, replayed = (model.read_weights(find_network("own", out))[0] for out in ("plain", "replayed"))
+    plain, replayed = (model.read_weights(find_network("own-own", out))[0] for out in ("plain", "replayed"))
     assert all(torch.equal(plain[name], replayed[name]) for name in plain)
 
 
@@ -611,12 +622,12 @@ def test_no_step_waits_for_the_device():
 
 BAD_FILES = {
     "no JSON": (b"{", "file.json is damaged: it is not a JSON object"),
-    "another format": (b'{"data": "text"}', "file.json, or what follows, is not in SQuAD's format: data"),
+    "another format": (b'{"data": "text"}', "file.json or what follows is not in SQuAD's format: data"),
     "no questions": (squad_file([]), "file.json has no question to use"),
     "no context": (squad_file([(None, [])]), "context is wrong"),
-    "no text of a question": (squad_file([("the dam", [("a", None, [])])]), "file.json, question a, or what"),
+    "no text of a question": (squad_file([("the dam", [("a", None, [])])]), "file.json, question a or what"),
     "a place that is a word": (squad_file([("the dam", [("a", "what", [("dam", "4")])])]),
-                               "question a, or what follows, is not in SQuAD's format: answer_start"),
+                               "question a or what follows is not in SQuAD's format: answer_start"),
     "all misplaced": (squad_file([("the dam", [("a", "what", [("cat", 4)])])]), "has no question to use"),
 }
 
@@ -631,7 +642,7 @@ def test_bad_files_are_refused_with_a_sentence(name):
 
 def test_version_1_1_needs_answers():
     """An unanswerable question is refused in 1.1, with file, question and what to do."""
-    with pytest.raises(data.UserError, match="file.json, question a, has no answer; use --version 2.0"):
+    with pytest.raises(data.UserError, match="file.json, question a has no answer; use --version 2.0"):
         read(squad_file([("the dam", [("a", "what", [])])]), "1.1")
 
 
@@ -689,7 +700,7 @@ def make_rows(sentences, max_length=32, vocab=VOCAB):
 def read_task(name, cache="cache"):
     """The sentences of a task by split."""
     task = tagging.find_task(tagging.TaggingConfig(task=str(name), cache=str(cache)))
-    return {split: task.read(split)[0] for split in task.splits}
+    return {split: task.read(split, cache, "")[0] for split in ("train", *task.dev_splits)}
 
 
 def make_tags(random_, length, types=("NP", "VP")):
@@ -734,7 +745,7 @@ def test_T01_conll2000_is_downloaded_once_and_its_unpacked_files_are_checked(tmp
         yield gzip.compress(files[address.rsplit("/", 1)[1].removesuffix(".gz")])
 
     monkeypatch.setattr(data, "fetch", fetch)
-    with pytest.raises(data.UserError, match="train.txt.gz is not the official file; put train.txt into"):
+    with pytest.raises(data.UserError, match="train.txt.gz is not the official file; put train.txt and test"):
         read_task("chunking", tmp_path)
     monkeypatch.setattr(data, "fetch", lambda address, advice: [b"<html>"])
     with pytest.raises(data.UserError, match="not the official file"):
@@ -801,15 +812,15 @@ def test_T03_labels_of_recorded_sentences():
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"He PRP B-NP\nran\n", "line 2, needs a word, and last a tag.* it is 'ran'"),
-    (b"He PRP B-NP\n\nThe DT\n", "line 3, needs a word.* it is 'The DT'"),
-    (b"He PRP B-NP\nO\n", "line 2, needs.* it is 'O'"),
-    (b"He PRP NP-B\n", "line 1, needs"),
-    (b"He PRP B-\n", "line 1, needs"),
-    (b"He PRP o\n", "line 1, needs"),
-    (b"\n\n", "train.txt needs a sentence"),
-    (b"", "train.txt needs a sentence"),
-    (b"a O\nb O", "two if there is no dev.txt"),
+    (b"He PRP B-NP\nran\n", "line 2 needs a word, and last a tag.* it is 'ran'"),
+    (b"He PRP B-NP\n\nThe DT\n", "line 3 needs a word.* it is 'The DT'"),
+    (b"He PRP B-NP\nO\n", "line 2 needs.* it is 'O'"),
+    (b"He PRP NP-B\n", "line 1 needs"),
+    (b"He PRP B-\n", "line 1 needs"),
+    (b"He PRP o\n", "line 1 needs"),
+    (b"\n\n", "needs a sentence, and train.txt"),
+    (b"", "needs a sentence"),
+    (b"a O\nb O", "two without a dev.txt"),
     (b"\xff O\n", "not UTF-8 at byte 0"),
 ])
 def test_bad_files_are_named_with_the_line(tmp_path, content, message):
@@ -836,7 +847,7 @@ def test_T05_labels_are_those_of_train_and_others_count_as_wrong(monkeypatch):
     monkeypatch.setattr(finetune, "run_network", lambda *_: [([0], logits)])
     tags = tagging.predict_tags(None, tokenized, names, None)
     assert tags == [["B-NP", "E-NP", "O"]]
-    assert tagging.score(tags, [tags for _, tags in dev])["f1"] == pytest.approx(2 / 3)
+    assert tagging.f1(tags, [tags for _, tags in dev]) == pytest.approx(2 / 3)
 
 
 def test_T06_T07_T09_recorded_rows():
@@ -887,7 +898,7 @@ def test_T08_T09_T12_T13_recorded_losses_and_gradients():
     record = np.load(TAGGING / "head.npz")
     fields = model.ElectraConfig.__dataclass_fields__
     config = model.ElectraConfig(**{name: value for name, value in facts.items() if name in fields})
-    tagger = tagging.Tagger(config, facts["num_labels"])
+    tagger = tagging.Tagger(config, range(facts["num_labels"]))
     tagger.train()
     networks = SimpleNamespace(generator=nn.Identity(), discriminator=tagger)
 
@@ -919,7 +930,7 @@ def test_T12_the_head_has_no_dropout_and_starts_from_glorot_uniform():
     config = model.ElectraConfig(vocab_size=200, embedding_size=32, hidden_size=64, num_hidden_layers=1,
                                  intermediate_size=64, hidden_dropout_prob=0.0,
                                  attention_probs_dropout_prob=0.0)
-    tagger = tagging.Tagger(config, 36).train()
+    tagger = tagging.Tagger(config, range(36)).train()
     weight = tagger.classifier.weight
     limit = (6 / 100) ** 0.5
     assert 0.95 * limit < weight.abs().max() <= limit and not tagger.classifier.bias.any()
@@ -939,11 +950,12 @@ def test_T15_recorded_spans_give_the_official_f1():
         by_length.setdefault(len(tags), []).append((tags, set(map(tuple, recorded))))
     pairs = [pair for group in by_length.values() for pair in itertools.pairwise(group)]
     assert len(pairs) > 200
-    ours = tagging.score([tags for (tags, _), _ in pairs], [tags for _, (tags, _) in pairs])
+    tags = [tags for (tags, _), _ in pairs], [tags for _, (tags, _) in pairs]
     predicted, actual = ({(number, span) for number, pair in enumerate(pairs) for span in pair[side][1]}
                          for side in (0, 1))
-    assert ours["official f1"] == pytest.approx(f1_of(predicted, actual), rel=1e-12)
-    assert ours["official f1"] != ours["f1"] > 0
+    official = tagging.f1(*tags, official=True)
+    assert official == pytest.approx(f1_of(predicted, actual), rel=1e-12)
+    assert official != tagging.f1(*tags) > 0
 
 
 def test_T15_f1_is_that_of_regular_expressions_on_random_tags():
@@ -955,21 +967,20 @@ def test_T15_f1_is_that_of_regular_expressions_on_random_tags():
             tags = make_tags(random_, random_.randint(1, 12))
             actual.append(tags)
             predicted.append([tag if random_.random() < 0.6 else make_tags(random_, 1)[0] for tag in tags])
-        ours = tagging.score(predicted, actual)
-        for name, pattern in (("f1", CONLLEVAL_SPAN), ("official f1", OFFICIAL_SPAN)):
+        for official, pattern in ((False, CONLLEVAL_SPAN), (True, OFFICIAL_SPAN)):
             found, gold = ({(number, *span) for number, tags in enumerate(sentences)
                             for span in spans_by_regex(tags, pattern)} for sentences in (predicted, actual))
-            assert ours[name] == pytest.approx(f1_of(found, gold), rel=1e-12), (predicted, actual)
+            ours = tagging.f1(predicted, actual, official)
+            assert ours == pytest.approx(f1_of(found, gold), rel=1e-12), (predicted, actual)
         proper = [tagging.to_bioes(tagging.find_spans(tags), len(tags)) for tags in actual]
         assert all(tagging.find_spans(tags) == tagging.find_spans(tags, official=True) for tags in proper)
 
 
 def test_T15_a_score_of_nothing_is_0():
     """0 if nothing is right, also if there is nothing."""
-    nothing = {"f1": 0.0, "official f1": 0.0}
-    assert tagging.score([["O"]], [["O"]]) == nothing
-    assert tagging.score([["S-NP"]], [["S-VP"]]) == nothing
-    assert tagging.score([["S-NP"]], [["O"]]) == nothing
+    for predicted, actual in ("O", "O"), ("S-NP", "S-VP"), ("S-NP", "O"):
+        for official in (False, True):
+            assert tagging.f1([[predicted]], [[actual]], official) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -994,7 +1005,7 @@ def own_words(tmp_path, monkeypatch):
     config = model.ElectraConfig(vocab_size=len(VOCAB), embedding_size=32, hidden_size=32,
                                  num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
                                  max_position_embeddings=16)
-    train.write_network(Path("out/small/discriminator"), tagging.Tagger(config, 1), wordpiece, 16)
+    train.write_network(Path("out/small/discriminator"), tagging.Tagger(config, ["O"]), wordpiece, 16)
     write_files("own", {"train.txt": write_sentences(20), "dev.txt": write_sentences(6),
                         "test.txt": write_sentences(30)})
 
@@ -1012,30 +1023,32 @@ def test_T14_a_command_trains_scores_resumes_saves_and_predicts(own_words, monke
     tag("--seeds 2 --save")
     assert ran == [0, 1, 0]  # both are perfect, and the first one's network had not been saved
     results = read_results("out/tagging")
-    assert set(results) == {("own", 0), ("own", 1)}
+    assert set(results) == {("own-own", 0), ("own-own", 1)}
     for result in results.values():
-        assert result["metrics"] == {"f1": 1.0, "official f1": 1.0, "test f1": 1.0, "test official f1": 1.0}
+        assert result["metrics"] == {"dev f1": 1.0, "dev official f1": 1.0, "test f1": 1.0,
+                                     "test official f1": 1.0}
         assert result["examples"]["dev"] == 40 and result["examples"]["test"] > 60
     tag("--seeds 2 --save")
     assert len(ran) == 3 and read_results("out/tagging") == results
     lines = capsys.readouterr().out.splitlines()
-    assert any(re.match(r"own +test f1 +2 +100\.00", line) for line in lines)
+    assert any(re.match(r"own-own +test f1 +2 +100\.00", line) for line in lines)
+    assert any(re.match(r"own-own, dev: 40 sentences; .*S-VP \d+.*; 0.0% \[UNK\]", line) for line in lines)
 
-    [saved] = [path.parent for path in Path("out/tagging").rglob("config.json")]
-    sentences = ["the dog barks", "dog", " ".join(TAG_OF) + " dog" * 40]
-    content = "\n\n".join(sentences).encode()
-    Path("new.txt").write_bytes(content)
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
-    expected = "\n".join("".join(f"{word} {TAG_OF[word]}\n" for word in sentence.split())
-                         for sentence in sentences) + "\n"
-    for file in "new.txt", "-":
+    saved = find_network("own-own", "out/tagging")
+    sentences = ["the dog barks", "dog", "", " ".join(TAG_OF) + " dog" * 40]
+    Path("new.tsv").write_text("\n".join(["sentence", *sentences, ""]))
+    Path("none.tsv").write_text("sentence\n \n")  # a sentence without words
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(Path("new.tsv").read_bytes())))
+    expected = "".join("".join(f"{word} {TAG_OF[word]}\n" for word in sentence.split()) + "\n"
+                       for sentence in sentences)
+    for file, printed in ("new.tsv", expected), ("- --format tsv", expected), ("none.tsv", "\n"):
         tagging.main(f"--predict-file {file} --model {saved} --device cpu".split())
-        assert capsys.readouterr().out == expected
+        assert capsys.readouterr().out == printed
 
-    with pytest.raises(data.UserError, match="has no classifier"):
-        finetune.main(f"--predict-file new.txt --model {saved} --device cpu".split())
-    with pytest.raises(data.UserError, match="out/small/discriminator does not tag words; --model"):
-        tagging.main("--predict-file new.txt --model out/small/discriminator --device cpu".split())
+    with pytest.raises(data.UserError, match="has no Classifier"):
+        finetune.main(f"--predict-file new.tsv --model {saved} --device cpu".split())
+    with pytest.raises(data.UserError, match="out/small/discriminator has no Tagger; --model"):
+        tagging.main("--predict-file new.tsv --model out/small/discriminator --device cpu".split())
 
 
 def test_T18_the_recipe():
@@ -1052,7 +1065,7 @@ def test_no_step_of_a_tagger_waits_for_the_device(own_words):
     """Nothing in a step has a size or a branch that depends on data, so that it can be a CUDA graph."""
     tokenized = tagging.tokenize(tagging.parse(write_sentences(8), "f"), sorted(set(TAG_OF.values())),
                                  data.WordPiece(VOCAB), 16)
-    tagger = tagging.Tagger(model.load_config(Path("out/small/discriminator")), 3)
+    tagger = tagging.Tagger(model.load_config(Path("out/small/discriminator")), range(3))
     with NoSync():
         tagger.losses(torch.from_numpy(tokenized.rows.astype(np.int32)),
                       torch.from_numpy(tokenized.labels)).sum().backward()
@@ -1063,4 +1076,4 @@ def test_a_network_that_diverged_is_scored_and_noted(own_words, monkeypatch, cap
     watch(monkeypatch, tagging, "predict_tags",
           lambda network, *_: network.classifier.bias.data.fill_(np.nan))
     tag("--num-train-epochs 1")
-    assert "own: seed 0 gave every example the same answer" in capsys.readouterr().out
+    assert "own-own: seed 0 gave every example the same answer" in capsys.readouterr().out
