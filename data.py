@@ -112,6 +112,7 @@ def prepare(config, progress=True, wordpiece=None):
 # Documents: names -> files -> one string for each document
 
 SHARD_CHARACTERS = 2_000_000  # characters of text per shard, about 3,000 rows of 128
+START = (0, 0, "")  # the position before all documents
 MAX_DOCUMENT = 10_000_000  # characters; a longer document of a .txt is split
 READABLE = ".txt, .jsonl, .json, .parquet or .tar file, plain, .gz, .xz or .zst"
 # Where OpenWebText may be: tars of a revision that had them, tars of the main branch, or the files to which
@@ -143,20 +144,27 @@ def read_shard_texts(config, start, first_number):
         yield number, texts, position
 
 
-def read_documents(config, start=(0, 0)):
+def read_documents(config, start=START):
     """Yield (text, position after it) for each document from position `start` on.
 
-    A position is a tuple: number of the file, number of its documents so far. Resuming reads a file from its
-    beginning again.
+    A position is a tuple: number of the file, number of its documents so far, their SHA-256. Resuming reads a
+    file from its beginning again, and refuses one that no longer begins with the same documents.
     """
     for file_number, name in enumerate(find_files(config)):
         if file_number < start[0]:
             continue
+        is_new = (file_number, 0) >= start[:2]
+        so_far = hashlib.sha256()
         for count, text in enumerate(read_source(name, config), 1):
             text = text.replace("\r\n", "\n").strip()
-            position = (file_number, count)
-            if text and position > start:
+            so_far.update(f"{text}\0".encode())
+            position = (file_number, count, so_far.hexdigest())
+            if text and is_new:
                 yield text, position
+            is_new = is_new or position == start
+        if not is_new:
+            raise UserError(f"{without_secrets(name)} has changed since its beginning was prepared; use "
+                            "another --cache")
 
 
 def find_files(config):
@@ -267,7 +275,7 @@ def read_file(stream, path, source, one_document):
                 yield from read_parquet(file, source)
             else:
                 yield from read_jsonl(file, source)
-    except (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
+    except (EOFError, OSError, RecursionError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
         if isinstance(error, OSError) and error.errno:  # an error of the disk; damage has no number
             raise OSError(error.errno, error.strerror, error.filename or source) from None
         raise UserError(f"{source} is damaged or cut short ({error}); make or fetch it again") from error
@@ -295,11 +303,24 @@ def import_pyarrow(source):
 
 def read_tar(file):
     """Yield (name, content as a file) for each readable member. Nothing is unpacked to disk."""
-    with tarfile.open(fileobj=file, mode="r|") as tar:
+    with tarfile.open(fileobj=file, mode="r|", tarinfo=Member) as tar:
         while member := tar.next():
             tar.members.clear()  # it would grow with the archive
             if member.isfile() and is_readable(member.name):
                 yield member.name, tar.extractfile(member)
+
+
+class Member(tarfile.TarInfo):
+    """A member of a tar. A header that is damaged or missing is an error; tarfile takes it for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tar):
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # the mark at the end
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from None
 
 
 def read_txt(file, source, one_document):
@@ -671,8 +692,9 @@ def deal_out(lines, target, max_length, uniform):
 # ------------------------------------------------------------------------------------------------------------
 # Shards: rows <-> disk
 
-FORMAT = 3  # raise it when rows change
+FORMAT = 4  # raise it when rows or their files change
 DELETE = "delete its folder, and it is made again"  # the advice about a damaged cache
+CHANGED = "changed while it was being read; run the same command again"
 
 
 class Shards:
@@ -687,6 +709,7 @@ class Shards:
         self.wordpiece = wordpiece
         self.infos = []  # of each shard that is known so far: its info, and the file's "sha256"
         self.is_complete = False
+        self.files = find_files(config)
         self.identities = identify_text(config)
         self.fingerprint = {  # all that the rows depend on, apart from the text
             "format": [FORMAT, SHARD_CHARACTERS, HELDOUT_SHARE],
@@ -759,11 +782,15 @@ class Shards:
     def next_position(self):
         """The position in the text (see read_documents) at which the next shard begins."""
         if not self.infos:
-            return (0, 0)
+            return START
         return tuple(self.infos[-1]["end"])
 
     def add(self, train, heldout, info):
-        """Write the next shard."""
+        """Write the next shard, if the files that its text comes from are still those that were found."""
+        files = zip(self.files, self.identities, strict=True)
+        for name, identity in itertools.islice(files, self.next_position[0], info["end"][0] + 1):
+            if identify(name, "/")[1:] != identity[1:]:
+                raise UserError(f"{name} {CHANGED}")
         file = io.BytesIO()
         np.savez(file, train=train, heldout=heldout, info=json.dumps(info))
         write_sealed(self.path(len(self.infos)), file.getvalue())
@@ -773,7 +800,7 @@ class Shards:
         """Say that there will be no more shards, if the text is still the one that was read."""
         listing = dict(shards=self.infos, files=hash_files(self.config))
         if identify_text(self.config) != self.identities:
-            raise UserError("the text changed while it was being read; run the same command again")
+            raise UserError(f"the text {CHANGED}")
         write_sealed(self.folder / "complete", json.dumps(listing).encode())
         self.is_complete = True
 
@@ -908,7 +935,7 @@ class GrowingShards(Shards):
         """The file or address in which, or after which, the text differs from that of another history."""
         number = len(os.path.commonprefix([history, self.history(len(self.infos))])) // 16  # same shards
         file_number = self.infos[number - 1]["end"][0] if number else 0
-        return without_secrets(find_files(self.config)[file_number])
+        return without_secrets(self.files[file_number])
 
     def heldout(self, limit, signals=()):
         """The first `limit` held-out rows, int64, or all if the whole text has fewer. Blocks until then."""
@@ -1577,19 +1604,26 @@ def errors_named(path):
 
 
 def write_sealed(path, content):
-    """Write bytes and then their SHA-256. Readers of zips, as torch.load is, ignore what follows the end."""
+    """Write bytes and then their seal. Readers of zips, as torch.load is, ignore what follows the end."""
     with atomic_write(path) as file:
         file.write(content)
-        file.write(hashlib.sha256(content).digest())
+        file.write(seal(path, content))
 
 
 def read_sealed(path, advice):
-    """The bytes that `write_sealed` wrote. A file that was cut or changed is refused with this advice."""
+    """The bytes that `write_sealed` wrote. A file that was cut, changed or renamed is refused."""
     raw = path.read_bytes()
     content = raw[:-SEAL_BYTES]
-    if hashlib.sha256(content).digest() != raw[-SEAL_BYTES:]:
+    if seal(path, content) != raw[-SEAL_BYTES:]:
         raise UserError(f"{path} is damaged; {advice}")
     return content
+
+
+def seal(path, content):
+    """The SHA-256 of a file's name and content. The name tells apart files that have changed places."""
+    found = hashlib.sha256(path.name.encode())
+    found.update(content)
+    return found.digest()
 
 
 def make_once(path, make):

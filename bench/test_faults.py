@@ -345,11 +345,15 @@ def test_damaged_archives_are_refused_by_name(corpus):
     texts, content = make_openwebtext()
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         second = next(member for member in tar if "00-20_data" in member.name)
+    plain = make_tar({f"{n}.txt": b"ba do" for n in range(5)}, "w")
     compressed = make_tar({f"{n}.txt": text.encode() for n, text in enumerate(texts)}, "w:gz")
     for name, damaged, message in [
         ("flipped.tar", flip(content, second.offset_data + second.size - 6),  # seen only at its end
          r"subset00-20_data.xz in flipped.tar is damaged or cut short"),
         ("cut.tar", content[: second.offset_data + 99], "cut.tar is damaged or cut short"),
+        ("plain.tar", flip(plain, 1024 + 9), "plain.tar is damaged or cut short"),  # the second header
+        ("half.tar", plain[: 1024 + 99], "half.tar is damaged or cut short"),
+        ("unended.tar", plain[:1024], "unended.tar is damaged or cut short"),
         ("page.tar", b"<!DOCTYPE html><html>Please log in</html>" * 40, "page.tar is damaged or cut short"),
         ("flipped.tar.gz", flip(compressed, len(compressed) - 6), "flipped.tar.gz is damaged"),
         ("cut.tar.gz", compressed[: len(compressed) // 2], "cut.tar.gz is damaged or cut short"),
@@ -392,7 +396,8 @@ def test_damaged_files_of_ours_and_a_folder_in_use_are_reported(corpus):
     ("shard-000001.npz", lambda content: content[:-50], "is damaged"),
     ("shard-000001.npz", lambda content: flip(content, len(content) // 2), "is damaged"),
     ("shard-000001.npz", lambda content: b"", "is damaged"),
-    ("shard-000001.npz", lambda _: Path("other.npz").read_bytes(), "was replaced by another shard"),
+    ("shard-000001.npz", lambda _: Path("shard-000002.npz").read_bytes(), "is damaged"),  # another one's place
+    ("shard-000001.npz", lambda _: Path("shard-000001.npz").read_bytes(), "was replaced by another shard"),
     ("complete", lambda content: content[:-1], "is damaged"),
     ("complete", lambda content: flip(content, 20), "is damaged"),
     ("complete", lambda content: b"", "is damaged"),
@@ -401,7 +406,8 @@ def test_a_cache_is_what_it_says_or_refused_by_name(corpus, name, spoil, message
     """A file of the cache that is lost or changed is named; the folder, once deleted, is made again."""
     shards = data.prepare(data_config())
     whole = contents(shards)
-    shutil.copy(shards.path(2), "other.npz")
+    shutil.copy(shards.path(2), ".")
+    shutil.copy(data.prepare(data_config(seed=1)).path(1), ".")
     path = shards.folder / name
     content = path.read_bytes()
     path.unlink()
@@ -664,11 +670,37 @@ def test_an_error_in_the_text_comes_after_the_shards_before_it(corpus, monkeypat
 
 
 def test_text_that_changes_while_it_is_read_gives_no_complete_cache(corpus, monkeypatch):
-    """What was read is compared with what is there before the cache counts as complete."""
-    watch(monkeypatch, Shards, "add", lambda *args: Path("corpus.txt").write_text("other text"))
-    with pytest.raises(UserError, match="the text changed while it was being read"):
-        data.prepare(data_config())
+    """What was read is compared with what is there before each shard, and before the cache is complete."""
+    Path("whole").mkdir()
+    shutil.copy2("corpus.txt", "whole")
+    with monkeypatch.context() as patch:
+        watch(patch, Shards, "add", lambda *args: Path("corpus.txt").write_text("other text"))
+        with pytest.raises(UserError, match="corpus.txt changed while it was being read"):
+            data.prepare(data_config())
+    assert not list(Path("cache").rglob("shard-*"))
+    os.replace("whole/corpus.txt", "corpus.txt")
+    with monkeypatch.context() as patch:
+        watch(patch, data, "hash_files", lambda *args: Path("corpus.txt").write_text("other text"))
+        with pytest.raises(UserError, match="the text changed while it was being read"):
+            data.prepare(data_config())
     assert not list(Path("cache").rglob("complete"))
+
+
+@pytest.mark.parametrize("changed", [lambda text: text[99:], lambda text: text[:99], lambda text: b"ba " + text])
+def test_an_address_whose_text_changed_after_a_kill_is_refused(corpus, monkeypatch, changed):
+    """A cache that grows goes on only with a text that begins as before; the text itself says so."""
+    text = Path("corpus.txt").read_bytes()
+    with Server({"/a.txt": text}) as server:
+        config = data_config(data=(f"{server.url}/a.txt",))
+        expected = contents(data.prepare(replace(config, cache="whole")))
+        monkeypatch.setattr(os, "fsync", fail_at("shard-", 3))
+        with pytest.raises(OSError, match="No space left"):
+            data.prepare(config)
+        server.files["/a.txt"] = changed(text)
+        with pytest.raises(UserError, match="a.txt has changed since its beginning was prepared; use another"):
+            data.prepare(config)
+        server.files["/a.txt"] = text
+        assert contents(data.prepare(config)) == expected
 
 
 # ============================================================================================================
