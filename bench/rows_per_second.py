@@ -124,7 +124,8 @@ def compare(config, options):
         print(f"{stage.__name__}: {1000 * wall[stage] / count:.0f} ms a shard, of which "
               f"{1000 * cpu[stage] / count:.0f} on the CPU")
     for workers in 1, 2, 4, 8, 16:
-        rate = min(len(shard_texts) / wall[parent], workers * len(some) / wall[build]) * rows / len(shard_texts)
+        shards_per_second = min(len(shard_texts) / wall[parent], workers * len(some) / wall[build])
+        rate = shards_per_second * rows / len(shard_texts)
         print(f"{workers} workers and the parent, a core each: {rate:,.0f} rows/s")
 
 

@@ -396,7 +396,7 @@ def test_damaged_files_of_ours_and_a_folder_in_use_are_reported(corpus):
     ("shard-000001.npz", lambda content: content[:-50], "is damaged"),
     ("shard-000001.npz", lambda content: flip(content, len(content) // 2), "is damaged"),
     ("shard-000001.npz", lambda content: b"", "is damaged"),
-    ("shard-000001.npz", lambda _: Path("shard-000002.npz").read_bytes(), "is damaged"),  # another one's place
+    ("shard-000001.npz", lambda _: Path("shard-000002.npz").read_bytes(), "is damaged"),  # in another's place
     ("shard-000001.npz", lambda _: Path("shard-000001.npz").read_bytes(), "was replaced by another shard"),
     ("complete", lambda content: content[:-1], "is damaged"),
     ("complete", lambda content: flip(content, 20), "is damaged"),
@@ -686,7 +686,8 @@ def test_text_that_changes_while_it_is_read_gives_no_complete_cache(corpus, monk
     assert not list(Path("cache").rglob("complete"))
 
 
-@pytest.mark.parametrize("changed", [lambda text: text[99:], lambda text: text[:99], lambda text: b"ba " + text])
+@pytest.mark.parametrize("changed", [lambda text: text[99:], lambda text: text[:99],
+                                     lambda text: b"ba " + text])
 def test_an_address_whose_text_changed_after_a_kill_is_refused(corpus, monkeypatch, changed):
     """A cache that grows goes on only with a text that begins as before; the text itself says so."""
     text = Path("corpus.txt").read_bytes()
@@ -697,7 +698,7 @@ def test_an_address_whose_text_changed_after_a_kill_is_refused(corpus, monkeypat
         with pytest.raises(OSError, match="No space left"):
             data.prepare(config)
         server.files["/a.txt"] = changed(text)
-        with pytest.raises(UserError, match="a.txt has changed since its beginning was prepared; use another"):
+        with pytest.raises(UserError, match="a.txt has changed since its beginning was prepared; use"):
             data.prepare(config)
         server.files["/a.txt"] = text
         assert contents(data.prepare(config)) == expected
@@ -755,7 +756,7 @@ def children(pid):
 
 def test_no_child_and_no_worker_outlives_its_parent(streaming):
     """The child process ends when its parent is killed, and its workers with it."""
-    with Server({"/silent.txt": b"ba do ku"}, lambda: "stall") as server:  # the child waits for the rest
+    with Server({"/silent.txt": Path("corpus.txt").read_bytes()}, lambda: "stall") as server:
         script = f"""{SMALL}
 config = data.DataConfig(data=["{server.url}/silent.txt"], vocab="vocab.txt", max_length=32)
 with data.GrowingShards(config, data.load_wordpiece(config)).prepare_in_child():
