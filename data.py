@@ -201,13 +201,18 @@ def choose_openwebtext():
         with suppress(NotFound):
             next(fetch(addresses[0]), None)
             return choice
-    raise UserError(f"{hub()} does not have OpenWebText; use --data PATH or --data python-docs")
+    raise UserError(f"{without_secrets(hub())} does not have OpenWebText; use --data PATH or --data "
+                    "python-docs")
 
 
 def walk(folder):
     """The files in a folder, through symbolic links, without hidden files and folders."""
+
+    def refuse(error):  # os.walk would leave out a folder that cannot be read
+        raise error
+
     seen = set()
-    for path, folders, names in os.walk(folder, followlinks=True):
+    for path, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real_path = os.path.realpath(path)
         if real_path in seen:  # a link leads back up
             folders.clear()  # os.walk goes no deeper
@@ -830,6 +835,9 @@ class Shards:
         elif kept < 0.4 * (self.total("rows") + self.total("heldout_rows")) * self.config.max_length:
             yield ("warning: rows are mostly padding. A blank line ends a document: if it should not, use "
                    "--one-document-per-file, else lower --max-length")
+        if self.wordpiece.cased_share() > 0.05:
+            yield ("warning: many tokens of the vocabulary have capitals and can never occur in lower-cased "
+                   "text: use --no-do-lower-case")
         if self.total("marks_stripped") > 0.05 * kept:
             yield ("warning: vowel signs or voicing marks are stripped like accents, which changes words of "
                    "Hindi, Thai, Arabic, Japanese and others: use --no-strip-accents")
@@ -1147,13 +1155,25 @@ def download_model(name, folder):
 
 
 def read_tokenizer(folder):
-    """(WordPiece, max_length or None) of a model folder: vocabulary, case, accents, the length trained on."""
-    tokens = read_vocab(find_vocab(folder))
-    # The rules of tokenizer.json outweigh those of tokenizer_config.json.
-    rules = read_rules(Path(folder, "tokenizer_config.json")) | read_rules(Path(folder, "tokenizer.json"))
+    """(WordPiece, max_length or None) of a model folder: vocabulary, case, accents, the length trained on.
+
+    Files that disagree are refused: other libraries may follow the other one.
+    """
+    config_path = Path(folder, "tokenizer_config.json")
+    json_path = Path(folder, "tokenizer.json")
+    vocab_path = find_vocab(folder)
+    tokens = read_vocab(vocab_path)
+    settings = read_rules(config_path)
+    rules = settings | read_rules(json_path)
     do_lower_case = rules.get("do_lower_case") is not False
     strip_accents = rules.get("strip_accents") is not False  # if it is lower-cased, as in BERT
-    return WordPiece(tokens, do_lower_case, strip_accents), rules.get("model_max_length")
+    wordpiece = WordPiece(tokens, do_lower_case, strip_accents)
+    if json_path.is_file() and read_vocab(json_path) != tokens:
+        raise UserError(f"{vocab_path} and {json_path} hold different vocabularies; delete the wrong one")
+    for name in "do_lower_case", "strip_accents":
+        if settings.get(name) not in (getattr(wordpiece, name), None):
+            raise UserError(f"{config_path} and {json_path} disagree about {name}; correct the wrong one")
+    return wordpiece, rules.get("model_max_length")
 
 
 # What the files of a model folder may say about its tokenizer; no entry and null mean the first value.
@@ -1231,29 +1251,28 @@ IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000
 def load_wordpiece(config):
     """The WordPiece that config.vocab names: a file, BERT's, or one trained on the text."""
     find_files(config)  # a missing one is reported before anything is downloaded
-    tokens = read_vocab(make_vocab(config))
-    return WordPiece(tokens, config.do_lower_case, config.strip_accents)
+    return WordPiece(load_vocab(config), config.do_lower_case, config.strip_accents)
 
 
-def make_vocab(config):
-    """The path of the vocabulary that config.vocab names. It is downloaded or trained if need be."""
+def load_vocab(config):
+    """The tokens of the vocabulary that config.vocab names. It is downloaded or trained if need be."""
     if config.vocab == "bert":
         path = Path(config.cache) / "bert-uncased-vocab.txt"
         advice = "use --vocab FILE, or --vocab train:8192 for one trained on your text"
-        make_once(path, lambda: download(path, **BERT_VOCAB, advice=advice))
-        return path
+        download_once(path, **BERT_VOCAB, advice=advice)
+        return read_vocab(path)
     match = re.fullmatch(r"train:(\d+)", config.vocab)
     if not match:
-        return Path(config.vocab)
+        return read_vocab(Path(config.vocab))
     size = int(match[1])
     if not len(SPECIAL_TOKENS) < size <= 65_535:
         raise UserError(f"--vocab {config.vocab} is not possible; rows are uint16, so take 6 to 65535")
     # Training is not reproducible to the byte, so the vocabulary of a text is kept.
     fingerprint = [identify_text(config), config.one_document_per_file, config.do_lower_case,
                    config.strip_accents, match[1]]
-    path = Path(config.cache) / f"{source_name(config)}-{digest(fingerprint)}-vocab.txt"
+    path = Path(config.cache) / f"{source_name(config)}-{digest(fingerprint)}.vocab"
     make_once(path, lambda: train_vocab(config, size, path))
-    return path
+    return parse_vocab(read_sealed(path, "delete it, and it is trained again"), path)
 
 
 def train_vocab(config, size, path):
@@ -1279,8 +1298,7 @@ def train_vocab(config, size, path):
     if len(tokens) < size:
         tqdm.write(f"the text yields a vocabulary of {len(tokens):,} and not {size:,}: it has no more pieces "
                    "of words", file=sys.stderr)
-    with atomic_write(path) as file:
-        file.write(vocab_file(tokens))
+    write_sealed(path, vocab_file(tokens))
 
 
 def lines_without_ideographs(config, wordpiece, counts):
@@ -1296,7 +1314,12 @@ def read_vocab(path):
     """The tokens of a vocab.txt, one on each line, or of a tokenizer.json, in the order of their ids."""
     if not path.is_file():
         raise UserError(f"there is no vocabulary {path}; --vocab takes a vocab.txt, train:SIZE or bert")
-    text = decode_utf8(path.read_bytes(), path)
+    return parse_vocab(path.read_bytes(), path)
+
+
+def parse_vocab(raw, path):
+    """The tokens in the content of a vocabulary's file."""
+    text = decode_utf8(raw, path)
     if path.suffix == ".json":
         content = parse_json(text, path)
         try:
@@ -1311,12 +1334,15 @@ def read_vocab(path):
         tokens = [line.strip() for line in text.removesuffix("\n").split("\n")]  # as in the official code
     for number, token in enumerate(tokens, 1):
         if len(token.split()) > 1:
-            raise UserError(f"the vocabulary {path}, line {number}, holds more than a token: {token!r}; "
+            raise UserError(f"the vocabulary {path}, line {number}, holds more than a token: {token!r:.40}; "
                             "keep one on each line")
     if tokens[:1] != [PAD] or not set(SPECIAL_TOKENS) <= set(tokens):
         raise UserError(f"the vocabulary {path} must begin with {PAD} and hold {', '.join(SPECIAL_TOKENS)}")
-    if len(set(tokens)) < len(tokens) or len(tokens) > 65_535:
-        raise UserError(f"the vocabulary {path} must hold at most 65,535 tokens, each once; rows are uint16")
+    [(token, count)] = Counter(tokens).most_common(1)
+    if count > 1:
+        raise UserError(f"the vocabulary {path} holds {token!r:.40} more than once; keep each token once")
+    if len(tokens) > 65_535:
+        raise UserError(f"the vocabulary {path} holds more than 65,535 tokens; rows are uint16")
     return tokens
 
 
@@ -1375,6 +1401,13 @@ class WordPiece:
         ids = rows[(rows != 0) & (rows != self.cls_token_id) & (rows != self.sep_token_id)]
         return float(np.mean(ids == self.unk_token_id)) if len(ids) else 0.0
 
+    def cased_share(self):
+        """The share of tokens that lower-casing makes useless. [PAD] and its like do not count."""
+        if not self.do_lower_case:
+            return 0.0
+        is_useless = [token != token.lower() and not token.startswith("[") for token in self.tokens]
+        return sum(is_useless) / len(self.tokens)
+
     def decode(self, ids):
         """Readable text, with special tokens and without padding."""
         words = [self.tokens[number] for number in ids if number != 0]  # 0 is [PAD]
@@ -1395,8 +1428,8 @@ def unknown_warning(share):
     if share <= 0.05:
         return ""
     return (f"warning: {share:.0%} of the tokens are [UNK]. Usual causes: a vocabulary of another "
-            "language, case or accents; words of over 200 characters (text without spaces); lines of "
-            "vocab.txt that hold more than a token")
+            "language, case or accents; a vocabulary of another kind (\u2581, \u0120); words of over 200 "
+            "characters (text without spaces); lines of vocab.txt that hold more than a token")
 
 
 def vocab_file(tokens):
@@ -1410,6 +1443,7 @@ def vocab_file(tokens):
 TIMEOUT = 30  # seconds without an answer
 BACKOFF = 0.5  # seconds, doubled before each new attempt, at most a minute
 ATTEMPTS = 16  # in a row; they take ten minutes
+HOPELESS = re.compile("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|CERTIFICATE_VERIFY_FAILED")  # of OpenSSL
 ATTEMPTS_WITHOUT_ANSWER = 7  # if the server has never answered; they take a minute
 
 
@@ -1461,6 +1495,14 @@ def download(path, address, advice, size=None, sha256=None):
                             f"{sha256}; try again, or {advice}")
 
 
+def download_once(path, address, advice, size, sha256):
+    """Download a file unless it is there, and check it at every use."""
+    make_once(path, lambda: download(path, address, advice, size, sha256))
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != sha256:
+        raise UserError(f"{path} has SHA-256 {found} instead of {sha256}; delete it to download it again")
+
+
 def fetch(address, advice="use --data PATH or --data python-docs"):
     """Yield the bytes at an address. A dropped connection resumes at the byte where it broke off."""
     name = without_secrets(address)
@@ -1485,9 +1527,11 @@ def fetch(address, advice="use --data PATH or --data python-docs"):
                     version = found
                 if position == 0 or length is None:
                     length = total
-                if (begin, total, found) != (position, length, version):
+                is_known = version != "" or position == 0
+                if (begin, total, found) != (position, length, version) or not is_known:
                     raise UserError(f"{name} cannot be resumed at byte {position:,}: it has changed, or the "
-                                    "server cannot send a part; download it and use --data PATH")
+                                    "server cannot send a part or does not say whether it has changed; "
+                                    "download it and use --data PATH")
                 for chunk in response.iter_content(1 << 14):
                     position += len(chunk)
                     failures = 0
@@ -1514,10 +1558,9 @@ def describe_answer(response):
         if not match:
             return None, None, version
         return int(match[1]), int(match[2]), version
-    length = headers.get("Content-Length", "")
-    if not length.isdecimal() or "Content-Encoding" in headers:  # of the encoded bytes
+    if "Content-Length" not in headers:
         return 0, None, version
-    return 0, int(length), version
+    return 0, int(headers["Content-Length"]), version
 
 
 def check_status(response, name, advice):
@@ -1528,10 +1571,17 @@ def check_status(response, name, advice):
     if status not in (200, 206):
         kind = NotFound if status == 404 else UserError
         raise kind(f"{name} answers {status} {response.reason}; {advice}")
+    for header, pattern in ("Content-Encoding", "identity"), ("Content-Length", "[0-9]+"):
+        value = response.headers.get(header)
+        if value is not None and not re.fullmatch(pattern, value):  # then a cut cannot be noticed
+            raise UserError(f"{name} answers with {header} {value!r:.40}; {advice}")
 
 
 def wait_or_give_up(error, failures, name, position, advice):
     """Wait before the next attempt. Raises UserError after too many failures in a row."""
+    if isinstance(error, requests.TooManyRedirects) or HOPELESS.search(str(error)):
+        raise UserError(f"{name} cannot be read: {type(error).__name__}; check the address, or "
+                        f"{advice}") from None
     attempts = ATTEMPTS
     response = getattr(error, "response", None)
     if response is not None:
@@ -1565,6 +1615,8 @@ def without_secrets(name):
     url = url_of(name)
     if "://" not in url:
         return name
+    # A password with / ? or #, which should be escaped. A port is no password.
+    url = re.sub(r"//[^/?#@\[]*:(?!\d*(?:[/?#]|$))[^@]*[/?#].*@", "//", url)
     return re.sub(r"//[^/?#]*@", "//", re.split("[?#]", url)[0])
 
 
@@ -1684,8 +1736,18 @@ def read_json(path):
 
 def parse_json(text, source):
     """The JSON object in `text`. Errors name `source`."""
+
+    def to_dict(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+            raise UserError(f"{source} is damaged: it has the key {key!r:.40} more than once")
+        return found
+
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=to_dict)
+    except UserError:
+        raise
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
@@ -1696,10 +1758,16 @@ def parse_json(text, source):
 def decode_utf8(raw, source):
     """The text of some bytes, without a byte order mark. Errors name `source`."""
     try:
-        return raw.decode().removeprefix("\ufeff")
+        text = raw.decode()
+        start = -1
     except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not UTF-8 at byte {error.start}; convert it, for example with "
-                        "iconv") from None
+        start = error.start
+    for sign in b"\0", b"\x1b$":  # UTF-16 without its mark, and ISO-2022, are valid UTF-8
+        if sign in raw:
+            start = raw.index(sign)
+    if start >= 0:
+        raise UserError(f"{source} is not UTF-8 at byte {start}; convert it, for example with iconv")
+    return text.removeprefix("\ufeff")
 
 
 def without_surrogates(text):
