@@ -116,7 +116,7 @@ START = (0, 0, "")  # the position before all documents
 MAX_DOCUMENT = 10_000_000  # characters; a longer document of a .txt is split
 READABLE = ".txt, .jsonl, .json, .parquet or .tar file, plain, .gz, .xz or .zst"
 # Where OpenWebText may be: tars of a revision that had them, tars of the main branch, or the files to which
-# the hub converts data sets. hub: stands for its address.
+# the hub converts data sets. hub: stands for the address of HuggingFace's hub, see `hub`.
 REPOSITORY = "hub:/datasets/Skylion007/openwebtext/resolve"
 TARS = [f"subsets/urlsf_subset{number:02d}.tar" for number in range(21)]
 OPENWEBTEXT = dict(
@@ -1325,7 +1325,7 @@ def parse_vocab(raw, path):
         try:
             ids = content["model"]["vocab"]
             tokens = sorted(ids, key=ids.get)
-            is_whole = [ids[token] for token in tokens] == list(range(len(tokens)))
+            is_whole = sorted(ids.values()) == list(range(len(ids)))
         except (AttributeError, KeyError, TypeError):
             is_whole = False
         if not is_whole:
