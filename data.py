@@ -112,7 +112,7 @@ def prepare(config, progress=True, wordpiece=None):
 # Documents: names -> files -> one string for each document
 
 SHARD_CHARACTERS = 2_000_000  # characters of text per shard, about 3,000 rows of 128
-START = (0, 0, "")  # the position before all documents
+START = (0, 0, 0)  # the position before all documents
 MAX_DOCUMENT = 10_000_000  # characters; a longer document of a .txt is split
 READABLE = ".txt, .jsonl, .json, .parquet or .tar file, plain, .gz, .xz or .zst"
 # Where OpenWebText may be: tars of a revision that had them, tars of the main branch, or the files to which
@@ -147,18 +147,18 @@ def read_shard_texts(config, start, first_number):
 def read_documents(config, start=START):
     """Yield (text, position after it) for each document from position `start` on.
 
-    A position is a tuple: number of the file, number of its documents so far, their SHA-256. Resuming reads a
+    A position is a tuple: number of the file, number of its documents so far, their CRC-32. Resuming reads a
     file from its beginning again, and refuses one that no longer begins with the same documents.
     """
     for file_number, name in enumerate(find_files(config)):
         if file_number < start[0]:
             continue
         is_new = (file_number, 0) >= start[:2]
-        so_far = hashlib.sha256()
+        checksum = 0
         for count, text in enumerate(read_source(name, config), 1):
             text = text.replace("\r\n", "\n").strip()
-            so_far.update(f"{text}\0".encode())
-            position = (file_number, count, so_far.hexdigest())
+            checksum = zlib.crc32(text.encode(), checksum)
+            position = (file_number, count, checksum)
             if text and is_new:
                 yield text, position
             is_new = is_new or position == start
