@@ -112,6 +112,7 @@ def prepare(config, progress=True, wordpiece=None):
 # Documents: names -> files -> one string for each document
 
 SHARD_CHARACTERS = 2_000_000  # characters of text per shard, about 3,000 rows of 128
+START = (0, 0, 0)  # the position before all documents
 MAX_DOCUMENT = 10_000_000  # characters; a longer document of a .txt is split
 READABLE = ".txt, .jsonl, .json, .parquet or .tar file, plain, .gz, .xz or .zst"
 # Where OpenWebText may be: tars of a revision that had them, tars of the main branch, or the files to which
@@ -143,20 +144,27 @@ def read_shard_texts(config, start, first_number):
         yield number, texts, position
 
 
-def read_documents(config, start=(0, 0)):
+def read_documents(config, start=START):
     """Yield (text, position after it) for each document from position `start` on.
 
-    A position is a tuple: number of the file, number of its documents so far. Resuming reads a file from its
-    beginning again.
+    A position is a tuple: number of the file, number of its documents so far, their CRC-32. Resuming reads a
+    file from its beginning again, and refuses one that no longer begins with the same documents.
     """
     for file_number, name in enumerate(find_files(config)):
         if file_number < start[0]:
             continue
+        is_new = (file_number, 0) >= start[:2]
+        checksum = 0
         for count, text in enumerate(read_source(name, config), 1):
             text = text.replace("\r\n", "\n").strip()
-            position = (file_number, count)
-            if text and position > start:
+            checksum = zlib.crc32(text.encode(), checksum)
+            position = (file_number, count, checksum)
+            if text and is_new:
                 yield text, position
+            is_new = is_new or position == start
+        if not is_new:
+            raise UserError(f"{without_secrets(name)} has changed since its beginning was prepared; use "
+                            "another --cache")
 
 
 def find_files(config):
@@ -193,13 +201,18 @@ def choose_openwebtext():
         with suppress(NotFound):
             next(fetch(addresses[0]), None)
             return choice
-    raise UserError(f"{hub()} does not have OpenWebText; use --data PATH or --data python-docs")
+    raise UserError(f"{without_secrets(hub())} does not have OpenWebText; use --data PATH or --data "
+                    "python-docs")
 
 
 def walk(folder):
     """The files in a folder, through symbolic links, without hidden files and folders."""
+
+    def refuse(error):  # os.walk would leave out a folder that cannot be read
+        raise error
+
     seen = set()
-    for path, folders, names in os.walk(folder, followlinks=True):
+    for path, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real_path = os.path.realpath(path)
         if real_path in seen:  # a link leads back up
             folders.clear()  # os.walk goes no deeper
@@ -267,7 +280,7 @@ def read_file(stream, path, source, one_document):
                 yield from read_parquet(file, source)
             else:
                 yield from read_jsonl(file, source)
-    except (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
+    except (EOFError, OSError, RecursionError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
         if isinstance(error, OSError) and error.errno:  # an error of the disk; damage has no number
             raise OSError(error.errno, error.strerror, error.filename or source) from None
         raise UserError(f"{source} is damaged or cut short ({error}); make or fetch it again") from error
@@ -295,11 +308,24 @@ def import_pyarrow(source):
 
 def read_tar(file):
     """Yield (name, content as a file) for each readable member. Nothing is unpacked to disk."""
-    with tarfile.open(fileobj=file, mode="r|") as tar:
+    with tarfile.open(fileobj=file, mode="r|", tarinfo=Member) as tar:
         while member := tar.next():
             tar.members.clear()  # it would grow with the archive
             if member.isfile() and is_readable(member.name):
                 yield member.name, tar.extractfile(member)
+
+
+class Member(tarfile.TarInfo):
+    """A member of a tar. A header that is damaged or missing is an error; tarfile takes it for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tar):
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # the mark at the end
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from None
 
 
 def read_txt(file, source, one_document):
@@ -671,8 +697,9 @@ def deal_out(lines, target, max_length, uniform):
 # ------------------------------------------------------------------------------------------------------------
 # Shards: rows <-> disk
 
-FORMAT = 3  # raise it when rows change
+FORMAT = 4  # raise it when rows or their files change
 DELETE = "delete its folder, and it is made again"  # the advice about a damaged cache
+CHANGED = "changed while it was being read; run the same command again"
 
 
 class Shards:
@@ -687,6 +714,7 @@ class Shards:
         self.wordpiece = wordpiece
         self.infos = []  # of each shard that is known so far: its info, and the file's "sha256"
         self.is_complete = False
+        self.files = find_files(config)
         self.identities = identify_text(config)
         self.fingerprint = {  # all that the rows depend on, apart from the text
             "format": [FORMAT, SHARD_CHARACTERS, HELDOUT_SHARE],
@@ -759,11 +787,15 @@ class Shards:
     def next_position(self):
         """The position in the text (see read_documents) at which the next shard begins."""
         if not self.infos:
-            return (0, 0)
+            return START
         return tuple(self.infos[-1]["end"])
 
     def add(self, train, heldout, info):
-        """Write the next shard."""
+        """Write the next shard, if the files that its text comes from are still those that were found."""
+        files = zip(self.files, self.identities, strict=True)
+        for name, identity in itertools.islice(files, self.next_position[0], info["end"][0] + 1):
+            if identify(name, "/")[1:] != identity[1:]:
+                raise UserError(f"{name} {CHANGED}")
         file = io.BytesIO()
         np.savez(file, train=train, heldout=heldout, info=json.dumps(info))
         write_sealed(self.path(len(self.infos)), file.getvalue())
@@ -773,7 +805,7 @@ class Shards:
         """Say that there will be no more shards, if the text is still the one that was read."""
         listing = dict(shards=self.infos, files=hash_files(self.config))
         if identify_text(self.config) != self.identities:
-            raise UserError("the text changed while it was being read; run the same command again")
+            raise UserError(f"the text {CHANGED}")
         write_sealed(self.folder / "complete", json.dumps(listing).encode())
         self.is_complete = True
 
@@ -803,6 +835,9 @@ class Shards:
         elif kept < 0.4 * (self.total("rows") + self.total("heldout_rows")) * self.config.max_length:
             yield ("warning: rows are mostly padding. A blank line ends a document: if it should not, use "
                    "--one-document-per-file, else lower --max-length")
+        if self.wordpiece.cased_share() > 0.05:
+            yield ("warning: many tokens of the vocabulary have capitals and can never occur in lower-cased "
+                   "text: use --no-do-lower-case")
         if self.total("marks_stripped") > 0.05 * kept:
             yield ("warning: vowel signs or voicing marks are stripped like accents, which changes words of "
                    "Hindi, Thai, Arabic, Japanese and others: use --no-strip-accents")
@@ -908,7 +943,7 @@ class GrowingShards(Shards):
         """The file or address in which, or after which, the text differs from that of another history."""
         number = len(os.path.commonprefix([history, self.history(len(self.infos))])) // 16  # same shards
         file_number = self.infos[number - 1]["end"][0] if number else 0
-        return without_secrets(find_files(self.config)[file_number])
+        return without_secrets(self.files[file_number])
 
     def heldout(self, limit, signals=()):
         """The first `limit` held-out rows, int64, or all if the whole text has fewer. Blocks until then."""
@@ -1120,13 +1155,25 @@ def download_model(name, folder):
 
 
 def read_tokenizer(folder):
-    """(WordPiece, max_length or None) of a model folder: vocabulary, case, accents, the length trained on."""
-    tokens = read_vocab(find_vocab(folder))
-    # The rules of tokenizer.json outweigh those of tokenizer_config.json.
-    rules = read_rules(Path(folder, "tokenizer_config.json")) | read_rules(Path(folder, "tokenizer.json"))
+    """(WordPiece, max_length or None) of a model folder: vocabulary, case, accents, the length trained on.
+
+    Files that disagree are refused: other libraries may follow the other one.
+    """
+    config_path = Path(folder, "tokenizer_config.json")
+    json_path = Path(folder, "tokenizer.json")
+    vocab_path = find_vocab(folder)
+    tokens = read_vocab(vocab_path)
+    settings = read_rules(config_path)
+    rules = settings | read_rules(json_path)
     do_lower_case = rules.get("do_lower_case") is not False
     strip_accents = rules.get("strip_accents") is not False  # if it is lower-cased, as in BERT
-    return WordPiece(tokens, do_lower_case, strip_accents), rules.get("model_max_length")
+    wordpiece = WordPiece(tokens, do_lower_case, strip_accents)
+    if json_path.is_file() and read_vocab(json_path) != tokens:
+        raise UserError(f"{vocab_path} and {json_path} hold different vocabularies; delete the wrong one")
+    for name in "do_lower_case", "strip_accents":
+        if settings.get(name) not in (getattr(wordpiece, name), None):
+            raise UserError(f"{config_path} and {json_path} disagree about {name}; correct the wrong one")
+    return wordpiece, rules.get("model_max_length")
 
 
 # What the files of a model folder may say about its tokenizer; no entry and null mean the first value.
@@ -1204,29 +1251,28 @@ IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000
 def load_wordpiece(config):
     """The WordPiece that config.vocab names: a file, BERT's, or one trained on the text."""
     find_files(config)  # a missing one is reported before anything is downloaded
-    tokens = read_vocab(make_vocab(config))
-    return WordPiece(tokens, config.do_lower_case, config.strip_accents)
+    return WordPiece(load_vocab(config), config.do_lower_case, config.strip_accents)
 
 
-def make_vocab(config):
-    """The path of the vocabulary that config.vocab names. It is downloaded or trained if need be."""
+def load_vocab(config):
+    """The tokens of the vocabulary that config.vocab names. It is downloaded or trained if need be."""
     if config.vocab == "bert":
         path = Path(config.cache) / "bert-uncased-vocab.txt"
         advice = "use --vocab FILE, or --vocab train:8192 for one trained on your text"
-        make_once(path, lambda: download(path, **BERT_VOCAB, advice=advice))
-        return path
+        download_once(path, **BERT_VOCAB, advice=advice)
+        return read_vocab(path)
     match = re.fullmatch(r"train:(\d+)", config.vocab)
     if not match:
-        return Path(config.vocab)
+        return read_vocab(Path(config.vocab))
     size = int(match[1])
     if not len(SPECIAL_TOKENS) < size <= 65_535:
         raise UserError(f"--vocab {config.vocab} is not possible; rows are uint16, so take 6 to 65535")
     # Training is not reproducible to the byte, so the vocabulary of a text is kept.
     fingerprint = [identify_text(config), config.one_document_per_file, config.do_lower_case,
                    config.strip_accents, match[1]]
-    path = Path(config.cache) / f"{source_name(config)}-{digest(fingerprint)}-vocab.txt"
+    path = Path(config.cache) / f"{source_name(config)}-{digest(fingerprint)}.vocab"
     make_once(path, lambda: train_vocab(config, size, path))
-    return path
+    return parse_vocab(read_sealed(path, "delete it, and it is trained again"), path)
 
 
 def train_vocab(config, size, path):
@@ -1252,8 +1298,7 @@ def train_vocab(config, size, path):
     if len(tokens) < size:
         tqdm.write(f"the text yields a vocabulary of {len(tokens):,} and not {size:,}: it has no more pieces "
                    "of words", file=sys.stderr)
-    with atomic_write(path) as file:
-        file.write(vocab_file(tokens))
+    write_sealed(path, vocab_file(tokens))
 
 
 def lines_without_ideographs(config, wordpiece, counts):
@@ -1269,7 +1314,12 @@ def read_vocab(path):
     """The tokens of a vocab.txt, one on each line, or of a tokenizer.json, in the order of their ids."""
     if not path.is_file():
         raise UserError(f"there is no vocabulary {path}; --vocab takes a vocab.txt, train:SIZE or bert")
-    text = decode_utf8(path.read_bytes(), path)
+    return parse_vocab(path.read_bytes(), path)
+
+
+def parse_vocab(raw, path):
+    """The tokens in the content of a vocabulary's file."""
+    text = decode_utf8(raw, path)
     if path.suffix == ".json":
         content = parse_json(text, path)
         try:
@@ -1284,12 +1334,15 @@ def read_vocab(path):
         tokens = [line.strip() for line in text.removesuffix("\n").split("\n")]  # as in the official code
     for number, token in enumerate(tokens, 1):
         if len(token.split()) > 1:
-            raise UserError(f"the vocabulary {path}, line {number}, holds more than a token: {token!r}; "
+            raise UserError(f"the vocabulary {path}, line {number}, holds more than a token: {token!r:.40}; "
                             "keep one on each line")
     if tokens[:1] != [PAD] or not set(SPECIAL_TOKENS) <= set(tokens):
         raise UserError(f"the vocabulary {path} must begin with {PAD} and hold {', '.join(SPECIAL_TOKENS)}")
-    if len(set(tokens)) < len(tokens) or len(tokens) > 65_535:
-        raise UserError(f"the vocabulary {path} must hold at most 65,535 tokens, each once; rows are uint16")
+    [(token, count)] = Counter(tokens).most_common(1)
+    if count > 1:
+        raise UserError(f"the vocabulary {path} holds {token!r:.40} more than once; keep each token once")
+    if len(tokens) > 65_535:
+        raise UserError(f"the vocabulary {path} holds more than 65,535 tokens; rows are uint16")
     return tokens
 
 
@@ -1348,6 +1401,13 @@ class WordPiece:
         ids = rows[(rows != 0) & (rows != self.cls_token_id) & (rows != self.sep_token_id)]
         return float(np.mean(ids == self.unk_token_id)) if len(ids) else 0.0
 
+    def cased_share(self):
+        """The share of tokens that lower-casing makes useless. [PAD] and its like do not count."""
+        if not self.do_lower_case:
+            return 0.0
+        is_useless = [token != token.lower() and not token.startswith("[") for token in self.tokens]
+        return sum(is_useless) / len(self.tokens)
+
     def decode(self, ids):
         """Readable text, with special tokens and without padding."""
         words = [self.tokens[number] for number in ids if number != 0]  # 0 is [PAD]
@@ -1368,8 +1428,8 @@ def unknown_warning(share):
     if share <= 0.05:
         return ""
     return (f"warning: {share:.0%} of the tokens are [UNK]. Usual causes: a vocabulary of another "
-            "language, case or accents; words of over 200 characters (text without spaces); lines of "
-            "vocab.txt that hold more than a token")
+            "language, case or accents; a vocabulary of another kind (\u2581, \u0120); words of over 200 "
+            "characters (text without spaces); lines of vocab.txt that hold more than a token")
 
 
 def vocab_file(tokens):
@@ -1383,6 +1443,7 @@ def vocab_file(tokens):
 TIMEOUT = 30  # seconds without an answer
 BACKOFF = 0.5  # seconds, doubled before each new attempt, at most a minute
 ATTEMPTS = 16  # in a row; they take ten minutes
+HOPELESS = re.compile("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|CERTIFICATE_VERIFY_FAILED")  # of OpenSSL
 ATTEMPTS_WITHOUT_ANSWER = 7  # if the server has never answered; they take a minute
 
 
@@ -1434,6 +1495,14 @@ def download(path, address, advice, size=None, sha256=None):
                             f"{sha256}; try again, or {advice}")
 
 
+def download_once(path, address, advice, size, sha256):
+    """Download a file unless it is there, and check it at every use."""
+    make_once(path, lambda: download(path, address, advice, size, sha256))
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != sha256:
+        raise UserError(f"{path} has SHA-256 {found} instead of {sha256}; delete it to download it again")
+
+
 def fetch(address, advice="use --data PATH or --data python-docs"):
     """Yield the bytes at an address. A dropped connection resumes at the byte where it broke off."""
     name = without_secrets(address)
@@ -1458,9 +1527,11 @@ def fetch(address, advice="use --data PATH or --data python-docs"):
                     version = found
                 if position == 0 or length is None:
                     length = total
-                if (begin, total, found) != (position, length, version):
+                is_known = version != "" or position == 0
+                if (begin, total, found) != (position, length, version) or not is_known:
                     raise UserError(f"{name} cannot be resumed at byte {position:,}: it has changed, or the "
-                                    "server cannot send a part; download it and use --data PATH")
+                                    "server cannot send a part or does not say whether it has changed; "
+                                    "download it and use --data PATH")
                 for chunk in response.iter_content(1 << 14):
                     position += len(chunk)
                     failures = 0
@@ -1487,10 +1558,9 @@ def describe_answer(response):
         if not match:
             return None, None, version
         return int(match[1]), int(match[2]), version
-    length = headers.get("Content-Length", "")
-    if not length.isdecimal() or "Content-Encoding" in headers:  # of the encoded bytes
+    if "Content-Length" not in headers:
         return 0, None, version
-    return 0, int(length), version
+    return 0, int(headers["Content-Length"]), version
 
 
 def check_status(response, name, advice):
@@ -1501,10 +1571,17 @@ def check_status(response, name, advice):
     if status not in (200, 206):
         kind = NotFound if status == 404 else UserError
         raise kind(f"{name} answers {status} {response.reason}; {advice}")
+    for header, pattern in ("Content-Encoding", "identity"), ("Content-Length", "[0-9]+"):
+        value = response.headers.get(header)
+        if value is not None and not re.fullmatch(pattern, value):  # then a cut cannot be noticed
+            raise UserError(f"{name} answers with {header} {value!r:.40}; {advice}")
 
 
 def wait_or_give_up(error, failures, name, position, advice):
     """Wait before the next attempt. Raises UserError after too many failures in a row."""
+    if isinstance(error, requests.TooManyRedirects) or HOPELESS.search(str(error)):
+        raise UserError(f"{name} cannot be read: {type(error).__name__}; check the address, or "
+                        f"{advice}") from None
     attempts = ATTEMPTS
     response = getattr(error, "response", None)
     if response is not None:
@@ -1538,6 +1615,8 @@ def without_secrets(name):
     url = url_of(name)
     if "://" not in url:
         return name
+    # A password with / ? or #, which should be escaped. A port is no password.
+    url = re.sub(r"//[^/?#@\[]*:(?!\d*(?:[/?#]|$))[^@]*[/?#].*@", "//", url)
     return re.sub(r"//[^/?#]*@", "//", re.split("[?#]", url)[0])
 
 
@@ -1577,19 +1656,26 @@ def errors_named(path):
 
 
 def write_sealed(path, content):
-    """Write bytes and then their SHA-256. Readers of zips, as torch.load is, ignore what follows the end."""
+    """Write bytes and then their seal. Readers of zips, as torch.load is, ignore what follows the end."""
     with atomic_write(path) as file:
         file.write(content)
-        file.write(hashlib.sha256(content).digest())
+        file.write(seal(path, content))
 
 
 def read_sealed(path, advice):
-    """The bytes that `write_sealed` wrote. A file that was cut or changed is refused with this advice."""
+    """The bytes that `write_sealed` wrote. A file that was cut, changed or renamed is refused."""
     raw = path.read_bytes()
     content = raw[:-SEAL_BYTES]
-    if hashlib.sha256(content).digest() != raw[-SEAL_BYTES:]:
+    if seal(path, content) != raw[-SEAL_BYTES:]:
         raise UserError(f"{path} is damaged; {advice}")
     return content
+
+
+def seal(path, content):
+    """The SHA-256 of a file's name and content. The name tells apart files that have changed places."""
+    found = hashlib.sha256(path.name.encode())
+    found.update(content)
+    return found.digest()
 
 
 def make_once(path, make):
@@ -1650,8 +1736,18 @@ def read_json(path):
 
 def parse_json(text, source):
     """The JSON object in `text`. Errors name `source`."""
+
+    def to_dict(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+            raise UserError(f"{source} is damaged: it has the key {key!r:.40} more than once")
+        return found
+
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=to_dict)
+    except UserError:
+        raise
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
@@ -1662,10 +1758,16 @@ def parse_json(text, source):
 def decode_utf8(raw, source):
     """The text of some bytes, without a byte order mark. Errors name `source`."""
     try:
-        return raw.decode().removeprefix("\ufeff")
+        text = raw.decode()
+        start = -1
     except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not UTF-8 at byte {error.start}; convert it, for example with "
-                        "iconv") from None
+        start = error.start
+    for sign in b"\0", b"\x1b$":  # UTF-16 without its mark, and ISO-2022, are valid UTF-8
+        if sign in raw:
+            start = raw.index(sign)
+    if start >= 0:
+        raise UserError(f"{source} is not UTF-8 at byte {start}; convert it, for example with iconv")
+    return text.removeprefix("\ufeff")
 
 
 def without_surrogates(text):

@@ -269,11 +269,7 @@ def fetch_official(download, cache, flag="--glue-dir"):
     address, size, sha256 = download
     path = Path(cache) / "glue" / address.rsplit("/", 1)[1]
     advice = f"put {path.name} into {path.parent}, or use {flag}"
-    data.make_once(path, lambda: data.download(path, address, advice, size, sha256))
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != sha256:
-        raise data.UserError(f"{path} has SHA-256 {found} instead of {sha256}; delete it to download it "
-                             "again")
+    data.download_once(path, address, advice, size, sha256)
     return path
 
 

@@ -1229,9 +1229,9 @@ def test_a_vocabulary_is_trained_once_for_a_text(corpus, capsys):
     """train:SIZE gives at most SIZE tokens, once for a text, with room for words beside rare letters."""
     config = data_config(vocab="train:60")
     first = data.load_wordpiece(config)
-    [path] = Path("cache").glob("*vocab.txt")
+    [path] = Path("cache").glob("*.vocab")
     assert first.tokens[:5] == data.SPECIAL_TOKENS and 20 < len(first.tokens) <= 60
-    path.write_text("\n".join([*first.tokens, "marker"]))
+    data.write_sealed(path, "\n".join([*first.tokens, "marker"]).encode())
     assert data.load_wordpiece(config).tokens[-1] == "marker"  # reused, not trained again
     assert "yields" not in capsys.readouterr().err
     count = len(data.load_wordpiece(data_config(vocab="train:5000")).tokens)
@@ -1459,6 +1459,21 @@ def test_folders_are_read_through_links_and_without_hidden_files(tmp_path):
     assert read_texts(tmp_path / "text") == ["a", "c", "b"]
 
 
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    """The folder is named; none is left out without a word."""
+    write_files(tmp_path, {"text/a.txt": b"ba", "text/locked/b.txt": b"do"})
+    scandir = os.scandir
+
+    def refusing_scandir(path):  # root may read all folders
+        if os.path.basename(path) == "locked":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing_scandir)
+    with pytest.raises(PermissionError, match="text/locked"):
+        read_texts(tmp_path / "text")
+
+
 def test_python_docs_are_sentences_of_prose():
     """Sentences come from docstrings and comments; code, signatures and fragments do not."""
     source = '''def f(x):
@@ -1649,6 +1664,15 @@ def test_many_unknown_tokens_are_a_warning(corpus):
         assert ("of the tokens are [UNK]" in printed) == is_warned
     printed = describe("ba" * 200 + "\n\n" + "do" * 200)  # no spaces
     assert "100.0% of the rest are [UNK]" in printed and "padding" not in printed
+
+
+def test_a_cased_vocabulary_for_lower_cased_text_is_a_warning(corpus):
+    """More than a token in twenty with capitals, [PAD] and its like aside, cannot occur."""
+    tokens = [*data.SPECIAL_TOKENS, "ba", *map(str, range(92))]  # 98
+    for capitals, is_warned in (["B", "##Do", "Ku", "É", "Z"], False), ([*"ABCDEF"], True):
+        Path("vocab.txt").write_text("\n".join(tokens + capitals), encoding="utf-8")
+        assert ("have capitals" in describe("ba")) == is_warned
+        assert "have capitals" not in describe("ba", do_lower_case=False)
 
 
 @pytest.mark.parametrize("text, is_warned", [

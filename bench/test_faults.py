@@ -182,6 +182,7 @@ def span(begin, total):
     (TAG, 206, 4 * K, {"ETag": '"2"'} | span(4 * K, 8 * K), False),
     (DATE, 206, 4 * K, {"Last-Modified": "later"} | span(4 * K, 8 * K), False),
     (TAG, 200, 0, TAG, False),  # the whole instead of a part
+    ({}, 206, 4 * K, span(4 * K, 8 * K), False),  # perhaps of another version
     (TAG, 206, 4 * K, TAG | {"Content-Range": f"bytes {4 * K}-{6 * K - 1}/{8 * K}"}, True),  # a smaller part
 ])
 def test_a_part_is_accepted_only_if_it_continues_the_same_file(quick, first, status, begin, headers,
@@ -199,6 +200,35 @@ def test_a_part_is_accepted_only_if_it_continues_the_same_file(quick, first, sta
             with pytest.raises(UserError, match="a.txt cannot be resumed at byte 16,384: it has changed, or"):
                 list(data.fetch(f"{server.url}/a.txt"))
     assert server.ranges_asked[:2] == [None, f"bytes={4 * K}-"]
+
+
+@pytest.mark.parametrize("headers, message", [
+    ({"Content-Encoding": "gzip"}, "a.txt answers with Content-Encoding 'gzip'; use --data PATH"),
+    ({"Content-Length": "many"}, "a.txt answers with Content-Length 'many'; use --data PATH"),
+    ({"Content-Encoding": "identity", "Content-Length": 2}, None),
+])
+def test_a_body_whose_end_cannot_be_told_is_refused(headers, message):
+    """A stream that is compressed on the way counts as whole when it is cut; we did not ask for one."""
+    with Server({}) as server:
+        server.RequestHandlerClass = PartHandler
+        server.answers = [(200, b"ba", headers)]
+        if message is None:
+            assert b"".join(data.fetch(f"{server.url}/a.txt")) == b"ba"
+        else:
+            with pytest.raises(UserError, match=message):
+                list(data.fetch(f"{server.url}/a.txt"))
+
+
+def test_what_no_repetition_can_mend_is_not_repeated(monkeypatch):
+    """A circle of redirects, and https at a port of http, are said at once."""
+    monkeypatch.setattr(data.time, "sleep", None)
+    with Server({}) as server:
+        server.RequestHandlerClass = PartHandler
+        server.answers = [(302, b"", {"Location": "/a.txt", "Content-Length": 0})] * 40
+        with pytest.raises(UserError, match="a.txt cannot be read: TooManyRedirects; check the address"):
+            list(data.fetch(f"{server.url}/a.txt"))
+        with pytest.raises(UserError, match="a.txt cannot be read: SSLError; check the address"):
+            list(data.fetch(f"{server.url}/a.txt".replace("http:", "https:")))
 
 
 def test_a_body_that_ends_early_without_an_error_is_noticed(quick, monkeypatch):
@@ -221,6 +251,25 @@ def test_what_cannot_be_an_address_is_refused_at_once(monkeypatch, address):
     with pytest.raises(UserError, match="is not the address of a server; use --data") as caught:
         read_texts(address)
     assert not re.search("user|password|signature|fragment", str(caught.value))
+
+
+@pytest.mark.parametrize("address, shown", [
+    ("https://me:pa/ss@host/a.txt", "https://host/a.txt"), ("https://me:p?a#ss@host:1/a.txt", "https://host:1/a.txt"),
+    ("https://me:pa/s@s@host/a.txt?b", "https://host/a.txt"), ("https://host:80/@me/a.txt", "https://host:80/@me/a.txt"),
+    ("https://host/a.txt?mail=me:x@b", "https://host/a.txt"), ("a?b@c.txt", "a?b@c.txt"),
+    ("https://me:pass@host/@me/a.txt?x@y", "https://host/@me/a.txt"), ("https://[::1]:80/a@b", "https://[::1]:80/a@b"),
+])
+def test_addresses_are_shown_without_secrets(address, shown):
+    """A password may hold signs that should be escaped; an @ elsewhere is no secret."""
+    assert data.without_secrets(address) == shown
+
+
+def test_the_hub_is_named_without_its_password(corpus, monkeypatch):
+    """HF_ENDPOINT, too, may hold a user and a password."""
+    with Server({}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url.replace("//", "//me:secret@"))
+        with pytest.raises(UserError, match="^http://127.0.0.1:[0-9]+ does not have OpenWebText"):
+            data.choose_openwebtext()
 
 
 def test_no_secret_of_an_address_is_printed_or_names_a_file(corpus, quick, capfd):
@@ -279,6 +328,14 @@ def test_the_vocabulary_is_downloaded_once_and_checked(corpus, monkeypatch, quic
         server.files = {path: body}
         assert data.load_wordpiece(config).tokens == SMALL_VOCAB
     assert data.load_wordpiece(config).tokens == SMALL_VOCAB  # the server is gone
+    Path("cache/bert-uncased-vocab.txt").write_bytes(body + b"\nba")
+    with pytest.raises(UserError, match="vocab.txt has SHA-256 .* instead of .*; delete it to download it"):
+        data.load_wordpiece(config)
+    data.load_wordpiece(data_config(vocab="train:60"))
+    [path] = Path("cache").glob("*.vocab")
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r", 1))
+    with pytest.raises(UserError, match="vocab is damaged; delete it, and it is trained again"):
+        data.load_wordpiece(data_config(vocab="train:60"))
 
 
 @pytest.mark.parametrize("names", [["model.safetensors", "tokenizer_config.json"], ["pytorch_model.bin"]])
@@ -345,11 +402,19 @@ def test_damaged_archives_are_refused_by_name(corpus):
     texts, content = make_openwebtext()
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         second = next(member for member in tar if "00-20_data" in member.name)
+    plain = make_tar({f"{n}.txt": b"ba do" for n in range(5)})
+    nested = make_tar({"a.tar": b""})
+    for _ in range(500):
+        nested = make_tar({"a.tar": nested})
     compressed = make_tar({f"{n}.txt": text.encode() for n, text in enumerate(texts)}, "w:gz")
     for name, damaged, message in [
         ("flipped.tar", flip(content, second.offset_data + second.size - 6),  # seen only at its end
          r"subset00-20_data.xz in flipped.tar is damaged or cut short"),
         ("cut.tar", content[: second.offset_data + 99], "cut.tar is damaged or cut short"),
+        ("plain.tar", flip(plain, 1024 + 9), "plain.tar is damaged or cut short"),  # the second header
+        ("half.tar", plain[: 1024 + 99], "half.tar is damaged or cut short"),
+        ("unended.tar", plain[:1024], "unended.tar is damaged or cut short"),
+        ("nested.tar", nested, "nested.tar is damaged or cut short .*recursion"),
         ("page.tar", b"<!DOCTYPE html><html>Please log in</html>" * 40, "page.tar is damaged or cut short"),
         ("flipped.tar.gz", flip(compressed, len(compressed) - 6), "flipped.tar.gz is damaged"),
         ("cut.tar.gz", compressed[: len(compressed) // 2], "cut.tar.gz is damaged or cut short"),
@@ -392,7 +457,8 @@ def test_damaged_files_of_ours_and_a_folder_in_use_are_reported(corpus):
     ("shard-000001.npz", lambda content: content[:-50], "is damaged"),
     ("shard-000001.npz", lambda content: flip(content, len(content) // 2), "is damaged"),
     ("shard-000001.npz", lambda content: b"", "is damaged"),
-    ("shard-000001.npz", lambda _: Path("other.npz").read_bytes(), "was replaced by another shard"),
+    ("shard-000001.npz", lambda _: Path("shard-000002.npz").read_bytes(), "is damaged"),  # in another's place
+    ("shard-000001.npz", lambda _: Path("shard-000001.npz").read_bytes(), "was replaced by another shard"),
     ("complete", lambda content: content[:-1], "is damaged"),
     ("complete", lambda content: flip(content, 20), "is damaged"),
     ("complete", lambda content: b"", "is damaged"),
@@ -401,7 +467,8 @@ def test_a_cache_is_what_it_says_or_refused_by_name(corpus, name, spoil, message
     """A file of the cache that is lost or changed is named; the folder, once deleted, is made again."""
     shards = data.prepare(data_config())
     whole = contents(shards)
-    shutil.copy(shards.path(2), "other.npz")
+    shutil.copy(shards.path(2), ".")
+    shutil.copy(data.prepare(data_config(seed=1)).path(1), ".")
     path = shards.folder / name
     content = path.read_bytes()
     path.unlink()
@@ -672,11 +739,38 @@ def test_an_error_in_the_text_comes_after_the_shards_before_it(corpus, monkeypat
 
 
 def test_text_that_changes_while_it_is_read_gives_no_complete_cache(corpus, monkeypatch):
-    """What was read is compared with what is there before the cache counts as complete."""
-    watch(monkeypatch, Shards, "add", lambda *args: Path("corpus.txt").write_text("other text"))
-    with pytest.raises(UserError, match="the text changed while it was being read"):
-        data.prepare(data_config())
+    """What was read is compared with what is there before each shard, and before the cache is complete."""
+    Path("whole").mkdir()
+    shutil.copy2("corpus.txt", "whole")
+    with monkeypatch.context() as patch:
+        watch(patch, Shards, "add", lambda *args: Path("corpus.txt").write_text("other text"))
+        with pytest.raises(UserError, match="corpus.txt changed while it was being read"):
+            data.prepare(data_config())
+    assert not list(Path("cache").rglob("shard-*"))
+    os.replace("whole/corpus.txt", "corpus.txt")
+    with monkeypatch.context() as patch:
+        watch(patch, data, "hash_files", lambda *args: Path("corpus.txt").write_text("other text"))
+        with pytest.raises(UserError, match="the text changed while it was being read"):
+            data.prepare(data_config())
     assert not list(Path("cache").rglob("complete"))
+
+
+@pytest.mark.parametrize("changed", [lambda text: text[99:], lambda text: text[:99],
+                                     lambda text: b"ba " + text])
+def test_an_address_whose_text_changed_after_a_kill_is_refused(corpus, monkeypatch, changed):
+    """A cache that grows goes on only with a text that begins as before; the text itself says so."""
+    text = Path("corpus.txt").read_bytes()
+    with Server({"/a.txt": text}) as server:
+        config = data_config(data=(f"{server.url}/a.txt",))
+        expected = contents(data.prepare(replace(config, cache="whole")))
+        monkeypatch.setattr(os, "fsync", fail_at("shard-", 3))
+        with pytest.raises(OSError, match="No space left"):
+            data.prepare(config)
+        server.files["/a.txt"] = changed(text)
+        with pytest.raises(UserError, match="a.txt has changed since its beginning was prepared; use"):
+            data.prepare(config)
+        server.files["/a.txt"] = text
+        assert contents(data.prepare(config)) == expected
 
 
 # ============================================================================================================
@@ -845,9 +939,13 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(corpus, monkeypatch
     ("--data folder --cache folder/cache", None, "folder/cache is in folder, so that its files"),
     ("--data cut.txt.gz", gzip.compress(b"ba " * 999, mtime=0)[:-9], "cut.txt.gz is damaged or cut short"),
     ("--data latin.txt", "ba\nbé".encode("latin-1"), "latin.txt, line 2, is not UTF-8 at byte 1"),
+    ("--data sjis.txt", "ba\nか".encode("iso-2022-jp"), "sjis.txt, line 2, is not UTF-8 at byte 0; convert"),
+    ("--data wide.txt", "ba ba".encode("utf-16-le"), "wide.txt, line 1, is not UTF-8 at byte 1; convert"),
+    ("--data a.jsonl", b'{"text": "ba", "text": "do"}', "a.jsonl, line 1, is damaged: it has the key 'text'"),
+    ("--data a.jsonl", b"[" * 99_999, "a.jsonl, line 1, is damaged: it is not a JSON object"),
     ("--data a.jsonl", b'{"text": "ba"}\n{"no": 1}\n', 'a.jsonl, line 2, has no string under "text"'),
     ("--vocab bad.txt", b"[PAD]\n[UNK]\n[CLS]\na", r"must begin with \[PAD\] and hold"),
-    ("--vocab bad.txt", "\n".join([*SMALL_VOCAB, "ba"]).encode(), "at most 65,535 tokens, each once"),
+    ("--vocab bad.txt", "\n".join([*SMALL_VOCAB, "ba"]).encode(), "bad.txt holds 'ba' more than once; keep"),
     ("--vocab nowhere.txt", None, "there is no vocabulary nowhere.txt"),
     ("--vocab folder", None, "there is no vocabulary folder"),
     ("--vocab pipe.txt", None, "there is no vocabulary pipe.txt"),
@@ -880,6 +978,13 @@ def test_bad_input_to_pre_training(corpus, flags, content, message):
     assert not left & {"checkpoint.pt", "log.jsonl", "complete"} and not list(Path(".").rglob("*.tmp"))
 
 
+def tokenizer_json(tokens, lowercase, strip_accents=None):
+    """A tokenizer.json as transformers writes it, as far as it is read."""
+    normalizer = dict(type="BertNormalizer", lowercase=lowercase, strip_accents=strip_accents)
+    return json.dumps(dict(model=dict(vocab=dict(zip(tokens, itertools.count()))), normalizer=normalizer,
+                           pre_tokenizer=dict(type="BertPreTokenizer"))).encode()
+
+
 QUERY = "electra.encoder.layer.0.attention.self.query.weight"
 # A header that promises 8 bytes, and 4 of them.
 CUT_SHORT = struct.pack("<Q", 61) + b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}1234'
@@ -908,6 +1013,11 @@ CUT_SHORT = struct.pack("<Q", 61) + b'{"a": {"dtype": "F32", "shape": [2], "data
     *[("", {"vocab.txt": None, "tokenizer.json": content}, "tokenizer.json is not a WordPiece tokenizer") for
       content in [b"{}", b'{"model": 1}', b'{"model": {"vocab": 1}}', b'{"model": {"vocab": [["a", 0]]}}',
                   b'{"model": {"vocab": {"a": "x", "b": 0}}}']],
+    ("", {"tokenizer.json": tokenizer_json(SMALL_VOCAB, False)},
+     "tokenizer_config.json and .*tokenizer.json disagree about do_lower_case; correct the wrong one"),
+    ("", {"tokenizer.json": tokenizer_json(SMALL_VOCAB, True, False)}, "json disagree about strip_acc"),
+    ("", {"tokenizer.json": tokenizer_json(SMALL_VOCAB[:-1], True)},
+     "vocab.txt and .*tokenizer.json hold different vocabularies; delete the wrong one"),
     ("", {TOKENIZER: b'{"tokenize_chinese_chars": false}'}, "that this tokenizer lacks"),
     ("", {WEIGHTS: None}, "has neither model.safetensors nor pytorch_model.bin"),
     ("", {WEIGHTS: CUT_SHORT}, "is damaged or inconsistent: .* weights have 73 bytes"),
