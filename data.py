@@ -424,7 +424,7 @@ def no_text(config):
 
 
 def describe_unread(config):
-    """"; 8 files are not read: .bz2 5, no ending 3" of the folders of the corpus, or "" if all are read."""
+    """A clause on the files in folders that are not read, such as "; 8 files are not read: .bz2 8", or ""."""
     paths = itertools.chain.from_iterable(walk(name) for name in config.data if os.path.isdir(name))
     kinds = Counter(Path(path).suffix or "no ending" for path in paths if not is_readable(path))
     if not kinds:
@@ -539,7 +539,7 @@ def run_as_worker():
 
 
 def build_shard(shard_text, wordpiece, config):
-    """(rows for training, held-out rows, info) of a shard. Rows are uint16; shard-N.npz says what info is.
+    """(rows for training, held-out rows, info) of a shard. Rows are uint16; info has counts and a position.
 
     The random numbers of a document follow from the seed, the shard's number and the document's index in it.
     """
@@ -715,7 +715,7 @@ class Shards:
         self.infos = []  # of each shard that is known so far: its info, and the file's "sha256"
         self.is_complete = False
         self.files = find_files(config)
-        self.identities = identify_text(config)
+        self.identities = identify_text(self.files)
         self.fingerprint = {  # all that the rows depend on, apart from the text
             "format": [FORMAT, SHARD_CHARACTERS, HELDOUT_SHARE],
             "one_document_per_file": config.one_document_per_file,
@@ -745,7 +745,7 @@ class Shards:
         hashes = None
         for folder in others:
             if (folder / "complete").exists():
-                hashes = hashes or hash_files(self.config)
+                hashes = hashes or hash_files(self.files)
                 if read_complete(folder / "complete")["files"] == hashes:
                     return folder
         own.mkdir(parents=True, exist_ok=True)  # the child process must find the same
@@ -803,8 +803,8 @@ class Shards:
 
     def mark_complete(self):
         """Say that there will be no more shards, if the text is still the one that was read."""
-        listing = dict(shards=self.infos, files=hash_files(self.config))
-        if identify_text(self.config) != self.identities:
+        listing = dict(shards=self.infos, files=hash_files(self.files))
+        if identify_text(find_files(self.config)) != self.identities:  # also if files were added
             raise UserError(f"the text {CHANGED}")
         write_sealed(self.folder / "complete", json.dumps(listing).encode())
         self.is_complete = True
@@ -848,21 +848,20 @@ def read_complete(path):
     return parse_json(read_sealed(path, DELETE), path)
 
 
-def identify_text(config):
-    """[its name and, for a file, its size and modification time] for each file and address of the corpus.
+def identify_text(files):
+    """[its name and, for a file, its size and modification time] for each of `find_files`.
 
     Names of files are relative to the folder that holds them all, so that it can be moved.
     """
-    files = find_files(config)
     parents = [os.path.dirname(os.path.abspath(name)) for name in files if is_file(name)]
     folder = os.path.commonpath(parents or ["/"])
     return [identify(name, folder) for name in files]
 
 
-def hash_files(config):
-    """The SHA-256 of each file of the corpus. Addresses have none."""
+def hash_files(files):
+    """The SHA-256 of each of `find_files`. Addresses have none."""
     hashes = []
-    for name in filter(is_file, find_files(config)):
+    for name in filter(is_file, files):
         with open(name, "rb") as file:
             hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
     return hashes
@@ -975,7 +974,7 @@ class GrowingShards(Shards):
             return ""
         self.child_output.seek(0)
         message = self.child_output.read().decode(errors="replace").strip()
-        # Success has no message. `wait_until` does not need one, since then the shards are complete.
+        # A child that succeeded gets a message, too. `wait_until` ignores it: the shards are complete.
         status = self.child.returncode
         return message or f"preparing the text ended with status {status}; run the same command again"
 
@@ -1022,8 +1021,8 @@ class Order:
         self.rows = np.zeros((0, shards.config.max_length), dtype=np.uint16)  # the next ones, as far as read
         self.next_row = 0  # place of the first of `rows` in the sequence
         self.epoch = 0  # of the last of `rows`
-        # The rows so far depend on the first so many shards, or on all if there are fewer: a text that ends
-        # before them must still end there.
+        # The number of shards that decided the rows so far. A resumed run needs them unchanged. If the text
+        # had fewer, it must not have grown.
         self.num_shards_used = 0
 
     def batch(self, step):
@@ -1268,7 +1267,7 @@ def load_vocab(config):
     if not len(SPECIAL_TOKENS) < size <= 65_535:
         raise UserError(f"--vocab {config.vocab} is not possible; rows are uint16, so take 6 to 65535")
     # Training is not reproducible to the byte, so the vocabulary of a text is kept.
-    fingerprint = [identify_text(config), config.one_document_per_file, config.do_lower_case,
+    fingerprint = [identify_text(find_files(config)), config.one_document_per_file, config.do_lower_case,
                    config.strip_accents, match[1]]
     path = Path(config.cache) / f"{source_name(config)}-{digest(fingerprint)}.vocab"
     make_once(path, lambda: train_vocab(config, size, path))
@@ -1540,9 +1539,9 @@ def fetch(address, advice="use --data PATH or --data python-docs"):
                     return
                 if position != length:
                     raise requests.ConnectionError("the body ended early")
-        except UserError:  # also a ValueError
+        except UserError:  # UserError is a ValueError, too, and passes
             raise
-        except ValueError:  # so requests and urllib3 call malformed addresses
+        except ValueError:  # requests raises it for a malformed address
             raise UserError(f"{name} is not the address of a server; {advice}") from None
         except requests.RequestException as error:
             failures += 1

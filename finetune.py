@@ -740,7 +740,8 @@ def save_best(experiments):
         folder = experiment.network_path()
         fields = read_saved_config(folder)
         # An earlier command, without --save or with more seeds, may have finished this seed.
-        if fields.get("run_name") != experiment.run_name(seed) or fields.get("sha256") != hash_files(folder):
+        is_named = fields.get("run_name") == experiment.run_name(seed)
+        if not is_named or fields.get("sha256") != hash_network_files(folder):
             finetuner = Finetuner(experiment)
             finetuner.run(seed, tokenize_splits(experiment))
             save_network(experiment, seed, finetuner.network)
@@ -757,11 +758,11 @@ def save_network(experiment, seed, network):
                               experiment.config.max_length)
     with lock_outputs(experiment.folder, "network"):
         write()  # a plain encoder, until its config.json has the rest
-        write(head=type(network).__name__, run_name=experiment.run_name(seed), sha256=hash_files(folder),
-              **experiment.saved_fields(seed))
+        write(head=type(network).__name__, run_name=experiment.run_name(seed),
+              sha256=hash_network_files(folder), **experiment.saved_fields(seed))
 
 
-def hash_files(folder):
+def hash_network_files(folder):
     """The SHA-256 by name of the files of a saved network, apart from config.json, which has these hashes."""
     hashes = {}
     for name in train.NETWORK_FILES:
@@ -803,7 +804,7 @@ def load_saved(folder, head):
     fields = read_saved_config(folder)
     if fields.get("head") != head:
         raise data.UserError(f"{folder} has no {head}; --model takes what --save wrote in OUT/networks")
-    found = hash_files(folder)
+    found = hash_network_files(folder)
     for name in train.NETWORK_FILES[1:]:
         if name not in found or found[name] != fields.get("sha256", {}).get(name):
             raise data.UserError(f"{folder / name} is damaged, or of an earlier version; the command that "
