@@ -30,7 +30,7 @@ import finetune
 import model
 import train
 
-# compile is the mode of torch.compile; None is none.
+# compile is the mode of torch.compile; None is none. The last one changes torch's settings for good.
 VARIANTS = {
     "transformers": dict(kind="transformers"),
     "eager": dict(graph=False),
@@ -38,6 +38,7 @@ VARIANTS = {
     "compiled, reduce-overhead": dict(graph=False, compile="reduce-overhead"),
     "eager, graph": dict(graph=True),
     "compiled, graph": dict(graph=True, compile="default"),
+    "eager, graph, deterministic": dict(graph=True, deterministic=True),
 }
 
 
@@ -67,8 +68,10 @@ def make_recipe(options):
     return config, shape, row.get("max_length", data.DataConfig.max_length)
 
 
-def make_step(config, shape, length, kind="ours", graph=False, compile=None):
+def make_step(config, shape, length, kind="ours", graph=False, compile=None, deterministic=False):
     """A function of the step's number that does what train.train does in a step that is not logged."""
+    if deterministic:
+        train.compute_deterministically()
     rows = step_against_transformers.make_rows(shape, config.batch_size, length)
     torch.manual_seed(0)
     network = model.Electra(shape) if kind == "ours" else step_against_transformers.TransformersElectra(shape)
