@@ -199,16 +199,19 @@ def test_the_figures_of_log_and_readme_are_those_of_the_runs(monkeypatch, capsys
 def test_the_figures_of_the_gpu_are_those_of_the_runs():
     """README's and LOG's tables of speed and of scores are made of bench/results/h100."""
     log = (HERE / "LOG.md").read_text(encoding="utf-8")
-    steps, dev, run, mlm = (json.loads((HERE / f"bench/results/h100/{name}.json").read_text(encoding="utf-8"))
-                            for name in ("steps", "small_20k_dev", "small_20k", "small_20k_mlm"))
-    for name in "transformers eager", "ours compiled", "ours compiled, one CUDA graph, in the real loop":
-        row = steps["small"]["variants"][name]
-        assert f"{row['ms']:.1f} ms" in README
-        cells = f" {row['ms']:.1f} | {row['steps_per_s']:.1f} | {row['tokens_per_s']:,.0f} "
-        assert cells in log.replace("*", "")
+    names = "steps", "small_20k_dev", "small_20k", "small_20k_again", "small_20k_mlm"
+    steps, dev, *runs = (json.loads((HERE / f"bench/results/h100/{name}.json").read_text(encoding="utf-8"))
+                         for name in names)
+    for name, row in steps["small"]["variants"].items():
+        if "padded" not in name:  # it was tried only
+            cells = f" {row['ms']:.1f} | {row['steps_per_s']:.1f} | {row['tokens_per_s']:,.0f} "
+            assert cells in log.replace("*", ""), name
+        if name in ("transformers", "compiled", "compiled, graph, in the real loop"):
+            assert f"{row['ms']:.1f} ms" in README
     assert f"{row['tokens_per_s']:,.0f} tokens/s" in README
     metrics = "cola matthews", "mrpc accuracy", "stsb spearman", "sst2 accuracy"
-    arms = dict(random="random weights", mlm="20,000 steps", electra="ELECTRA, 20,000 steps")
+    arms = dict(random="random weights", mlm="20,000 steps", electra="ELECTRA, 20,000 steps",
+                again="once more")
     for arm, title in arms.items():
         cells = []
         for metric in metrics:
@@ -219,8 +222,9 @@ def test_the_figures_of_the_gpu_are_those_of_the_runs():
         assert all(re.search(rf"{title}\W.*{re.escape(row)}\n", text) for text in (README, log)), row
     published = " | ".join(f"{100 * dev['published'][metric]:.1f}" for metric in metrics)
     assert published in README and published in log
-    for lines, metric in (run, "mlm_loss"), (run, "disc_loss"), (run, "auc"), (mlm, "mlm_loss"):
-        assert " | ".join(f"{line[metric]:.3f}" for line in lines["heldout"]) in log
+    for run in runs:
+        for metric in run["heldout"][0].keys() & {"mlm_loss", "disc_loss", "auc"}:
+            assert " | ".join(f"{line[metric]:.3f}" for line in run["heldout"]) in log
 
 
 # ============================================================================================================
