@@ -14,6 +14,11 @@ the scripts. `pytest` runs all three. Text, models and servers are made here: no
 interface, no GPU.
 """
 
+import os
+
+# Tensors here are tiny: threads only wait for each other, long if anything else is running.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
 import collections
 import gzip
 import hashlib
@@ -24,7 +29,7 @@ import itertools
 import json
 import lzma
 import math
-import os
+import multiprocessing
 import random
 import re
 import runpy
@@ -185,14 +190,6 @@ def prepare_in_child(shards):
     yield
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    """The toy, trained in this process, computes on one thread; the next test has them all again."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
     """A folder to work in, with corpus.txt and vocab.txt. Shards are small, so that there are many."""
@@ -268,7 +265,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.fault, self.has_ranges, self.is_chunked = files, fault, has_ranges, is_chunked
         self.url, self.ranges_asked = f"http://127.0.0.1:{self.server_port}", []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
 
     def __exit__(self, *error):
         self.shutdown()
@@ -320,6 +317,42 @@ def fail_at(victim, count, kills=False):
     return failing_fsync
 
 
+# Processes that need torch are forked from one that has imported it, which takes seconds.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["torch._dynamo", "torch.distributed.run", "tokenizers", "requests"])
+RUN_CODE = """
+import os, sys
+os.environ.clear()
+os.environ.update(environment)
+output = os.open("printed", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+os.dup2(output, 1)
+os.dup2(output, 2)
+sys.argv[1:] = arguments
+exec(code, {"__name__": "__main__"})
+"""
+
+
+class Child:
+    """A process that runs Python code with `arguments` as its sys.argv[1:]. What it prints is in a file."""
+
+    def __init__(self, code, *arguments):
+        environment = os.environ | {"PYTHONPATH": str(HERE)}
+        values = dict(code=code, arguments=arguments, environment=environment)
+        self.process = FORKED.Process(target=exec, args=(RUN_CODE, values))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def is_running(self):
+        return self.process.is_alive()
+
+    def finish(self):
+        """(exit status, what it printed)."""
+        self.process.join(120)
+        if self.is_running():
+            self.process.terminate()
+        return self.process.exitcode, Path("printed").read_text()
+
+
 CHILD = "\n".join([
     "import itertools, os, signal, subprocess, sys", "from contextlib import contextmanager",
     "from pathlib import Path", "import data, train", "data.SHARD_CHARACTERS, data.WORKERS = 10_000, 1",
@@ -333,15 +366,13 @@ train.main(sys.argv[3:])
 
 def pretrain_until_killed(flags, victim, count):
     """Pre-train in a process that is killed in its `count`-th write of a file."""
-    command = [sys.executable, "-c", KILLED, victim, str(count), *ARGUMENTS.split(), *flags.split()]
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    status, printed = Child(KILLED, victim, str(count), *ARGUMENTS.split(), *flags.split()).finish()
+    assert status == -signal.SIGKILL, printed
 
 
 CALM = "--hidden-dropout-prob 0 --attention-probs-dropout-prob 0 "
 RANKED = """
-import sys, time
+import sys, time, traceback
 from datetime import timedelta
 import torch, train
 torch.set_default_dtype(torch.float64)
@@ -364,17 +395,20 @@ if "SLOW_SAVE" in flags:
 if "BROKEN" in flags:
     flags.remove("BROKEN")
     train.learning_rate = fail
-sys.exit(train.run_command(lambda: train.main(flags)))
+try:
+    sys.exit(train.run_command(lambda: train.main(flags)))
+except Exception:  # python prints it, unless it was forked
+    traceback.print_exc()
+    raise
 """
 
 
 def launch(ranks, flags, before=""):
     """`train.py` in fp64 under torchrun: the process. Each rank first runs the Python code `before`."""
     Path("ranked.py").write_text(before + RANKED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-               "ranked.py", *(ARGUMENTS + CALM + flags).split()]
-    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Child("import torch.distributed.run as torchrun; torchrun.main()",
+                 *f"--standalone --nproc-per-node {ranks} --start-method fork --run-path".split(),
+                 str(Path("ranked.py").resolve()), *(ARGUMENTS + CALM + flags).split())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2382,9 +2416,8 @@ def test_ranks_follow_the_curve_of_one_process(corpus):
         late = f"{server.url}/late.txt"
         for ranks, micro, text in (1, 8, "corpus.txt"), (2, 2, late), (4, 2, "corpus.txt"):
             flags = f"--data {text} --num-train-steps 5 --eval-every 3 --log-every 1"
-            process = launch(ranks, f"{flags} --micro-batch-size {micro} --out {ranks}")
-            printed = process.communicate(timeout=120)[0]
-            assert process.returncode == 0, printed
+            status, printed = launch(ranks, f"{flags} --micro-batch-size {micro} --out {ranks}").finish()
+            assert status == 0, printed
             assert printed.count("to fine-tune:") == 1  # one rank talks
             states.append(torch.load(f"{ranks}/small/checkpoint.pt", weights_only=True)["model"])
             logs.append([line for line in read_log(f"{ranks}/small") if "split" in line])
@@ -2401,23 +2434,22 @@ def test_ranks_stop_after_the_same_step_and_any_number_resumes(corpus):
     """Ctrl-C, or SIGTERM to one rank, stops all after one step, when it is saved; one rank resumes."""
     flags, log = "--num-train-steps 300 --save-every 300 --eval-every 300 ", Path("out/small/log.jsonl")
     for lines in 5, 15:
-        process = launch(2, flags + "SLOW_SAVE")
+        torchrun = launch(2, flags + "SLOW_SAVE")
         while not log.exists() or log.read_bytes().count(b"\n") < lines:
-            assert process.poll() is None
+            assert torchrun.is_running()
             time.sleep(0.02)
         if lines == 5:
-            process.send_signal(signal.SIGINT)
+            os.kill(torchrun.pid, signal.SIGINT)
         else:
-            ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            ranks = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
             os.kill(int(ranks[-1]), signal.SIGTERM)
-        printed = process.communicate(timeout=120)[0]
+        _, printed = torchrun.finish()
         stops = re.findall(r"stopped after step (\d+)", printed)
         assert len(stops) == 2 and len(set(stops)) == 1, printed
         step = int(stops[0])
         assert torch.load("out/small/checkpoint.pt", weights_only=True)["step"] == step
-    process = launch(1, flags)
-    printed = process.communicate(timeout=240)[0]
-    assert process.returncode == 0 and f"resuming after step {step} of 300" in printed, printed
+    status, printed = launch(1, flags).finish()
+    assert status == 0 and f"resuming after step {step} of 300" in printed, printed
     numerics = [line["numerics"]["ranks"] for line in read_log() if "numerics" in line]
     assert numerics == [2, 1]  # what changes is logged
 

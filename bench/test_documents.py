@@ -126,9 +126,8 @@ def test_the_readmes_commands_and_session_run(toy_glue, monkeypatch, quick):
         if program == "printf":
             subprocess.run(command, shell=True, check=True)
         elif program == "torchrun":
-            process = launch(2, " ".join(flags[2:]))
-            printed = process.communicate(timeout=120)[0]
-            assert process.returncode == 0, printed
+            status, printed = launch(2, " ".join(flags[2:])).finish()
+            assert status == 0, printed
         elif script in ("finetune.py", "extras/squad.py", "extras/tagging.py"):
             module = dict(finetune=finetune, squad=squad, tagging=tagging)[Path(script).stem]
             module.main([path for flag in flags for path in glob.glob(flag) or [flag]])  # as a shell does

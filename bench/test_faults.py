@@ -57,6 +57,7 @@ from test_electra import (
     STSB_ROW,
     TOKENIZER,
     WEIGHTS,
+    Child,
     Handler,
     Server,
     assert_same_run,
@@ -717,9 +718,8 @@ def test_what_stops_one_rank_while_text_is_waited_for_stops_all(streaming):
     content = make_openwebtext()[1]
     Path("cut.tar").write_bytes(content[: len(content) // 2])
     flags = "--data cut.tar --num-train-steps 100000 --save-every 100000 SLOW_SAVE"
-    process = launch(2, flags, before=SMALL)
-    printed = process.communicate(timeout=120)[0]
-    assert process.returncode == 1
+    status, printed = launch(2, flags, before=SMALL).finish()
+    assert status == 1, printed
     assert printed.count("cut.tar is damaged or cut short") == 2, printed
     assert torch.load("out/small/checkpoint.pt", weights_only=True)["step"] > 3
 
@@ -792,24 +792,23 @@ def test_resume_after_sigkill_ends_in_the_same_bits(corpus):
     assert_same_run("killed", "fresh")
 
 
-def kill_when(command, is_time):
-    """Start a command, and kill it as soon as `is_time()`; whether that was before its end."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def kill_when(flags, is_time):
+    """Pre-train with small shards until `is_time()`, and kill it; whether that was before its end."""
+    child = Child(SMALL + "train.main(sys.argv[1:])", *ARGUMENTS.split(), *flags.split())
     deadline = time.monotonic() + 60
-    while process.poll() is None and not is_time() and time.monotonic() < deadline:
+    while child.is_running() and not is_time() and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.kill()
-    return process.wait() == -signal.SIGKILL
+    child.process.kill()
+    return child.finish()[0] == -signal.SIGKILL
 
 
 def test_trainer_and_child_killed_in_the_stream_end_in_the_same_bits(streaming):
     """Training begins with the first shard; killed while the rest arrives, it ends in the same bits."""
     pretrain(f"--data {streaming} --out whole")
     flags = f"--data {streaming} --out killed --cache cache2"
-    command = [sys.executable, "-c", SMALL + "train.main(sys.argv[1:])", *ARGUMENTS.split(), *flags.split()]
-    assert kill_when(command, lambda: len(list(Path("cache2").glob("owt*/shard-*.npz"))) >= 2)
+    assert kill_when(flags, lambda: len(list(Path("cache2").glob("owt*/shard-*.npz"))) >= 2)
     log = Path("killed/small/log.jsonl")
-    assert kill_when(command, lambda: log.exists() and log.read_bytes().count(b"\n") >= 6)
+    assert kill_when(flags, lambda: log.exists() and log.read_bytes().count(b"\n") >= 6)
     pretrain(flags)
     assert_same_run("killed", "whole")
     one, other = (data.prepare(data_config(data=(streaming,), cache=cache)) for cache in ("cache", "cache2"))
@@ -1220,9 +1219,8 @@ def test_ranks_that_cannot_work_together_say_why(corpus, monkeypatch):
         Path(f"vocab{number}.txt").write_text("\n".join([*SMALL_VOCAB, f"more{number}"]))
     for flags, message in [("BROKEN", "ValueError: rank one is broken"),
                            ("--vocab VOCAB", "the ranks differ in vocab: .* --vocab FILE")]:
-        process = launch(2, flags)
-        printed = process.communicate(timeout=120)[0]
-        assert process.returncode == 1 and re.search(message, printed), printed
+        status, printed = launch(2, flags).finish()
+        assert status == 1 and re.search(message, printed), printed
     monkeypatch.setattr(train, "WORLD_SIZE", 3)
     with pytest.raises(UserError, match="batch_size 8 must be a multiple of 3, the number of processes"):
         pretrain()
