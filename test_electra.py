@@ -1255,7 +1255,9 @@ def test_printable_ascii_needs_no_normalizer(do_lower_case):
     wordpiece.tokenizer.normalizer = None
     assert wordpiece.encode(lines) == [encoding.ids for encoding in library]
     assert sum(map(str.isascii, lines)) > 200 and wordpiece.encode([]) == []
-    unicode = "a".join(chr(number) for number in range(0x110000) if not 0xD800 <= number < 0xE000)
+    # All planes in use, and of the others a sixteenth.
+    numbers = *range(0xD800), *range(0xE000, 0x40000), *range(0x40000, 0x110000, 16)
+    unicode = "a".join(map(chr, numbers))
     assert wordpiece.normalize(unicode) == wordpiece.normalizer.normalize_str(unicode)
 
 
@@ -1508,7 +1510,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
         read_texts(tmp_path / "text")
 
 
-def test_python_docs_are_sentences_of_prose():
+def test_python_docs_are_sentences_of_prose(monkeypatch):
     """Sentences come from docstrings and comments; code, signatures and fragments do not."""
     source = '''def f(x):
     """Return the sum of all the numbers given.
@@ -1525,7 +1527,9 @@ def test_python_docs_are_sentences_of_prose():
         "Return the sum of all the numbers given.", "Words that go over two lines are one sentence.",
         "Also quoted names are kept as words.",
         "A comment that says why we do this goes over two lines as well."]
-    sentences = "\n".join(itertools.islice(data.python_docs(), 300)).split("\n")
+    rglob = Path.rglob  # of every tenth file, to save time
+    monkeypatch.setattr(Path, "rglob", lambda *args: itertools.islice(rglob(*args), 0, None, 10))
+    sentences = "\n".join(data.python_docs()).split("\n")
     sentences = [sentence for sentence in sentences if sentence]
     assert len(sentences) > 1000 and len(set(sentences)) == len(sentences)
 
@@ -2348,23 +2352,22 @@ def test_fp16_scales_the_loss_skips_what_overflows_and_resumes(corpus, monkeypat
     """fp16 learns as fp32 does; a step whose gradient overflows is skipped, counted and in the schedule."""
     losses = []
     for dtype in "fp32", "fp16":
-        pretrain(f"{CALM} --dtype {dtype} --out {dtype} --num-train-steps 60")
+        pretrain(f"--dtype {dtype} --out {dtype}")
         losses.append([line["loss"] for line in read_log(f"{dtype}/small", "train")])
     assert 0 < abs(losses[0][0] - losses[1][0]) < 0.01  # the same step, rounded
     assert losses[1][-1] == pytest.approx(losses[0][-1], rel=0.1)
     pretrain_until_killed("--dtype fp16 --out killed", "checkpoint.pt", 2)
     pretrain("--dtype fp16 --out killed")
-    pretrain("--dtype fp16 --out whole")
-    assert_same_run("killed", "whole")
+    assert_same_run("killed", "fp16")
     scaler, steps = torch.amp.GradScaler, []
     monkeypatch.setattr(torch.amp, "GradScaler",
-                        lambda device, enabled: scaler(device, init_scale=2.0**60, enabled=enabled))
+                        lambda device, enabled: scaler(device, init_scale=2.0**20, enabled=enabled))
     watch(monkeypatch, train, "learning_rate", lambda step, *_: steps.append(step))
-    pretrain("--dtype fp16 --log-every 1 --num-train-steps 60")
+    pretrain("--dtype fp16 --log-every 1")
     lines = read_log(split="train")
     skipped = [line["skipped_steps"] for line in lines]
-    assert steps == list(range(60)) and skipped[:3] == [1, 2, 3] and 5 < skipped[-1] == skipped[-5] < 60
-    assert lines[0]["loss_scale"] == 2.0**59 and lines[-1]["loss"] < lines[0]["loss"]
+    assert steps == list(range(24)) and skipped[:3] == [1, 2, 3] and 5 < skipped[-1] == skipped[-5] < 24
+    assert lines[0]["loss_scale"] == 2.0**19 and lines[-1]["loss"] < lines[0]["loss"]
     monkeypatch.setattr(torch.amp, "GradScaler",
                         lambda device, enabled: scaler(device, init_scale=1e-6, enabled=enabled))
     with pytest.raises(UserError, match="the loss overflows in fp16 at step 4, and nothing is learned"):

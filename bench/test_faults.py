@@ -11,6 +11,7 @@
 Helpers are those of test_electra.py, and fixtures come by way of conftest.py.
 """
 
+import fcntl
 import gzip
 import hashlib
 import http.server
@@ -1228,7 +1229,7 @@ def test_ranks_that_cannot_work_together_say_why(corpus, monkeypatch):
 
 def test_commands_end_in_one_line_and_a_status(corpus):
     """A user's mistake is one line and status 1, in any locale; an error of ours keeps its traceback."""
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     for script, *flags in ("train.py", "--data", "nowhere"), ("finetune.py", "--model", "né/né/né"):
         command = [sys.executable, str(HERE / script), *flags]
         process = subprocess.run(command, env=environment, capture_output=True)
@@ -1238,29 +1239,38 @@ def test_commands_end_in_one_line_and_a_status(corpus):
         train.run_command(lambda: 1 / 0)
 
 
-NO_LOCKS = """
-import fcntl
-def flock(file, operation):
-    raise OSError(37, "No locks available")
-fcntl.flock = flock
-"""
+@pytest.mark.parametrize("name, value", [
+    ("RANK", "1"), ("RANK", "x"), ("LOCAL_RANK", "1"), ("LOCAL_RANK", "x"), ("WORLD_SIZE", "0"),
+    ("WORLD_SIZE", "abc")])
+def test_variables_that_no_torchrun_sets_are_refused(corpus, monkeypatch, name, value):
+    """A number of a process that cannot be, or is none, ends in a sentence."""
+    monkeypatch.setenv(name, value)
+    for variable, number in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), train.read_ranks(), strict=True):
+        monkeypatch.setattr(train, variable, number)
+    with pytest.raises(UserError, match=f"{name} is {value}, .*but this is no process of torchrun"):
+        pretrain()
+
+
+def test_a_file_system_without_locks_is_refused(corpus, monkeypatch):
+    """The lock is named, and another folder asked for, before anything is trained."""
+    def flock(file, operation):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match="out/small/lock cannot be locked .No locks available.; use --out"):
+        pretrain()
+    assert not Path("out/small/discriminator").exists()
 
 
 @pytest.mark.parametrize("prefix, variables, status, message", [
     ("", {"WORLD_SIZE": "2"}, 1, b"WORLD_SIZE is 2, but this is no process of torchrun"),
-    *[("", {name: value}, 1, f"{name} is {value}, ".encode()) for name, value in
-      [("RANK", "1"), ("RANK", "x"), ("LOCAL_RANK", "1"), ("LOCAL_RANK", "x"), ("WORLD_SIZE", "0"),
-       ("WORLD_SIZE", "abc")]],
     ("exec > /dev/full; ", {"PYTHONUNBUFFERED": ""}, 1, b"No space left on device in standard output; fix"),
     ("exec >&- 2>&-; ", {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}, 0, b""),
-    ("", {"PYTHONPATH": "no-locks"}, 1, b"out/small/lock cannot be locked (No locks available); use --out"),
 ])
 def test_odd_surroundings(corpus, prefix, variables, status, message):
-    """Variables of torchrun without it, closed output, a file system without locks: one sentence or none."""
-    write_files("no-locks", {"sitecustomize.py": NO_LOCKS.encode()})
+    """A variable of torchrun without it, full or closed output: one sentence or none."""
     command = f"{prefix}{sys.executable} {HERE / 'train.py'} {ARGUMENTS} --num-train-steps 20"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    process = subprocess.run(command, shell=True, env=environment, capture_output=True)
+    process = subprocess.run(command, shell=True, env=os.environ | variables, capture_output=True)
     assert process.returncode == status, process.stderr
     assert message in process.stderr and process.stderr.count(b"\n") == status
     assert Path("out/small/discriminator").exists() == (status == 0 or "full" in prefix)
