@@ -1,6 +1,6 @@
 """The specification, executable. Contents, in the order of the file:
 
-    Fixtures and helpers    networks and rows; text; pre-training; fine-tuning; what is watched
+    Fixtures and helpers    networks and rows; text and servers; pre-training; fine-tuning; watched functions
     The official step       three steps with Google's weights and draws, to six digits
     The details             D01 to D35, in order; each test quotes the fact it checks
     data.py                 words; documents; rows and the cache; the order of the rows
@@ -10,8 +10,8 @@
     glue.py                 files; metrics and labels
 
 bench/test_faults.py has what can go wrong. bench/test_documents.py checks README.md, LOG.md, DETAILS.md and
-the scripts. `pytest` runs all three. Text, models and servers are made here: no network but the loopback
-interface, no GPU.
+the scripts. extras/test_extras.py has questions and words. `pytest` runs all four. Text, models and servers
+are made here: there is no network but the loopback interface. Tests marked `cuda` are skipped without a GPU.
 """
 
 import os
@@ -133,15 +133,18 @@ def always_sample(electra, token):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Text, and where it comes from
+# Text and servers
 
+# ba, bara, basto, ..., mipa, minon
 WORDS = [f"{a}{b}" for a in "ba do ku le mi".split() for b in ["", *"ra sto vin zu gel pa non".split()]]
 SMALL_VOCAB = [*data.SPECIAL_TOKENS, *WORDS, ".", ",", "##s"]
 
 
 def make_text(documents=300, seed=0):
-    """Documents of lines of words in which each word mostly decides the next: something can be learned."""
-    random_, texts, word = random.Random(seed), [], 0
+    """Documents of lines of words, in which a word often decides the next: something can be learned."""
+    random_ = random.Random(seed)
+    texts = []
+    word = 0  # its number in WORDS
     for _ in range(documents):
         lines = []
         for _ in range(random_.randint(1, 8)):
@@ -168,7 +171,8 @@ def make_tar(members, mode="w"):
 
 def make_openwebtext(documents=120, per_archive=20):
     """(Texts, a tar) in OpenWebText's nesting: a tar of xz-compressed tars of one .txt per document."""
-    texts, members = make_text(documents, seed=1), {"openwebtext/README": b"no text"}
+    texts = make_text(documents, seed=1)
+    members = {"openwebtext/README": b"no text"}
     for start in range(0, documents, per_archive):
         inner = {f"{n:07d}.txt": text.encode() for n, text in enumerate(texts[start : start + per_archive])}
         members[f"openwebtext/urlsf_subset00-{start}_data.xz"] = make_tar({"notes": b"none", **inner}, "w:xz")
@@ -207,48 +211,57 @@ def data_config(**changes):
 
 
 def read_texts(path, **changes):
+    """The documents of a file or folder."""
     return [text for text, _ in data.read_documents(data_config(data=(str(path),), **changes))]
 
 
 def contents(cache):
+    """The bytes of each file of a cache."""
     return {path.name: path.read_bytes() for path in cache.folder.iterdir()}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers a request to a Server, with its next fault."""
+
     def do_GET(self):
-        server, asked = self.server, self.headers.get("Range", "")
+        server = self.server
+        asked = self.headers.get("Range", "")
         server.ranges_asked.append(asked)
-        body, trouble = server.files.get(self.path.split("?")[0]), server.fault()
+        body = server.files.get(self.path.split("?")[0])
+        fault = server.fault()
         etag = f'"{hashlib.md5(body or b"").hexdigest()}"'
-        if trouble in (429, 503) or body is None:
-            self.answer(trouble or 404)
-        elif trouble == "redirect" and "?" not in self.path:
+        if fault in (429, 503):
+            self.answer(fault)
+        elif body is None:
+            self.answer(404)
+        elif fault == "redirect" and "?" not in self.path:
             self.answer(302, headers={"Location": f"{self.path}?again"})
         elif asked and server.has_ranges and self.headers.get("If-Range", etag) == etag:
             start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
             span = f"bytes {start}-{len(body) - 1}/{len(body)}"
-            self.answer(206, body[start:], trouble, {"ETag": etag, "Content-Range": span})
+            self.answer(206, body[start:], fault, {"ETag": etag, "Content-Range": span})
         else:
-            self.answer(200, body, trouble, {"ETag": etag})
+            self.answer(200, body, fault, {"ETag": etag})
 
-    def answer(self, status, body=b"", trouble=None, headers=()):
+    def answer(self, status, body=b"", fault=None, headers=()):
         framing = {"Content-Length": len(body)}
-        if self.server.is_chunked:
-            framing, body = {"Transfer-Encoding": "chunked"}, b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+        if self.server.is_chunked:  # in one chunk; that of length 0 is the end
+            framing = {"Transfer-Encoding": "chunked"}
+            body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
         self.send_response(status)
         for name, value in {**framing, **dict(headers)}.items():
             self.send_header(name, str(value))
         self.end_headers()
         wait = threading.Event().wait  # unlike time.sleep, `quick` does not shorten it
-        if trouble in ("cut", "reset", "stall"):
+        if fault in ("cut", "reset", "stall"):
             body = body[: len(body) * 2 // 3]
         with suppress(ConnectionError):
             for start in range(0, len(body), len(body) // 4 + 1):
                 self.wfile.write(body[start : start + len(body) // 4 + 1])
-                wait(0.02 if trouble == "slow" else 0)
-        if trouble == "stall":
+                wait(0.02 if fault == "slow" else 0)
+        if fault == "stall":
             wait(60)  # longer than the client's patience
-        if trouble == "reset":  # RST instead of FIN
+        if fault == "reset":  # RST instead of FIN
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())
 
@@ -257,15 +270,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files`, {path: bytes}, on the loopback interface. `fault()` says what goes wrong next."""
+    """Serves `files`, {path: bytes}, on the loopback interface. `fault()` says what goes wrong next.
+
+    That is None, or one of 429, 503, "redirect", "cut", "reset", "stall" and "slow".
+    """
 
     daemon_threads = True
 
     def __init__(self, files, fault=lambda: None, has_ranges=True, is_chunked=False):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.fault, self.has_ranges, self.is_chunked = files, fault, has_ranges, is_chunked
-        self.url, self.ranges_asked = f"http://127.0.0.1:{self.server_port}", []
-        threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
+        self.files = files
+        self.fault = fault
+        self.has_ranges = has_ranges
+        self.is_chunked = is_chunked
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.ranges_asked = []
+        poll_interval = 0.01  # so long it takes to shut down
+        threading.Thread(target=self.serve_forever, args=[poll_interval], daemon=True).start()
 
     def __exit__(self, *error):
         self.shutdown()
@@ -273,7 +294,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Pre-training: here, in a process that is killed, in several
+# Pre-training: in this process, in one that is killed, in several
 
 ARGUMENTS = (
     "--data corpus.txt --vocab vocab.txt --embedding-size 16 --hidden-size 32 --num-hidden-layers 2 "
@@ -353,11 +374,12 @@ class Child:
         return self.process.exitcode, Path("printed").read_text()
 
 
-CHILD = "\n".join([
+# What the code of such a process begins with: small shards, and two of the functions above.
+PRELUDE = "\n".join([
     "import itertools, os, signal, subprocess, sys", "from contextlib import contextmanager",
     "from pathlib import Path", "import data, train", "data.SHARD_CHARACTERS, data.WORKERS = 10_000, 1",
     *map(inspect.getsource, (prepare_in_child, fail_at))])
-KILLED = CHILD + """
+KILLED = PRELUDE + """
 data.GrowingShards.prepare_in_child = prepare_in_child
 os.fsync = fail_at(sys.argv[1], int(sys.argv[2]), kills=True)
 train.main(sys.argv[3:])
@@ -370,7 +392,7 @@ def pretrain_until_killed(flags, victim, count):
     assert status == -signal.SIGKILL, printed
 
 
-CALM = "--hidden-dropout-prob 0 --attention-probs-dropout-prob 0 "
+WITHOUT_DROPOUT = "--hidden-dropout-prob 0 --attention-probs-dropout-prob 0 "
 RANKED = """
 import sys, time, traceback
 from datetime import timedelta
@@ -408,7 +430,7 @@ def launch(ranks, flags, before=""):
     Path("ranked.py").write_text(before + RANKED)
     return Child("import torch.distributed.run as torchrun; torchrun.main()",
                  *f"--standalone --nproc-per-node {ranks} --start-method fork --run-path".split(),
-                 str(Path("ranked.py").resolve()), *(ARGUMENTS + CALM + flags).split())
+                 str(Path("ranked.py").resolve()), *(ARGUMENTS + WITHOUT_DROPOUT + flags).split())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2289,14 +2311,14 @@ def test_ctrl_c_saves_and_the_same_command_resumes(corpus, monkeypatch):
 
 def test_what_changes_only_the_rounding_may_change_and_is_logged(corpus):
     """Micro-batches and bf16 change a run by rounding only; they may change on resume, and are logged."""
-    calm, losses = "--hidden-dropout-prob 0 --attention-probs-dropout-prob 0 ", []
+    losses = []
     for flags in "", "--micro-batch-size 2", "--dtype bf16":
-        pretrain(f"{calm} --restart {flags}")
+        pretrain(f"{WITHOUT_DROPOUT} --restart {flags}")
         losses.append([line["loss"] for line in read_log() if "loss" in line])
     plain, micro, bf16 = losses
     assert plain != micro == pytest.approx(plain, rel=1e-3) and plain != bf16 == pytest.approx(plain, rel=0.1)
     # Resumes the bf16 run. All these flags may change.
-    pretrain(calm + "--micro-batch-size 4 --cache cache2 --log-every 3 --eval-every 3 "
+    pretrain(WITHOUT_DROPOUT + "--micro-batch-size 4 --cache cache2 --log-every 3 --eval-every 3 "
              "--save-every 3 --device cpu")
     before, after = (line["numerics"] for line in read_log() if "numerics" in line)
     assert before | dict(micro_batch_size=4, dtype="fp32") == after
@@ -2592,10 +2614,10 @@ def test_graphs_and_resuming_change_no_bit_on_a_gpu(corpus, monkeypatch):
 @pytest.mark.filterwarnings("ignore")  # inductor's own
 def test_a_compiled_graph_follows_plain_steps(corpus):
     """Compiled and replayed, the default, a run follows the losses of plain steps, and of a CPU's."""
-    calm = "--hidden-dropout-prob 0 --attention-probs-dropout-prob 0 --dtype fp32 --num-hidden-layers 1 "
-    pretrain(calm + "--device cuda --no-graph --no-compile --out plain")
-    pretrain(calm + "--device cuda --out compiled")
-    pretrain(calm + "--device cpu --out cpu")
+    flags = WITHOUT_DROPOUT + "--dtype fp32 --num-hidden-layers 1 "
+    pretrain(flags + "--device cuda --no-graph --no-compile --out plain")
+    pretrain(flags + "--device cuda --out compiled")
+    pretrain(flags + "--device cpu --out cpu")
     plain, compiled, cpu = ([line["loss"] for line in read_log(f"{out}/small", "train")]
                             for out in ("plain", "compiled", "cpu"))
     assert compiled == pytest.approx(plain, rel=0.01) and cpu == pytest.approx(plain, rel=0.01)

@@ -49,10 +49,10 @@ from data import Shards, UserError
 from model import ModelError
 from test_electra import (
     ARGUMENTS,
-    CHILD,
     CONFIG,
     GLUE_FILES,
     HERE,
+    PRELUDE,
     SMALL_VOCAB,
     STSB,
     STSB_ROW,
@@ -143,10 +143,10 @@ def test_files_that_change_or_cannot_be_continued_are_refused(corpus, quick):
         with pytest.raises(UserError, match="the server cannot send a part"):
             read_texts(f"{server.url}/owt.tar")
         assert read_texts(f"{server.url}/empty.txt") == []
-    troubles = ["cut", None, "cut"]
-    with Server({"/a.txt": b"ba " * 20_000}, lambda: troubles.pop(), is_chunked=True) as server:
+    faults = ["cut", None, "cut"]
+    with Server({"/a.txt": b"ba " * 20_000}, lambda: faults.pop(), is_chunked=True) as server:
         assert read_texts(f"{server.url}/a.txt") == [("ba " * 20_000).strip()]  # an unknown length
-    assert troubles == ["cut"]
+    assert faults == ["cut"]
 
 
 class PartHandler(http.server.BaseHTTPRequestHandler):
@@ -276,8 +276,8 @@ def test_the_hub_is_named_without_its_password(corpus, monkeypatch):
 
 def test_no_secret_of_an_address_is_printed_or_names_a_file(corpus, quick, capfd):
     """Messages and names of folders hold scheme, host and path; names are bounded."""
-    path, troubles = f"/{'x' * 300}.txt", [None, None, "cut", 429]
-    with Server({path: b"ba\n\xff"}, lambda: troubles.pop()) as server:
+    path, faults = f"/{'x' * 300}.txt", [None, None, "cut", 429]
+    with Server({path: b"ba\n\xff"}, lambda: faults.pop()) as server:
         config = data_config(data=(server.url.replace("//", "//me:secret@") + f"{path}?secret#secret",))
         folder = data.Shards(config, data.WordPiece(SMALL_VOCAB)).folder.name
         with pytest.raises(UserError, match="is not UTF-8 at byte 0") as not_text:
@@ -657,7 +657,7 @@ def use_small_shards(command, popen=subprocess.Popen, **kwargs):
     return popen([word.replace(data.__file__, "child.py") for word in command], **kwargs)
 
 
-SMALL = f"{CHILD}\n{inspect.getsource(use_small_shards)}\nsubprocess.Popen = use_small_shards\n"
+SMALL = f"{PRELUDE}\n{inspect.getsource(use_small_shards)}\nsubprocess.Popen = use_small_shards\n"
 
 
 @pytest.fixture
