@@ -425,12 +425,12 @@ except Exception:  # python prints it, unless it was forked
 """
 
 
-def launch(ranks, flags, before=""):
+def launch(ranks, flags, before="", how="--start-method fork --run-path"):
     """`train.py` in fp64 under torchrun: the process. Each rank first runs the Python code `before`."""
-    Path("ranked.py").write_text(before + RANKED)
-    return Child("import torch.distributed.run as torchrun; torchrun.main()",
-                 *f"--standalone --nproc-per-node {ranks} --start-method fork --run-path".split(),
-                 str(Path("ranked.py").resolve()), *(ARGUMENTS + WITHOUT_DROPOUT + flags).split())
+    path = Path("ranked.py").resolve()
+    path.write_text(before + RANKED)
+    words = f"--standalone --nproc-per-node {ranks} {how} {path} {ARGUMENTS} {WITHOUT_DROPOUT} {flags}"
+    return Child("import torch.distributed.run as torchrun; torchrun.main()", *words.split())
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def test_the_readmes_commands_and_session_run(toy_glue, monkeypatch, quick):
         if program == "printf":
             subprocess.run(command, shell=True, check=True)
         elif program == "torchrun":
-            status, printed = launch(2, " ".join(flags[2:])).finish()
+            status, printed = launch(2, " ".join(flags[2:]), how="").finish()  # not forked
             assert status == 0, printed
         elif script in ("finetune.py", "extras/squad.py", "extras/tagging.py"):
             module = dict(finetune=finetune, squad=squad, tagging=tagging)[Path(script).stem]
