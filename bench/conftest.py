@@ -1,13 +1,13 @@
-"""Fixtures for the tests of this folder: three of test_electra.py's, and short waits."""
+"""Fixtures for the tests of this folder: two of test_electra.py's, and short waits."""
 
 import time
 
 import pytest
 
 import data
-from test_electra import corpus, threads, toy_glue
+from test_electra import corpus, toy_glue
 
-__all__ = ["corpus", "quick", "threads", "toy_glue"]
+__all__ = ["corpus", "quick", "toy_glue"]
 
 
 @pytest.fixture

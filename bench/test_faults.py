@@ -11,6 +11,7 @@
 Helpers are those of test_electra.py, and fixtures come by way of conftest.py.
 """
 
+import fcntl
 import gzip
 import hashlib
 import http.server
@@ -48,15 +49,16 @@ from data import Shards, UserError
 from model import ModelError
 from test_electra import (
     ARGUMENTS,
-    CHILD,
     CONFIG,
     GLUE_FILES,
     HERE,
+    PRELUDE,
     SMALL_VOCAB,
     STSB,
     STSB_ROW,
     TOKENIZER,
     WEIGHTS,
+    Child,
     Handler,
     Server,
     assert_same_run,
@@ -141,10 +143,10 @@ def test_files_that_change_or_cannot_be_continued_are_refused(corpus, quick):
         with pytest.raises(UserError, match="the server cannot send a part"):
             read_texts(f"{server.url}/owt.tar")
         assert read_texts(f"{server.url}/empty.txt") == []
-    troubles = ["cut", None, "cut"]
-    with Server({"/a.txt": b"ba " * 20_000}, lambda: troubles.pop(), is_chunked=True) as server:
+    faults = ["cut", None, "cut"]
+    with Server({"/a.txt": b"ba " * 20_000}, lambda: faults.pop(), is_chunked=True) as server:
         assert read_texts(f"{server.url}/a.txt") == [("ba " * 20_000).strip()]  # an unknown length
-    assert troubles == ["cut"]
+    assert faults == ["cut"]
 
 
 class PartHandler(http.server.BaseHTTPRequestHandler):
@@ -274,8 +276,8 @@ def test_the_hub_is_named_without_its_password(corpus, monkeypatch):
 
 def test_no_secret_of_an_address_is_printed_or_names_a_file(corpus, quick, capfd):
     """Messages and names of folders hold scheme, host and path; names are bounded."""
-    path, troubles = f"/{'x' * 300}.txt", [None, None, "cut", 429]
-    with Server({path: b"ba\n\xff"}, lambda: troubles.pop()) as server:
+    path, faults = f"/{'x' * 300}.txt", [None, None, "cut", 429]
+    with Server({path: b"ba\n\xff"}, lambda: faults.pop()) as server:
         config = data_config(data=(server.url.replace("//", "//me:secret@") + f"{path}?secret#secret",))
         folder = data.Shards(config, data.WordPiece(SMALL_VOCAB)).folder.name
         with pytest.raises(UserError, match="is not UTF-8 at byte 0") as not_text:
@@ -655,7 +657,7 @@ def use_small_shards(command, popen=subprocess.Popen, **kwargs):
     return popen([word.replace(data.__file__, "child.py") for word in command], **kwargs)
 
 
-SMALL = f"{CHILD}\n{inspect.getsource(use_small_shards)}\nsubprocess.Popen = use_small_shards\n"
+SMALL = f"{PRELUDE}\n{inspect.getsource(use_small_shards)}\nsubprocess.Popen = use_small_shards\n"
 
 
 @pytest.fixture
@@ -717,9 +719,8 @@ def test_what_stops_one_rank_while_text_is_waited_for_stops_all(streaming):
     content = make_openwebtext()[1]
     Path("cut.tar").write_bytes(content[: len(content) // 2])
     flags = "--data cut.tar --num-train-steps 100000 --save-every 100000 SLOW_SAVE"
-    process = launch(2, flags, before=SMALL)
-    printed = process.communicate(timeout=120)[0]
-    assert process.returncode == 1
+    status, printed = launch(2, flags, before=SMALL).finish()
+    assert status == 1, printed
     assert printed.count("cut.tar is damaged or cut short") == 2, printed
     assert torch.load("out/small/checkpoint.pt", weights_only=True)["step"] > 3
 
@@ -792,24 +793,23 @@ def test_resume_after_sigkill_ends_in_the_same_bits(corpus):
     assert_same_run("killed", "fresh")
 
 
-def kill_when(command, is_time):
-    """Start a command, and kill it as soon as `is_time()`; whether that was before its end."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def kill_when(flags, is_time):
+    """Pre-train with small shards until `is_time()`, and kill it; whether that was before its end."""
+    child = Child(SMALL + "train.main(sys.argv[1:])", *ARGUMENTS.split(), *flags.split())
     deadline = time.monotonic() + 60
-    while process.poll() is None and not is_time() and time.monotonic() < deadline:
+    while child.is_running() and not is_time() and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.kill()
-    return process.wait() == -signal.SIGKILL
+    child.process.kill()
+    return child.finish()[0] == -signal.SIGKILL
 
 
 def test_trainer_and_child_killed_in_the_stream_end_in_the_same_bits(streaming):
     """Training begins with the first shard; killed while the rest arrives, it ends in the same bits."""
     pretrain(f"--data {streaming} --out whole")
     flags = f"--data {streaming} --out killed --cache cache2"
-    command = [sys.executable, "-c", SMALL + "train.main(sys.argv[1:])", *ARGUMENTS.split(), *flags.split()]
-    assert kill_when(command, lambda: len(list(Path("cache2").glob("owt*/shard-*.npz"))) >= 2)
+    assert kill_when(flags, lambda: len(list(Path("cache2").glob("owt*/shard-*.npz"))) >= 2)
     log = Path("killed/small/log.jsonl")
-    assert kill_when(command, lambda: log.exists() and log.read_bytes().count(b"\n") >= 6)
+    assert kill_when(flags, lambda: log.exists() and log.read_bytes().count(b"\n") >= 6)
     pretrain(flags)
     assert_same_run("killed", "whole")
     one, other = (data.prepare(data_config(data=(streaming,), cache=cache)) for cache in ("cache", "cache2"))
@@ -1220,9 +1220,8 @@ def test_ranks_that_cannot_work_together_say_why(corpus, monkeypatch):
         Path(f"vocab{number}.txt").write_text("\n".join([*SMALL_VOCAB, f"more{number}"]))
     for flags, message in [("BROKEN", "ValueError: rank one is broken"),
                            ("--vocab VOCAB", "the ranks differ in vocab: .* --vocab FILE")]:
-        process = launch(2, flags)
-        printed = process.communicate(timeout=120)[0]
-        assert process.returncode == 1 and re.search(message, printed), printed
+        status, printed = launch(2, flags).finish()
+        assert status == 1 and re.search(message, printed), printed
     monkeypatch.setattr(train, "WORLD_SIZE", 3)
     with pytest.raises(UserError, match="batch_size 8 must be a multiple of 3, the number of processes"):
         pretrain()
@@ -1230,7 +1229,7 @@ def test_ranks_that_cannot_work_together_say_why(corpus, monkeypatch):
 
 def test_commands_end_in_one_line_and_a_status(corpus):
     """A user's mistake is one line and status 1, in any locale; an error of ours keeps its traceback."""
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     for script, *flags in ("train.py", "--data", "nowhere"), ("finetune.py", "--model", "né/né/né"):
         command = [sys.executable, str(HERE / script), *flags]
         process = subprocess.run(command, env=environment, capture_output=True)
@@ -1240,29 +1239,38 @@ def test_commands_end_in_one_line_and_a_status(corpus):
         train.run_command(lambda: 1 / 0)
 
 
-NO_LOCKS = """
-import fcntl
-def flock(file, operation):
-    raise OSError(37, "No locks available")
-fcntl.flock = flock
-"""
+@pytest.mark.parametrize("name, value", [
+    ("RANK", "1"), ("RANK", "x"), ("LOCAL_RANK", "1"), ("LOCAL_RANK", "x"), ("WORLD_SIZE", "0"),
+    ("WORLD_SIZE", "abc")])
+def test_variables_that_no_torchrun_sets_are_refused(corpus, monkeypatch, name, value):
+    """A number of a process that cannot be, or is none, ends in a sentence."""
+    monkeypatch.setenv(name, value)
+    for variable, number in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), train.read_ranks(), strict=True):
+        monkeypatch.setattr(train, variable, number)
+    with pytest.raises(UserError, match=f"{name} is {value}, .*but this is no process of torchrun"):
+        pretrain()
+
+
+def test_a_file_system_without_locks_is_refused(corpus, monkeypatch):
+    """The lock is named, and another folder asked for, before anything is trained."""
+    def flock(file, operation):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match="out/small/lock cannot be locked .No locks available.; use --out"):
+        pretrain()
+    assert not Path("out/small/discriminator").exists()
 
 
 @pytest.mark.parametrize("prefix, variables, status, message", [
     ("", {"WORLD_SIZE": "2"}, 1, b"WORLD_SIZE is 2, but this is no process of torchrun"),
-    *[("", {name: value}, 1, f"{name} is {value}, ".encode()) for name, value in
-      [("RANK", "1"), ("RANK", "x"), ("LOCAL_RANK", "1"), ("LOCAL_RANK", "x"), ("WORLD_SIZE", "0"),
-       ("WORLD_SIZE", "abc")]],
     ("exec > /dev/full; ", {"PYTHONUNBUFFERED": ""}, 1, b"No space left on device in standard output; fix"),
     ("exec >&- 2>&-; ", {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}, 0, b""),
-    ("", {"PYTHONPATH": "no-locks"}, 1, b"out/small/lock cannot be locked (No locks available); use --out"),
 ])
 def test_odd_surroundings(corpus, prefix, variables, status, message):
-    """Variables of torchrun without it, closed output, a file system without locks: one sentence or none."""
-    write_files("no-locks", {"sitecustomize.py": NO_LOCKS.encode()})
+    """A variable of torchrun without it, full or closed output: one sentence or none."""
     command = f"{prefix}{sys.executable} {HERE / 'train.py'} {ARGUMENTS} --num-train-steps 20"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    process = subprocess.run(command, shell=True, env=environment, capture_output=True)
+    process = subprocess.run(command, shell=True, env=os.environ | variables, capture_output=True)
     assert process.returncode == status, process.stderr
     assert message in process.stderr and process.stderr.count(b"\n") == status
     assert Path("out/small/discriminator").exists() == (status == 0 or "full" in prefix)
