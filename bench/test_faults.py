@@ -648,6 +648,37 @@ def test_a_header_of_weights_that_lies_is_refused(tmp_path, change):
         model.load_weights(model.Discriminator(CONFIG), tmp_path)
 
 
+def test_a_flipped_bit_in_exported_weights_is_refused(tmp_path):
+    """The header has a SHA-256 of the tensors; a file without one, as others write it, is taken."""
+    files = model.pretrained_files(model.Discriminator(CONFIG))
+    content = files[WEIGHTS]
+    write_files(tmp_path, files | {WEIGHTS: flip(content, len(content) - 99)})
+    with pytest.raises(ModelError, match=f"{tmp_path}/{WEIGHTS} is damaged, .*SHA-256"):
+        model.load_weights(model.Discriminator(CONFIG), tmp_path)
+    write_files(tmp_path, {WEIGHTS: content.replace(b'"sha256"', b'"sha_56"', 1)})
+    model.load_weights(model.Discriminator(CONFIG), tmp_path)
+
+
+def test_a_restart_that_was_cut_short_leaves_no_run(corpus, monkeypatch):
+    """Killed while it deletes, --restart leaves a folder that only --restart takes, and nothing half done."""
+    pretrain("--num-train-steps 4 --out whole")
+    pretrain("--num-train-steps 4")
+    unlink, count = Path.unlink, itertools.count()
+
+    def fail(path, **kwargs):
+        if path.is_relative_to("out/small") and next(count) == 3:
+            raise KeyboardInterrupt
+        unlink(path, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", fail)
+        pretrain("--num-train-steps 4 --restart")
+    with pytest.raises(UserError, match="out/small has no checkpoint.pt, but .* --restart, which deletes it"):
+        pretrain("--num-train-steps 4")
+    pretrain("--num-train-steps 4 --restart")
+    assert_same_run("out", "whole")
+
+
 # ============================================================================================================
 # Text that breaks off
 
