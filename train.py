@@ -152,7 +152,7 @@ SAVE_SECONDS = 600  # a kill costs no more work than this
 # After these shares of the steps the networks are kept, for the table of score against compute of the paper.
 SNAPSHOTS = (0.01, 0.0625, 0.125, 0.25, 0.5, 0.75)
 LONG_WARMUP = 0.2  # of the run; a longer one gets a warning
-LATE_STEP = 20_000  # earlier, a network may look stuck and still learn
+SLOW_DAYS = 14  # a run that takes longer gets one, too
 
 
 def train(config, electra, optimizer, scaler, shards, folder, first_step):
@@ -200,32 +200,32 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
                 is_logged = is_evaluated or step == 1 or step % config.log_every == 0
                 if is_logged:
                     metrics = compute_metrics(gather_outputs(outputs), input_ids)
-                    # Tokens per second, padding included.
-                    rate = round(input_ids.numel() / stopwatch.seconds_per_step(step))
+                    rate = round(input_ids.numel() / stopwatch.seconds_per_step(step))  # with padding
                     folder.log("train", step, epoch, lr=lr, **metrics, grad_norm=grad_norm.item(),
                                **fp16_metrics(scaler, optimizer, step), tokens_per_second=rate)
                     bar.set_description(f"loss {metrics['loss']:.3f}, {rate:,} tokens/s")
+                if step == first_step + 100:
+                    warn_if_slow(stopwatch.seconds_per_step(step) * (config.num_train_steps - step))
 
                 # Evaluate.
                 if is_evaluated and len(heldout):
                     metrics = compute_metrics(*evaluate(config, electra, heldout, seed))
                     folder.log("heldout", step, epoch, **metrics,
                                unigram_entropy=unigram_entropy(heldout, electra.config))
-                    is_late = step >= max(LATE_STEP, 2 * config.num_warmup_steps)
-                    tqdm.write(f"step {step}, held-out text: {describe_metrics(metrics, is_late)}")
+                    tqdm.write(f"step {step}, held-out text: {describe_metrics(metrics)}")
 
                 # Save.
                 if step in snapshot_steps:
-                    folder.export(step, electra, folder.path / f"step-{step}")
+                    folder.export(step, folder.path / f"step-{step}")
                 is_overdue = time.perf_counter() - saved_at > SAVE_SECONDS
                 if is_last or is_overdue or step % config.save_every == 0:
-                    folder.save(step, electra, optimizer, scaler, order)
+                    folder.save(step, order)
                     saved_at = time.perf_counter()
                 if is_logged or step == first_step + 1:  # the first step compiles
                     stopwatch.restart(step)
     except data.Stopped as error:  # an error in the text, or "" after a signal
         if step > first_step:
-            folder.save(step, electra, optimizer, scaler, order)
+            folder.save(step, order)
         any_rank(False)  # waits for the one that saves, since torchrun ends all ranks when one has ended
         command = "the same command without --restart" if config.restart else "the same command"
         raise data.UserError(str(error) or f"stopped after step {step}; {command} resumes") from None
@@ -246,8 +246,10 @@ class Stopwatch:
 
 
 def progress_bar(config, step):
-    is_hidden = RANK > 0 or None  # None hides it where stderr is no terminal
-    return tqdm(total=config.num_train_steps, initial=step, unit=" steps", disable=is_hidden)
+    disable = None  # tqdm: shown on a terminal
+    if RANK > 0:
+        disable = True
+    return tqdm(total=config.num_train_steps, initial=step, unit=" steps", disable=disable)
 
 
 def describe_heldout(heldout, electra_config):
@@ -266,6 +268,13 @@ def warn_if_warmup_is_long(config):
         print(f"warning: the learning rate rises for {config.num_warmup_steps:,} of "
               f"{config.num_train_steps:,} steps; a short run needs fewer: --num-warmup-steps "
               f"{config.num_train_steps // 20}")
+
+
+def warn_if_slow(seconds):
+    days = seconds / 86_400
+    if days > SLOW_DAYS:
+        tqdm.write(f"at this rate the rest takes {days:.0f} days; `--size tiny` takes minutes on "
+                   "a CPU, and the other sizes need a GPU")
 
 
 @contextmanager
@@ -555,20 +564,20 @@ def lock_run(config):
 class Inputs(NamedTuple):
     """What a run is made from. Its checkpoint has a copy, since the sources may change or go."""
 
-    init: list  # the flags --init
-    vocab: str  # and --vocab
+    init: list  # --init and --vocab, as they were typed
+    vocab: str
     tokens: list  # the vocabulary, in the order of the ids
     shape: dict  # fields of ElectraConfig that the weights of --init prescribe
     rules: dict  # fields of DataConfig that they prescribe: those for case and accents
 
 
 class Run(NamedTuple):
-    """What a checkpoint says about its run. Beside it there are a step and the states of train's objects."""
+    """What a checkpoint says about its run. The step and the states of torch's objects stand beside it."""
 
     inputs: Inputs
-    settings: dict  # by name: all that decides the result
-    num_shards: int  # of the text, which have been used
-    history: str  # their hashes, in place of the rest of the text
+    settings: dict  # by name: flags and fields of configs that decide the result
+    num_shards: int  # so many shards of the text have been read
+    history: str  # and these are their hashes (see data.GrowingShards)
 
 
 def read_checkpoint(config):
@@ -594,29 +603,6 @@ def read_checkpoint(config):
             raise data.UserError(f"{path} has no checkpoint.pt, but {found.relative_to(path)}; use another "
                                  "--out, or --restart, which deletes it")
     return None
-
-
-def load_state(state, electra, optimizer, scaler):
-    """Load what `read_checkpoint` returned on rank 0 into all ranks. Returns its step, or 0."""
-    step = 0
-    if state is not None:
-        step = state["step"]
-        electra.load_state_dict(state["model"])
-        # Keep this run's groups. Their settings may be new, and their learning rates are on this device.
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict(state["optimizer"] | dict(param_groups=groups))
-        if state["scaler"] and scaler.is_enabled():
-            scaler.load_state_dict(state["scaler"])
-    if WORLD_SIZE > 1:
-        step, scaler_state = from_all_ranks((step, scaler.state_dict()))[0]
-        if scaler_state:
-            scaler.load_state_dict(scaler_state)
-        for tensor in electra.state_dict().values():
-            dist.broadcast(tensor, 0)
-        for moments in optimizer.state.values():  # of a parameter
-            for tensor in moments.values():
-                dist.broadcast(tensor, 0)
-    return step
 
 
 def written_files(path):
@@ -652,14 +638,17 @@ class RunFolder:
     needs, and the log and the networks are brought into line with it at every start.
     """
 
-    def __init__(self, config, electra_config, shards, inputs):
+    def __init__(self, config, inputs, shards, electra, optimizer, scaler):
         self.config = config
-        self.shards = shards
         self.inputs = inputs
+        self.shards = shards
+        self.electra = electra
+        self.optimizer = optimizer
+        self.scaler = scaler
         self.path = config.run_path
         self.checkpoint = self.path / "checkpoint.pt"
         self.log_path = self.path / "log.jsonl"
-        everything = asdict(config) | asdict(electra_config) | shards.fingerprint
+        everything = asdict(config) | asdict(electra.config) | shards.fingerprint
         self.settings = {name: value for name, value in everything.items() if name not in MAY_CHANGE}
         # These change rounding and dropout. A resumed run may have others, so they are logged.
         self.numerics = dict(device=config.device, dtype=config.dtype, compile=config.compile,
@@ -690,7 +679,29 @@ class RunFolder:
     def refusal(self, reason):
         return f"{self.path} holds another run ({reason}); use its settings, another --out, or --restart"
 
-    def start(self, run, step, electra, optimizer, scaler):
+    def load(self, state):
+        """Load what `read_checkpoint` returned on rank 0 into all ranks. Returns its step, or 0."""
+        step = 0
+        if state is not None:
+            step = state["step"]
+            self.electra.load_state_dict(state["model"])
+            # Keep this run's groups. Their settings may be new, and their learning rates are on this device.
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict(state["optimizer"] | dict(param_groups=groups))
+            if state["scaler"] and self.scaler.is_enabled():
+                self.scaler.load_state_dict(state["scaler"])
+        if WORLD_SIZE > 1:
+            step, scaler_state = from_all_ranks((step, self.scaler.state_dict()))[0]
+            if scaler_state:
+                self.scaler.load_state_dict(scaler_state)
+            for tensor in self.electra.state_dict().values():
+                dist.broadcast(tensor, 0)
+            for moments in self.optimizer.state.values():  # of a parameter
+                for tensor in moments.values():
+                    dist.broadcast(tensor, 0)
+        return step
+
+    def start(self, run, step):
         """Make a new run, or bring the log and the networks of one into line with its checkpoint."""
         if RANK > 0:
             return
@@ -698,10 +709,10 @@ class RunFolder:
             if self.config.restart:  # the checkpoint goes first: if this is cut short, there is no run
                 for file in [self.checkpoint, *written_files(self.path)]:
                     file.unlink(missing_ok=True)
-            self.write_checkpoint(0, electra, optimizer, scaler, num_shards=0)
+            self.write_checkpoint(0, num_shards=0)
         self.cut_log(step)
         if step > 0:
-            self.export(step, electra, self.path)
+            self.export(step, self.path)
         if step == self.config.num_train_steps:
             print(f"all {step} steps are done already; after a change of the code, use another --out")
         elif run is not None:
@@ -735,33 +746,33 @@ class RunFolder:
         with open(self.log_path, "ab") as log:
             data.append_json(log, entry)
 
-    def save(self, step, electra, optimizer, scaler, order):
+    def save(self, step, order):
         """Write the networks, then the checkpoint."""
         if RANK > 0:
             return
-        if scaler.is_enabled() and scaler.get_scale() < MIN_LOSS_SCALE:
+        if self.scaler.is_enabled() and self.scaler.get_scale() < MIN_LOSS_SCALE:
             raise data.UserError(f"the loss overflows in fp16 at step {step}, and nothing is learned; use "
                                  "--dtype fp32, or --restart with a lower --learning-rate")
-        self.export(step, electra, self.path)
-        self.write_checkpoint(step, electra, optimizer, scaler, order.num_shards_used)
+        self.export(step, self.path)
+        self.write_checkpoint(step, order.num_shards_used)
 
-    def write_checkpoint(self, step, electra, optimizer, scaler, num_shards):
+    def write_checkpoint(self, step, num_shards):
         """Write all that the run needs, as built-in types and tensors."""
         run = Run(self.inputs._asdict(), self.settings, num_shards, self.shards.history(num_shards))
-        state = dict(run=run._asdict(), step=step, model=electra.state_dict(),
-                     optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        state = dict(run=run._asdict(), step=step, model=self.electra.state_dict(),
+                     optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data.write_sealed(self.checkpoint, buffer.getbuffer())
 
-    def export(self, step, electra, parent):
+    def export(self, step, parent):
         """Write the networks as folders in `parent`."""
         if RANK > 0:
             return
-        if not all(parameter.isfinite().all() for parameter in electra.parameters()):
+        if not all(parameter.isfinite().all() for parameter in self.electra.parameters()):
             raise data.UserError(f"the weights are not finite after step {step}, and are not saved; use "
                                  "--restart with a lower --learning-rate")
-        for name, network in networks_of(electra).items():
+        for name, network in networks_of(self.electra).items():
             write_network(parent / name, network, self.shards.wordpiece, self.shards.config.max_length)
 
 
@@ -900,23 +911,12 @@ def entropy(probabilities):
     return float(-(probabilities * np.log(probabilities)).sum())
 
 
-# A network that is this bad late in training has learned next to nothing.
-STUCK_SHARE = 0.97  # the discriminator's loss as a share of that of guessing the base rate
-STUCK_MLM_LOSS = 6  # guessing by word frequency alone gives about 7 with BERT's vocabulary
-
-
-def describe_metrics(metrics, is_late):
-    """A sentence about held-out text. Late in training it warns of networks that have not learned."""
+def describe_metrics(metrics):
+    """A sentence about held-out text."""
     text = f"MLM loss {metrics['mlm_loss']:.3f}"
     if "auc" in metrics:
-        loss = metrics["disc_loss"]
-        guessing = metrics["all_original"]
-        text += (f", discriminator loss {loss:.3f} (guessing: {guessing:.3f}), AUC {metrics['auc']:.3f} "
-                 "(guessing: 0.5)")
-        if is_late and loss >= STUCK_SHARE * guessing:
-            text += "; warning: the discriminator is stuck; try a smaller generator or a lower learning rate"
-    if is_late and metrics["mlm_loss"] > STUCK_MLM_LOSS:
-        text += "; warning: the generator is stuck; try a lower learning rate"
+        text += (f", discriminator loss {metrics['disc_loss']:.3f} (guessing: {metrics['all_original']:.3f}), "
+                 f"AUC {metrics['auc']:.3f} (guessing: 0.5)")
     return text
 
 
@@ -946,7 +946,7 @@ def report(config, electra, shards, step):
     seed = shards.config.seed
     if config.eval_only:
         metrics = compute_metrics(*evaluate(config, electra, heldout, seed))
-        print(f"step {step}, held-out text: {describe_metrics(metrics, is_late=False)}")
+        print(f"step {step}, held-out text: {describe_metrics(metrics)}")
     rows = choose_readable(heldout, shards.wordpiece)
     outputs, input_ids = evaluate(config, electra, rows, seed)
     print_sentences(outputs, input_ids.cpu(), shards.wordpiece)
@@ -1019,10 +1019,6 @@ def main(argv=None):
         inputs = find_inputs(run, config, data_config, electra_config)
         data_config, electra_config, wordpiece = apply_inputs(inputs, data_config, electra_config, typed)
         shards = data.GrowingShards(data_config, wordpiece)
-        folder = RunFolder(config, electra_config, shards, inputs)
-        compare_ranks(folder)
-        if run is not None:
-            folder.check_settings(run)
 
         # The networks and their optimizer.
         torch.manual_seed(data_config.seed)
@@ -1033,17 +1029,22 @@ def main(argv=None):
         optimizer = build_optimizer(electra.named_parameters(), config)
         scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
 
+        folder = RunFolder(config, inputs, shards, electra, optimizer, scaler)
+        compare_ranks(folder)
+        if run is not None:
+            folder.check_settings(run)
+
         # The text, which is prepared in a child process.
         with shards.prepare_in_child() if LOCAL_RANK == 0 else nullcontext():
             read_together(shards.wait_for_shards, 1)  # bad text ends this before the folder is touched
             if run is not None:
                 folder.check_text(run)
-            step = load_state(state, electra, optimizer, scaler)
+            step = folder.load(state)
             del state  # it takes memory
             print(shards.describe())
             if not config.eval_only:
                 warn_if_warmup_is_long(config)
-                folder.start(run, step, electra, optimizer, scaler)
+                folder.start(run, step)
                 train(config, electra, optimizer, scaler, shards, folder, step)
                 step = config.num_train_steps
             report(config, electra, shards, step)
@@ -1073,10 +1074,10 @@ SHAPE = ("embedding_size", "hidden_size", "num_hidden_layers", "num_attention_he
 
 
 def find_inputs(run, config, data_config, electra_config):
-    """The Inputs that a run has in its checkpoint or, for a new run, those that the flags name.
+    """The Inputs of a run, from its checkpoint. For a new run, those that the flags name.
 
-    The flags decide, too, if they have changed, and the content of a vocab.txt may have: then
-    `RunFolder.check_settings` says what differs.
+    If the flags or, perhaps, a vocab.txt have changed, the flags count, and `RunFolder.check_settings` finds
+    what differs.
     """
     if run is not None and not Path(data_config.vocab).is_file():
         if (run.inputs.init, run.inputs.vocab) == (list(config.init), data_config.vocab):
@@ -1090,7 +1091,7 @@ def read_inputs(config, data_config, electra_config):
     vocab = data_config.vocab
     if not init:
         return Inputs(init, vocab, data.load_wordpiece(data_config).tokens, shape={}, rules={})
-    folders = find_init(config, data_config, electra_config)
+    folders = list(find_init(config, data_config, electra_config).values())
     tokenizers = [data.read_tokenizer(folder)[0] for folder in folders]
     if len({(each.sha256, each.do_lower_case, each.strip_accents) for each in tokenizers}) > 1:
         raise data.UserError(f"{folders[0]} and {folders[1]} have different vocabularies, or rules for case")
@@ -1103,7 +1104,7 @@ def read_inputs(config, data_config, electra_config):
 
 
 def find_init(config, data_config, electra_config):
-    """The folders of --init: the discriminator's, then the generator's if there is one; for mlm, one."""
+    """{"discriminator": folder, "generator": folder} of --init, or one of them."""
     names = list(config.init)
     networks = ["discriminator", "generator"]
     if electra_config.objective == "mlm":
@@ -1112,10 +1113,11 @@ def find_init(config, data_config, electra_config):
             raise data.UserError("--objective mlm has no discriminator; --init takes one folder")
     elif len(names) == 1 and Path(names[0], "generator").is_dir():
         names = names * 2  # both networks of a run
-    folders = [data.find_model(name, data_config.cache, network).resolve()
-               for name, network in zip(names, networks, strict=False)]  # there may be no generator
-    if any(config.run_path.resolve() in folder.parents for folder in folders):
-        raise data.UserError("--init names the run that would be overwritten; use another --out")
+    folders = {}
+    for network, name in zip(networks, names, strict=False):  # there may be no generator
+        folders[network] = data.find_model(name, data_config.cache, network).resolve()
+        if config.run_path.resolve() in folders[network].parents:
+            raise data.UserError("--init names the run that would be overwritten; use another --out")
     return folders
 
 
@@ -1138,23 +1140,20 @@ def apply_inputs(inputs, data_config, electra_config, typed):
 
 
 def load_init(electra, config, data_config):
-    """Fill the networks from the folders of --init, if there are any."""
-    folders = find_init(config, data_config, electra.config)
-    if not folders:
+    """Fill the networks from the folders of --init, if it was given."""
+    if not config.init:
         return
-    if len(folders) == 1:
-        if electra.discriminator is None:
-            model.load_weights(electra.generator, folders[0])
-            return
-        model.load_weights(electra.discriminator, folders[0])
+    networks = networks_of(electra)
+    folders = find_init(config, data_config, electra.config)
+    if len(folders) < len(networks):
         print("--init names no generator, so one starts from random weights; until it has learned, its "
               "samples are easy to tell and teach the discriminator little")
-        return
-    table = electra.generator.encoder.embeddings.word_embeddings.weight  # both networks share it
-    model.load_weights(electra.generator, folders[1])
-    of_generator = table.clone()
-    model.load_weights(electra.discriminator, folders[0])
-    if not torch.equal(table, of_generator):
+    tables = []  # of embeddings, which both networks share
+    for name in "generator", "discriminator":
+        if name in folders:
+            model.load_weights(networks[name], folders[name])
+            tables.append(electra.generator.encoder.embeddings.word_embeddings.weight.clone())
+    if not torch.equal(tables[0], tables[-1]):
         print("the two folders of --init have different embeddings; the discriminator's are used")
 
 
