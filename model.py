@@ -82,6 +82,7 @@ class ElectraConfig:
             raise ModelError(f"there is no objective {self.objective}; there are electra and mlm")
 
     def generator_config(self):
+        """The shape of the generator."""
         if self.objective == "mlm":
             return self
         hidden = max(1, round(self.hidden_size * self.generator_size))  # [D18] narrower, not shallower
@@ -108,7 +109,7 @@ def check_ranges(config):
             continue
         kind, _, least, most = annotation
         number = getattr(config, field.name)
-        if type(number) not in (int, kind) or not least <= number <= most:  # NaN is not, either
+        if type(number) not in (int, kind) or not least <= number <= most:  # nor a bool, nor NaN
             raise ModelError(f"{field.name} is {number}; it must be between {least} and {most} "
                              f"({kind.__name__})")
 
@@ -579,13 +580,13 @@ def load_config(folder):
                              f"{positions!r} positions, and not 'electra' with 'gelu' and 'absolute' ones")
         names = {field.name for field in fields(ElectraConfig)}
         config = ElectraConfig(**{name: value for name, value in content.items() if name in names})
-    in_layers = config.num_hidden_layers * config.hidden_size * (
-        4 * config.hidden_size + 2 * config.intermediate_size)
-    in_tables = config.embedding_size * (config.vocab_size + config.max_position_embeddings)
+    matrices = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size  # of a layer
+    tables = config.embedding_size * (config.vocab_size + config.max_position_embeddings)
+    parameters = config.num_hidden_layers * matrices + tables  # without biases
     size = sum(file.stat().st_size for file in find_weights(folder))
-    if 2 * (in_layers + in_tables) > size:  # a parameter has at least two bytes
+    if 2 * parameters > size:  # a parameter has at least two bytes
         raise ModelError(f"{folder} is damaged or inconsistent: its config.json describes over "
-                         f"{in_layers + in_tables:,} parameters, and its weights have {size:,} bytes")
+                         f"{parameters:,} parameters, and its weights have {size:,} bytes")
     return config
 
 

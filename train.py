@@ -912,11 +912,11 @@ def entropy(probabilities):
 
 
 def describe_metrics(metrics):
-    """A sentence about held-out text."""
+    """The main metrics, each beside its value for a network that knows only frequencies."""
     text = f"MLM loss {metrics['mlm_loss']:.3f}"
     if "auc" in metrics:
-        text += (f", discriminator loss {metrics['disc_loss']:.3f} (guessing: {metrics['all_original']:.3f}), "
-                 f"AUC {metrics['auc']:.3f} (guessing: 0.5)")
+        text += f", discriminator loss {metrics['disc_loss']:.3f} (guessing: {metrics['all_original']:.3f})"
+        text += f", AUC {metrics['auc']:.3f} (guessing: 0.5)"
     return text
 
 
@@ -1173,9 +1173,9 @@ def configure(argv):
     description = "Pre-train ELECTRA. After a stop or a kill the same command resumes."
     configs, typed = parse(argv, description, (TrainConfig, data.DataConfig, model.ElectraConfig), SIZES)
     config, data_config, electra_config = configs
-    for text in filter(os.path.isdir, data_config.data):
+    for text in data_config.data:
         for folder in config.out, data_config.cache:
-            if Path(folder).resolve().is_relative_to(Path(text).resolve()):
+            if os.path.isdir(text) and Path(folder).resolve().is_relative_to(Path(text).resolve()):
                 raise data.UserError(f"{folder} is in {text}, so that its files would be read as text; use "
                                      "--data FOLDER with nothing but text, or another --out and --cache")
     config = resolve_device(config)
