@@ -1192,7 +1192,7 @@ def configure(argv):
 
 
 def compiles_by_default(config):
-    """True on a GPU with a new enough torch. Compiling again may change bits."""
+    """True on a GPU with a new enough torch, not with --deterministic: compiling again may change bits."""
     is_gpu = config.device.startswith("cuda")
     return is_gpu and not config.deterministic and torch.__version__ >= COMPILES_SINCE
 
