@@ -21,6 +21,7 @@ whole network.
   E  embedding size                      H  hidden size of the network in question
 """
 
+import hashlib
 import json
 import math
 import pickle
@@ -81,6 +82,7 @@ class ElectraConfig:
             raise ModelError(f"there is no objective {self.objective}; there are electra and mlm")
 
     def generator_config(self):
+        """The shape of the generator."""
         if self.objective == "mlm":
             return self
         hidden = max(1, round(self.hidden_size * self.generator_size))  # [D18] narrower, not shallower
@@ -107,7 +109,7 @@ def check_ranges(config):
             continue
         kind, _, least, most = annotation
         number = getattr(config, field.name)
-        if type(number) not in (int, kind) or not least <= number <= most:  # NaN is not, either
+        if type(number) not in (int, kind) or not least <= number <= most:  # nor a bool, nor NaN
             raise ModelError(f"{field.name} is {number}; it must be between {least} and {most} "
                              f"({kind.__name__})")
 
@@ -578,13 +580,13 @@ def load_config(folder):
                              f"{positions!r} positions, and not 'electra' with 'gelu' and 'absolute' ones")
         names = {field.name for field in fields(ElectraConfig)}
         config = ElectraConfig(**{name: value for name, value in content.items() if name in names})
-    in_layers = config.num_hidden_layers * config.hidden_size * (
-        4 * config.hidden_size + 2 * config.intermediate_size)
-    in_tables = config.embedding_size * (config.vocab_size + config.max_position_embeddings)
-    size = sum(path.stat().st_size for path in find_weights(folder))
-    if 2 * (in_layers + in_tables) > size:  # a parameter has at least two bytes
+    matrices = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size  # of a layer
+    tables = config.embedding_size * (config.vocab_size + config.max_position_embeddings)
+    parameters = config.num_hidden_layers * matrices + tables  # without biases
+    size = sum(file.stat().st_size for file in find_weights(folder))
+    if 2 * parameters > size:  # a parameter has at least two bytes
         raise ModelError(f"{folder} is damaged or inconsistent: its config.json describes over "
-                         f"{in_layers + in_tables:,} parameters, and its weights have {size:,} bytes")
+                         f"{parameters:,} parameters, and its weights have {size:,} bytes")
     return config
 
 
@@ -611,22 +613,24 @@ def load_weights(network, folder, encoder_only=False):
     for name, ours in huggingface_tensors(network).items():
         if encoder_only and not name.startswith("electra."):
             continue
-        if name.endswith(("word_embeddings.weight", "lm_head.bias")) and name in tensors:
-            surplus = len(tensors[name]) - len(ours)
+        misfit = f"{path} does not fit this {type(network).__name__}: {name}"
+        if name not in tensors:
+            raise ModelError(f"{misfit} is missing")
+        theirs = tensors[name]
+        if name.endswith(("word_embeddings.weight", "lm_head.bias")):
+            surplus = len(theirs) - len(ours)
             if 0 < surplus <= min(MAX_PADDING, len(ours) // 4):
                 print(f"{path}: the last {surplus} rows of {name} are padding, and are left out")
-                tensors[name] = tensors[name][: len(ours)]
-        if name not in tensors or tensors[name].shape != ours.shape:
-            found = f"has shape {list(tensors[name].shape)}" if name in tensors else "is missing"
-            raise ModelError(f"{path} does not fit this {type(network).__name__}: {name} {found}, and should "
-                             f"have {list(ours.shape)}")
-        if not tensors[name].isfinite().all():
+                theirs = theirs[: len(ours)]
+        if theirs.shape != ours.shape:
+            raise ModelError(f"{misfit} has shape {list(theirs.shape)}, and should have {list(ours.shape)}")
+        if not theirs.isfinite().all():
             raise ModelError(f"{path} is not usable: {name} is not finite")
-        ours.copy_(tensors[name])
+        ours.copy_(theirs)
 
 
 def read_weights(folder):
-    """The tensors of a HuggingFace folder by name, fp32 on the CPU, and the path of their file."""
+    """The tensors of a HuggingFace folder by name, fp32 on the CPU, and the path of their last file."""
     tensors = {}
     for path in find_weights(folder):
         with damage_named(path, "a file of weights"):
@@ -678,7 +682,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def to_safetensors(tensors):
     """The bytes of a file with fp32 tensors by name."""
-    header = {"__metadata__": {"format": "pt"}}
+    header = {}
     parts = []
     end = 0
     for name, tensor in tensors.items():
@@ -686,21 +690,26 @@ def to_safetensors(tensors):
         end += 4 * tensor.numel()
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
         parts.append(np.ascontiguousarray(tensor.numpy(), dtype="<f4"))
+    data = b"".join(parts)
+    header["__metadata__"] = {"format": "pt", "sha256": hashlib.sha256(data).hexdigest()}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight
-    return b"".join([struct.pack("<Q", len(text)), text, *parts])
+    return b"".join([struct.pack("<Q", len(text)), text, data])
 
 
 def read_safetensors(path):
     """Read tensors by name. Those of other types are left out, since no network here has any."""
-    data = path.read_bytes()
-    begin = 8 + struct.unpack_from("<Q", data)[0]
-    header = json.loads(data[8:begin])
-    header.pop("__metadata__", None)
+    content = path.read_bytes()
+    begin = 8 + struct.unpack_from("<Q", content)[0]
+    header = json.loads(content[8:begin])
+    data = memoryview(content)[begin:]
+    sha256 = header.pop("__metadata__", {}).get("sha256")  # only in files of `to_safetensors`
+    if sha256 and sha256 != hashlib.sha256(data).hexdigest():
+        raise ValueError("its SHA-256 is not the one in its header")
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] in DTYPES:
             start, end = entry["data_offsets"]
-            raw = bytearray(data[begin + start : begin + end])
+            raw = bytearray(data[start:end])
             tensors[name] = torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
     return tensors

@@ -26,13 +26,12 @@ import signal
 import sys
 import threading
 import time
-import traceback
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, get_args, get_origin
+from typing import Annotated, NamedTuple, get_args, get_origin
 
 import numpy as np
 import torch
@@ -46,16 +45,14 @@ import model
 def read_ranks():
     """The number of this process, its number on this machine, and how many there are, as torchrun sets them.
 
-    All are 0 if they cannot be. `parse` reports it.
+    All are 0 if they make no sense. `parse` reports it.
     """
-    try:
+    with suppress(ValueError):
         rank = int(os.environ.get("RANK") or 0)
         local_rank = int(os.environ.get("LOCAL_RANK") or 0)
         world_size = int(os.environ.get("WORLD_SIZE") or 1)
-    except ValueError:
-        return 0, 0, 0
-    if 0 <= local_rank <= rank < world_size:
-        return rank, local_rank, world_size
+        if 0 <= local_rank <= rank < world_size:
+            return rank, local_rank, world_size
     return 0, 0, 0
 
 
@@ -152,11 +149,10 @@ MAY_CHANGE = {"micro_batch_size", "dtype", "device", "graph", "deterministic", "
 HELDOUT_ROWS = 1024  # the first so many held-out rows are evaluated
 FEW_ROWS = 50  # metrics of fewer held-out rows are mostly chance
 SAVE_SECONDS = 600  # a kill costs no more work than this
-SLOW_DAYS = 14  # a run that takes longer gets a warning
 # After these shares of the steps the networks are kept, for the table of score against compute of the paper.
 SNAPSHOTS = (0.01, 0.0625, 0.125, 0.25, 0.5, 0.75)
 LONG_WARMUP = 0.2  # of the run; a longer one gets a warning
-LATE_STEP = 20_000  # earlier, a network may look stuck and still learn
+SLOW_DAYS = 14  # a run that takes longer gets one, too
 
 
 def train(config, electra, optimizer, scaler, shards, folder, first_step):
@@ -168,7 +164,6 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
     take_step = make_step(config, electra, optimizer, scaler)
     snapshot_steps = {round(share * config.num_train_steps) for share in SNAPSHOTS}
     heldout = None  # read before the first evaluation
-    has_warned = False
     step = first_step
     stopwatch = Stopwatch(step)
     saved_at = time.perf_counter()
@@ -205,35 +200,32 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
                 is_logged = is_evaluated or step == 1 or step % config.log_every == 0
                 if is_logged:
                     metrics = compute_metrics(gather_outputs(outputs), input_ids)
-                    seconds = stopwatch.seconds_per_step(step)
-                    rate = round(input_ids.numel() / seconds)  # tokens per second, padding included
+                    rate = round(input_ids.numel() / stopwatch.seconds_per_step(step))  # with padding
                     folder.log("train", step, epoch, lr=lr, **metrics, grad_norm=grad_norm.item(),
                                **fp16_metrics(scaler, optimizer, step), tokens_per_second=rate)
                     bar.set_description(f"loss {metrics['loss']:.3f}, {rate:,} tokens/s")
-                    if step >= first_step + 100 and not has_warned:
-                        warn_if_slow(seconds * (config.num_train_steps - step))
-                        has_warned = True
+                if step == first_step + 100:
+                    warn_if_slow(stopwatch.seconds_per_step(step) * (config.num_train_steps - step))
 
                 # Evaluate.
                 if is_evaluated and len(heldout):
                     metrics = compute_metrics(*evaluate(config, electra, heldout, seed))
                     folder.log("heldout", step, epoch, **metrics,
                                unigram_entropy=unigram_entropy(heldout, electra.config))
-                    is_late = step >= max(LATE_STEP, 2 * config.num_warmup_steps)
-                    tqdm.write(f"step {step}, held-out text: {describe_metrics(metrics, is_late)}")
+                    tqdm.write(f"step {step}, held-out text: {describe_metrics(metrics)}")
 
                 # Save.
                 if step in snapshot_steps:
-                    folder.export(step, electra, folder.path / f"step-{step}")
+                    folder.export(step, folder.path / f"step-{step}")
                 is_overdue = time.perf_counter() - saved_at > SAVE_SECONDS
                 if is_last or is_overdue or step % config.save_every == 0:
-                    folder.save(step, electra, optimizer, scaler, order)
+                    folder.save(step, order)
                     saved_at = time.perf_counter()
                 if is_logged or step == first_step + 1:  # the first step compiles
                     stopwatch.restart(step)
     except data.Stopped as error:  # an error in the text, or "" after a signal
         if step > first_step:
-            folder.save(step, electra, optimizer, scaler, order)
+            folder.save(step, order)
         any_rank(False)  # waits for the one that saves, since torchrun ends all ranks when one has ended
         command = "the same command without --restart" if config.restart else "the same command"
         raise data.UserError(str(error) or f"stopped after step {step}; {command} resumes") from None
@@ -254,8 +246,10 @@ class Stopwatch:
 
 
 def progress_bar(config, step):
-    is_hidden = RANK > 0 or None  # None hides it where stderr is no terminal
-    return tqdm(total=config.num_train_steps, initial=step, unit=" steps", disable=is_hidden)
+    disable = None  # tqdm: shown on a terminal
+    if RANK > 0:
+        disable = True
+    return tqdm(total=config.num_train_steps, initial=step, unit=" steps", disable=disable)
 
 
 def describe_heldout(heldout, electra_config):
@@ -294,9 +288,9 @@ def stop_signals():
         tqdm.write("stopping after this step, and saving; once more kills")
 
     old_handlers = {}
-    is_main = threading.current_thread() is threading.main_thread()
-    for number in (signal.SIGINT, signal.SIGTERM) if is_main else ():  # other threads get no signals
-        old_handlers[number] = signal.signal(number, receive)
+    if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+        for number in signal.SIGINT, signal.SIGTERM:
+            old_handlers[number] = signal.signal(number, receive)
     try:
         yield received
     finally:
@@ -456,6 +450,9 @@ RANK_TIMEOUT = timedelta(days=1)  # ranks wait for each other, even while text i
 
 
 def start_ranks(config):
+    """Connect the processes that torchrun has started, if it has."""
+    if WORLD_SIZE == 1:
+        return
     backend = "cpu:gloo,cuda:nccl" if config.device.startswith("cuda") else "gloo"
     try:
         dist.init_process_group(backend, timeout=RANK_TIMEOUT)
@@ -470,20 +467,18 @@ def no_torchrun():
                           "all three")
 
 
-def compare_ranks(folder, shards):
+def compare_ranks(folder):
     """Raise data.UserError if ranks have other text, vocabularies or flags than this one."""
     config = folder.config
     ours = folder.settings | dict(
-        files=data.digest([identity[:2] for identity in shards.identities]),  # names and sizes, not times
+        files=data.digest([identity[:2] for identity in folder.shards.identities]),  # names and sizes
         init=len(config.init),  # paths may differ between machines
         log_every=config.log_every, eval_every=config.eval_every)  # where ranks meet
-    different = set()
-    for theirs in from_all_ranks(ours):
-        different.update(name for name in ours if theirs[name] != ours[name])
+    everyones = from_all_ranks(ours)
+    different = [name for name in sorted(ours) if any(theirs[name] != ours[name] for theirs in everyones)]
     if different:
-        raise data.UserError(f"the ranks differ in {', '.join(sorted(different))}: give all machines the "
-                             "same flags, the same --data and, if a vocabulary was trained, that one by "
-                             "--vocab FILE")
+        raise data.UserError(f"the ranks differ in {', '.join(different)}: give all machines the same flags, "
+                             "the same --data and, if a vocabulary was trained, that one by --vocab FILE")
 
 
 def read_together(read, *args):
@@ -529,23 +524,6 @@ def add_up_gradients(electra):
         gradient.copy_(part.view_as(gradient))
 
 
-def broadcast_state(step, electra, optimizer, scaler):
-    """Give all ranks the state of rank 0. Returns its step."""
-    if WORLD_SIZE == 1:
-        return step
-    objects = [step, scaler.state_dict()]
-    dist.broadcast_object_list(objects, 0)
-    step, scaler_state = objects
-    if scaler_state:
-        scaler.load_state_dict(scaler_state)
-    for tensor in electra.state_dict().values():
-        dist.broadcast(tensor, 0)
-    for moments in optimizer.state.values():  # of a parameter
-        for tensor in moments.values():
-            dist.broadcast(tensor, 0)
-    return step
-
-
 def gather_outputs(outputs):
     """The Outputs of all micro-batches of all ranks, on the CPU."""
     ours = []
@@ -583,8 +561,27 @@ def lock_run(config):
         yield
 
 
+class Inputs(NamedTuple):
+    """What a run is made from. Its checkpoint has a copy, since the sources may change or go."""
+
+    init: list  # --init and --vocab, as they were typed
+    vocab: str
+    tokens: list  # the vocabulary, in the order of the ids
+    shape: dict  # fields of ElectraConfig that the weights of --init prescribe
+    rules: dict  # fields of DataConfig that they prescribe: those for case and accents
+
+
+class Run(NamedTuple):
+    """What a checkpoint says about its run. The step and the states of torch's objects stand beside it."""
+
+    inputs: Inputs
+    settings: dict  # by name: flags and fields of configs that decide the result
+    num_shards: int  # so many shards of the text have been read
+    history: str  # and these are their hashes (see data.GrowingShards)
+
+
 def read_checkpoint(config):
-    """The state of the run in a folder, on rank 0. None if there is no run, or none that is to be kept.
+    """What `RunFolder.write_checkpoint` wrote, on rank 0. None if there is no run, or none to be kept.
 
     Networks or a log without a checkpoint are refused: a new run would write over them.
     """
@@ -595,7 +592,10 @@ def read_checkpoint(config):
     if checkpoint.exists():
         content = data.read_sealed(checkpoint, "--restart starts over; if a former version wrote it, use "
                                                f"another --out and --init {path}, which takes its networks")
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        run = state["run"]
+        state["run"] = Run(Inputs(**run["inputs"]), run["settings"], run["num_shards"], run["history"])
+        return state
     if config.eval_only:
         raise data.UserError(f"there is no run in {path} to evaluate; check --size and --out")
     for found in written_files(path):
@@ -634,20 +634,23 @@ def write_network(folder, network, wordpiece, max_length, **more):
 class RunFolder:
     """The folder of a run: checkpoint, log, networks. Only rank 0 writes.
 
-    There is a run if there is a checkpoint, since the run begins with one, at step 0. It holds all that the
-    run needs, and the log and the networks are brought into line with it at every start.
+    There is a run if there is a checkpoint: a run begins with one, at step 0. It holds all that the run
+    needs, and the log and the networks are brought into line with it at every start.
     """
 
-    def __init__(self, config, electra_config, shards, inputs):
+    def __init__(self, config, inputs, shards, electra, optimizer, scaler):
         self.config = config
-        self.shards = shards
         self.inputs = inputs
+        self.shards = shards
+        self.electra = electra
+        self.optimizer = optimizer
+        self.scaler = scaler
         self.path = config.run_path
         self.checkpoint = self.path / "checkpoint.pt"
         self.log_path = self.path / "log.jsonl"
-        everything = asdict(config) | asdict(electra_config) | shards.fingerprint
+        everything = asdict(config) | asdict(electra.config) | shards.fingerprint
         self.settings = {name: value for name, value in everything.items() if name not in MAY_CHANGE}
-        # These may change on resume. They change rounding and dropout, so they are logged.
+        # These change rounding and dropout. A resumed run may have others, so they are logged.
         self.numerics = dict(device=config.device, dtype=config.dtype, compile=config.compile,
                              graph=config.graph, deterministic=config.deterministic,
                              micro_batch_size=config.micro_batch_size, ranks=WORLD_SIZE,
@@ -655,7 +658,7 @@ class RunFolder:
 
     def check_settings(self, run):
         """Refuse to continue a run that has other settings."""
-        old = run["settings"]
+        old = run.settings
         new = self.settings
         changes = [f"{name} was {old.get(name)} and is now {new.get(name)}"
                    for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
@@ -668,62 +671,69 @@ class RunFolder:
 
     def check_text(self, run):
         """Refuse to continue a run that has read another text. Waits until the text is prepared that far."""
-        history = read_together(self.shards.history, run["num_shards"])
-        if history != run["history"]:
-            place = self.shards.changed_file(run["history"])
+        history = read_together(self.shards.history, run.num_shards)
+        if history != run.history:
+            place = self.shards.changed_file(run.history)
             raise data.UserError(self.refusal(f"the text differs in {place} or after it"))
 
     def refusal(self, reason):
         return f"{self.path} holds another run ({reason}); use its settings, another --out, or --restart"
 
-    def load(self, state, electra, optimizer, scaler):
+    def load(self, state):
         """Load what `read_checkpoint` returned on rank 0 into all ranks. Returns its step, or 0."""
         step = 0
         if state is not None:
             step = state["step"]
-            electra.load_state_dict(state["model"])
+            self.electra.load_state_dict(state["model"])
             # Keep this run's groups. Their settings may be new, and their learning rates are on this device.
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict(state["optimizer"] | dict(param_groups=groups))
-            if state["scaler"] and scaler.is_enabled():
-                scaler.load_state_dict(state["scaler"])
-        return broadcast_state(step, electra, optimizer, scaler)
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict(state["optimizer"] | dict(param_groups=groups))
+            if state["scaler"] and self.scaler.is_enabled():
+                self.scaler.load_state_dict(state["scaler"])
+        if WORLD_SIZE > 1:
+            step, scaler_state = from_all_ranks((step, self.scaler.state_dict()))[0]
+            if scaler_state:
+                self.scaler.load_state_dict(scaler_state)
+            for tensor in self.electra.state_dict().values():
+                dist.broadcast(tensor, 0)
+            for moments in self.optimizer.state.values():  # of a parameter
+                for tensor in moments.values():
+                    dist.broadcast(tensor, 0)
+        return step
 
-    def start(self, run, step, electra, optimizer, scaler):
+    def start(self, run, step):
         """Make a new run, or bring the log and the networks of one into line with its checkpoint."""
         if RANK > 0:
             return
         if run is None:
-            if self.config.restart:  # the old run is deleted, and its checkpoint last
-                for file in [*written_files(self.path), self.checkpoint]:
+            if self.config.restart:  # the checkpoint goes first: if this is cut short, there is no run
+                for file in [self.checkpoint, *written_files(self.path)]:
                     file.unlink(missing_ok=True)
-            self.write_checkpoint(0, electra, optimizer, scaler, num_shards=0)
-            self.cut_log(0, self.numerics)
-            return
-        self.cut_log(step, run["numerics"])
+            self.write_checkpoint(0, num_shards=0)
+        self.cut_log(step)
         if step > 0:
-            self.export(step, electra, self.path)
+            self.export(step, self.path)
         if step == self.config.num_train_steps:
             print(f"all {step} steps are done already; after a change of the code, use another --out")
-        else:
+        elif run is not None:
             print(f"resuming after step {step} of {self.config.num_train_steps}")
 
-    def cut_log(self, step, old_numerics):
-        """Keep the lines up to a step, and log the numerics of the next step if they have changed."""
-        first = dict(settings=self.settings, numerics=old_numerics)
-        kept = [first]
-        if self.log_path.exists():
-            for line in self.log_path.read_bytes().splitlines():
-                with suppress(TypeError, ValueError):  # a line that is damaged, or cut short
-                    entry = data.parse_json(line, self.log_path)
-                    if "settings" in entry:
-                        first["numerics"] = entry.get("numerics")  # those of step 1
-                    elif entry.get("step") <= step:
-                        kept.append(entry)
-        if old_numerics != self.numerics:
-            kept.append(dict(step=step + 1, numerics=self.numerics))
+    def cut_log(self, step):
+        """Keep the settings and the lines up to a step. Log the numerics if they are new."""
+        entries = [dict(settings=self.settings)]
+        numerics = None
+        lines = self.log_path.read_bytes().splitlines() if self.log_path.exists() else []
+        for line in lines:
+            with suppress(LookupError, TypeError, ValueError):  # a line that is damaged, or has no step
+                entry = data.parse_json(line, self.log_path)
+                if entry["step"] <= step:
+                    entries.append(entry)
+                    numerics = entry.get("numerics", numerics)
+        if numerics != self.numerics:
+            entries.append(dict(step=step + 1, numerics=self.numerics))
         with data.atomic_write(self.log_path) as file:
-            file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode())
+            for entry in entries:
+                file.write(json.dumps(entry).encode() + b"\n")
 
     def log(self, split, step, epoch, **values):
         """Append a line to log.jsonl. Its `tokens` are those trained on so far, padding included."""
@@ -736,34 +746,33 @@ class RunFolder:
         with open(self.log_path, "ab") as log:
             data.append_json(log, entry)
 
-    def save(self, step, electra, optimizer, scaler, order):
+    def save(self, step, order):
         """Write the networks, then the checkpoint."""
         if RANK > 0:
             return
-        if scaler.is_enabled() and scaler.get_scale() < MIN_LOSS_SCALE:
+        if self.scaler.is_enabled() and self.scaler.get_scale() < MIN_LOSS_SCALE:
             raise data.UserError(f"the loss overflows in fp16 at step {step}, and nothing is learned; use "
                                  "--dtype fp32, or --restart with a lower --learning-rate")
-        self.export(step, electra, self.path)
-        self.write_checkpoint(step, electra, optimizer, scaler, order.num_shards_used)
+        self.export(step, self.path)
+        self.write_checkpoint(step, order.num_shards_used)
 
-    def write_checkpoint(self, step, electra, optimizer, scaler, num_shards):
-        """Write all that the run needs. The text that it has read stands for the rest of the text."""
-        run = dict(inputs=self.inputs, settings=self.settings, numerics=self.numerics, num_shards=num_shards,
-                   history=self.shards.history(num_shards))
-        state = dict(run=run, step=step, model=electra.state_dict(), optimizer=optimizer.state_dict(),
-                     scaler=scaler.state_dict())
+    def write_checkpoint(self, step, num_shards):
+        """Write all that the run needs, as built-in types and tensors."""
+        run = Run(self.inputs._asdict(), self.settings, num_shards, self.shards.history(num_shards))
+        state = dict(run=run._asdict(), step=step, model=self.electra.state_dict(),
+                     optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data.write_sealed(self.checkpoint, buffer.getbuffer())
 
-    def export(self, step, electra, parent):
+    def export(self, step, parent):
         """Write the networks as folders in `parent`."""
         if RANK > 0:
             return
-        if not all(parameter.isfinite().all() for parameter in electra.parameters()):
+        if not all(parameter.isfinite().all() for parameter in self.electra.parameters()):
             raise data.UserError(f"the weights are not finite after step {step}, and are not saved; use "
                                  "--restart with a lower --learning-rate")
-        for name, network in networks_of(electra).items():
+        for name, network in networks_of(self.electra).items():
             write_network(parent / name, network, self.shards.wordpiece, self.shards.config.max_length)
 
 
@@ -863,7 +872,7 @@ def compute_metrics(outputs, input_ids):
     base_rate = is_replaced.mean()
     return metrics | {
         "disc_loss": total("disc_loss"),
-        # The name is that of recorded runs. It is the loss of guessing the base rate for every token.
+        # The loss of guessing the base rate for every token. Recorded runs have it under this name.
         "all_original": entropy(np.array([base_rate, 1 - base_rate])),
         "auc": area_under_curve(logits, is_replaced),
         "precision": num_caught / max(1, int(is_flagged.sum())),
@@ -902,23 +911,12 @@ def entropy(probabilities):
     return float(-(probabilities * np.log(probabilities)).sum())
 
 
-# A network that is this bad late in training has learned next to nothing.
-STUCK_SHARE = 0.97  # the discriminator's loss as a share of that of guessing the base rate
-STUCK_MLM_LOSS = 6  # guessing by word frequency alone gives about 7 with BERT's vocabulary
-
-
-def describe_metrics(metrics, is_late):
-    """A sentence about held-out text. Late in training it warns of networks that have not learned."""
+def describe_metrics(metrics):
+    """The main metrics, each beside its value for a network that knows only frequencies."""
     text = f"MLM loss {metrics['mlm_loss']:.3f}"
     if "auc" in metrics:
-        loss = metrics["disc_loss"]
-        guessing = metrics["all_original"]
-        text += (f", discriminator loss {loss:.3f} (guessing: {guessing:.3f}), AUC {metrics['auc']:.3f} "
-                 "(guessing: 0.5)")
-        if is_late and loss >= STUCK_SHARE * guessing:
-            text += "; warning: the discriminator is stuck; try a smaller generator or a lower learning rate"
-    if is_late and metrics["mlm_loss"] > STUCK_MLM_LOSS:
-        text += "; warning: the generator is stuck; try a lower learning rate"
+        text += f", discriminator loss {metrics['disc_loss']:.3f} (guessing: {metrics['all_original']:.3f})"
+        text += f", AUC {metrics['auc']:.3f} (guessing: 0.5)"
     return text
 
 
@@ -948,7 +946,7 @@ def report(config, electra, shards, step):
     seed = shards.config.seed
     if config.eval_only:
         metrics = compute_metrics(*evaluate(config, electra, heldout, seed))
-        print(f"step {step}, held-out text: {describe_metrics(metrics, is_late=False)}")
+        print(f"step {step}, held-out text: {describe_metrics(metrics)}")
     rows = choose_readable(heldout, shards.wordpiece)
     outputs, input_ids = evaluate(config, electra, rows, seed)
     print_sentences(outputs, input_ids.cpu(), shards.wordpiece)
@@ -974,15 +972,16 @@ def print_sentences(outputs, input_ids, wordpiece):
     is_predicted = torch.zeros_like(is_replaced).scatter(
         1, concatenate(outputs, "positions"), concatenate(outputs, "is_used"))
     is_flagged = torch.zeros_like(is_replaced)
-    has_discriminator = outputs[0].disc_logits is not None
+    verdicts = ["", ""]  # on a replaced token: if it is not flagged, and if it is
     print(LEGEND)
-    if has_discriminator:
+    if outputs[0].disc_logits is not None:
         print(DISCRIMINATOR_LEGEND)
         logits = concatenate(outputs, "disc_logits")
         descending = logits[input_ids != 0].sort(descending=True).values
         threshold = descending[is_replaced.sum()]  # as many lie above as were replaced
         is_flagged = logits > threshold
-    tokens = torch.stack([input_ids, corrupted_ids, is_predicted.long(), is_flagged.long()], dim=2)
+        verdicts = [" ✗", " ✓"]
+    tokens = torch.stack([input_ids, corrupted_ids, is_predicted, is_flagged], dim=2)  # (B, L, 4)
     for row in tokens[:, :SHOWN_TOKENS].tolist():
         words = []
         for original, seen, predicted, flagged in row:
@@ -990,10 +989,7 @@ def print_sentences(outputs, input_ids, wordpiece):
                 break
             word = wordpiece.tokens[original]
             if seen != original:
-                verdict = ""
-                if has_discriminator:
-                    verdict = " ✓" if flagged else " ✗"
-                word = f"[{word}→{wordpiece.tokens[seen]}{verdict}]"
+                word = f"[{word}→{wordpiece.tokens[seen]}{verdicts[flagged]}]"
             elif flagged:
                 word = f"[{word} !]"
             elif predicted:
@@ -1010,43 +1006,45 @@ def print_sentences(outputs, input_ids, wordpiece):
 def main(argv=None):
     config, data_config, electra_config, typed = configure(argv)
     if config.prepare_only:
-        inputs, _ = find_inputs(None, config, data_config, electra_config)
-        prepare_only(config, *apply_inputs(inputs, data_config, electra_config, typed))
+        inputs = read_inputs(config, data_config, electra_config)
+        data_config, _, wordpiece = apply_inputs(inputs, data_config, electra_config, typed)
+        prepare_only(data_config, wordpiece, config.show)
         return
-    if WORLD_SIZE > 1:
-        start_ranks(config)
+    start_ranks(config)
 
     with lock_run(config):
         # The run, if there is one, and what it is made from.
-        state = read_checkpoint(config)
+        state = read_checkpoint(config)  # on rank 0
         run = from_all_ranks(state and state["run"])[0]
-        inputs, init_folders = find_inputs(run, config, data_config, electra_config)
+        inputs = find_inputs(run, config, data_config, electra_config)
         data_config, electra_config, wordpiece = apply_inputs(inputs, data_config, electra_config, typed)
         shards = data.GrowingShards(data_config, wordpiece)
-        folder = RunFolder(config, electra_config, shards, inputs)
-        compare_ranks(folder, shards)
-        if run:
-            folder.check_settings(run)
 
         # The networks and their optimizer.
         torch.manual_seed(data_config.seed)
         electra = model.Electra(electra_config).train()
-        load_init(electra, init_folders)
+        if run is None:
+            load_init(electra, config, data_config)
         electra.to(config.device)
         optimizer = build_optimizer(electra.named_parameters(), config)
         scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
 
+        folder = RunFolder(config, inputs, shards, electra, optimizer, scaler)
+        compare_ranks(folder)
+        if run is not None:
+            folder.check_settings(run)
+
         # The text, which is prepared in a child process.
         with shards.prepare_in_child() if LOCAL_RANK == 0 else nullcontext():
             read_together(shards.wait_for_shards, 1)  # bad text ends this before the folder is touched
-            if run:
+            if run is not None:
                 folder.check_text(run)
-            step = folder.load(state, electra, optimizer, scaler)
+            step = folder.load(state)
             del state  # it takes memory
             print(shards.describe())
             if not config.eval_only:
                 warn_if_warmup_is_long(config)
-                folder.start(run, step, electra, optimizer, scaler)
+                folder.start(run, step)
                 train(config, electra, optimizer, scaler, shards, folder, step)
                 step = config.num_train_steps
             report(config, electra, shards, step)
@@ -1058,6 +1056,109 @@ def main(argv=None):
         print(f"\ntransformers can load {exported}; to fine-tune:\n"
               f"python finetune.py --model {folder.path} --task mrpc --max-length {data_config.max_length}")
 
+
+def prepare_only(data_config, wordpiece, num_shown):
+    """Prepare the text, and print rows of it."""
+    shards = data.prepare(data_config, wordpiece=wordpiece)
+    print(shards.describe())
+    for row in shards.load("train", 0)[:num_shown]:
+        print("\n" + wordpiece.decode(row))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a run is made from: a vocabulary, and the weights that --init names
+
+# Fields of ElectraConfig that weights prescribe.
+SHAPE = ("embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+         "intermediate_size", "max_position_embeddings", "type_vocab_size", "layer_norm_eps")
+
+
+def find_inputs(run, config, data_config, electra_config):
+    """The Inputs of a run, from its checkpoint. For a new run, those that the flags name.
+
+    If the flags or, perhaps, a vocab.txt have changed, the flags count, and `RunFolder.check_settings` finds
+    what differs.
+    """
+    if run is not None and not Path(data_config.vocab).is_file():
+        if (run.inputs.init, run.inputs.vocab) == (list(config.init), data_config.vocab):
+            return run.inputs
+    return read_inputs(config, data_config, electra_config)
+
+
+def read_inputs(config, data_config, electra_config):
+    """The Inputs that the flags name."""
+    init = list(config.init)
+    vocab = data_config.vocab
+    if not init:
+        return Inputs(init, vocab, data.load_wordpiece(data_config).tokens, shape={}, rules={})
+    folders = list(find_init(config, data_config, electra_config).values())
+    tokenizers = [data.read_tokenizer(folder)[0] for folder in folders]
+    if len({(each.sha256, each.do_lower_case, each.strip_accents) for each in tokenizers}) > 1:
+        raise data.UserError(f"{folders[0]} and {folders[1]} have different vocabularies, or rules for case")
+    configs = [model.load_config(folder) for folder in folders]
+    shape = {name: getattr(configs[0], name) for name in SHAPE}
+    if len(folders) == 2:
+        shape["generator_size"] = configs[1].hidden_size / configs[0].hidden_size
+    rules = dict(do_lower_case=tokenizers[0].do_lower_case, strip_accents=tokenizers[0].strip_accents)
+    return Inputs(init, vocab, tokenizers[0].tokens, shape, rules)
+
+
+def find_init(config, data_config, electra_config):
+    """{"discriminator": folder, "generator": folder} of --init, or one of them."""
+    names = list(config.init)
+    networks = ["discriminator", "generator"]
+    if electra_config.objective == "mlm":
+        networks = ["generator"]
+        if len(names) == 2:
+            raise data.UserError("--objective mlm has no discriminator; --init takes one folder")
+    elif len(names) == 1 and Path(names[0], "generator").is_dir():
+        names = names * 2  # both networks of a run
+    folders = {}
+    for network, name in zip(networks, names, strict=False):  # there may be no generator
+        folders[network] = data.find_model(name, data_config.cache, network).resolve()
+        if config.run_path.resolve() in folders[network].parents:
+            raise data.UserError("--init names the run that would be overwritten; use another --out")
+    return folders
+
+
+def apply_inputs(inputs, data_config, electra_config, typed):
+    """(DataConfig, ElectraConfig, WordPiece) of a run that is made from these inputs."""
+    prescribed = typed & {"vocab", *inputs.shape, *inputs.rules}
+    if inputs.init and prescribed:
+        raise data.UserError(f"--init prescribes {', '.join(sorted(prescribed))}; leave these flags out")
+    data_config = replace(data_config, **inputs.rules)
+    wordpiece = data.WordPiece(inputs.tokens, data_config.do_lower_case, data_config.strip_accents)
+    electra_config = replace(
+        electra_config, **inputs.shape, vocab_size=len(wordpiece.tokens),
+        cls_token_id=wordpiece.cls_token_id, sep_token_id=wordpiece.sep_token_id,
+        mask_token_id=wordpiece.mask_token_id)
+    positions = electra_config.max_position_embeddings
+    if data_config.max_length > positions:
+        raise data.UserError(f"max_length {data_config.max_length} is beyond the model's {positions} "
+                             "positions; lower it, or raise --max-position-embeddings too")
+    return data_config, electra_config, wordpiece
+
+
+def load_init(electra, config, data_config):
+    """Fill the networks from the folders of --init, if it was given."""
+    if not config.init:
+        return
+    networks = networks_of(electra)
+    folders = find_init(config, data_config, electra.config)
+    if len(folders) < len(networks):
+        print("--init names no generator, so one starts from random weights; until it has learned, its "
+              "samples are easy to tell and teach the discriminator little")
+    tables = []  # of embeddings, which both networks share
+    for name in "generator", "discriminator":
+        if name in folders:
+            model.load_weights(networks[name], folders[name])
+            tables.append(electra.generator.encoder.embeddings.word_embeddings.weight.clone())
+    if not torch.equal(tables[0], tables[-1]):
+        print("the two folders of --init have different embeddings; the discriminator's are used")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Flags
 
 # torch 2.6 was seen to compile wrong gradients of embeddings on a CPU, and 2.11 to be right. Comparisons with
 # torch.__version__ are by number, not by letters.
@@ -1072,9 +1173,9 @@ def configure(argv):
     description = "Pre-train ELECTRA. After a stop or a kill the same command resumes."
     configs, typed = parse(argv, description, (TrainConfig, data.DataConfig, model.ElectraConfig), SIZES)
     config, data_config, electra_config = configs
-    for text in filter(os.path.isdir, data_config.data):
+    for text in data_config.data:
         for folder in config.out, data_config.cache:
-            if Path(folder).resolve().is_relative_to(Path(text).resolve()):
+            if os.path.isdir(text) and Path(folder).resolve().is_relative_to(Path(text).resolve()):
                 raise data.UserError(f"{folder} is in {text}, so that its files would be read as text; use "
                                      "--data FOLDER with nothing but text, or another --out and --cache")
     config = resolve_device(config)
@@ -1091,70 +1192,9 @@ def configure(argv):
 
 
 def compiles_by_default(config):
-    """True on a GPU with a new enough torch.
-
-    Not with --deterministic, since another process may compile kernels that round differently.
-    """
-    if config.deterministic:
-        return False
-    return config.device.startswith("cuda") and torch.__version__ >= COMPILES_SINCE
-
-
-def prepare_only(config, data_config, electra_config, wordpiece):
-    """Prepare the text, and print rows of it."""
-    shards = data.prepare(data_config, wordpiece=wordpiece)
-    print(shards.describe())
-    for row in shards.load("train", 0)[: config.show]:
-        print("\n" + wordpiece.decode(row))
-
-
-def run_command(main):
-    """Run `main` and return the exit status. An error that the user can fix is printed as one line."""
-    if sys.stdout is None or RANK > 0:  # it is closed; or another rank talks, while all report errors
-        sys.stdout = open(os.devnull, "w")
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not in a notebook
-            # What is printed into a file or a pipe is UTF-8. A terminal may not know every character.
-            encoding = stream.encoding if stream.isatty() else "utf-8"
-            stream.reconfigure(encoding=encoding, errors="replace")
-    try:
-        main()
-        sys.stdout.flush()
-        return 0
-    except (data.UserError, model.ModelError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command resumes", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `| head` has read enough
-        flush_or_discard()
-        return 1
-    except OSError as error:  # a full disk, a file that must not be read
-        place = traceback.extract_tb(error.__traceback__)[-1].name
-        if not flush_or_discard():
-            place = "standard output"
-        where = "" if error.filename else f" in {place}"
-        print(f"{error}{where}; fix that, and the same command resumes", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if "by peer" not in str(error):
-            raise
-        # torch.distributed: "Connection closed by peer". The other rank prints why it has ended.
-        print(f"rank {RANK} stops because another one has", file=sys.stderr)
-        return 1
-
-
-def flush_or_discard():
-    """Flush standard output. If it takes no more, discard the rest, so that exiting is quiet: False."""
-    try:
-        sys.stdout.flush()
-        return True
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
+    """True on a GPU with a new enough torch, not with --deterministic: compiling again may change bits."""
+    is_gpu = config.device.startswith("cuda")
+    return is_gpu and not config.deterministic and torch.__version__ >= COMPILES_SINCE
 
 
 def parse(argv, description, config_classes, sizes):
@@ -1281,94 +1321,55 @@ def compute_deterministically():
     torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
-# Fields of ElectraConfig that weights prescribe.
-SHAPE = ("embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-         "intermediate_size", "max_position_embeddings", "type_vocab_size", "layer_norm_eps")
+# ------------------------------------------------------------------------------------------------------------
+# The command: what it prints, and its exit status
 
 
-def find_inputs(run, config, data_config, electra_config):
-    """What a run is made from (see `read_inputs`), and the folders of --init if they are to be loaded.
-
-    A run that exists has its inputs in its checkpoint. Only a vocabulary in a file is read again, to compare.
-    """
-    if run and not Path(data_config.vocab).is_file():
-        inputs = run["inputs"]
-        if (inputs["init"], inputs["vocab"]) == (list(config.init), data_config.vocab):
-            return inputs, []
-    folders = find_init(config, data_config, electra_config) if config.init else []
-    inputs = read_inputs(folders, data_config)
-    return inputs | dict(init=list(config.init), vocab=data_config.vocab), folders
-
-
-def read_inputs(folders, data_config):
-    """The tokens of the vocabulary, and what folders of --init prescribe: shape, and rules for case."""
-    if not folders:
-        return dict(tokens=data.load_wordpiece(data_config).tokens, shape={}, rules={})
-    tokenizers = [data.read_tokenizer(folder)[0] for folder in folders]
-    if len({(each.sha256, each.do_lower_case, each.strip_accents) for each in tokenizers}) > 1:
-        raise data.UserError(f"{folders[0]} and {folders[1]} have different vocabularies, or rules for case")
-    configs = [model.load_config(folder) for folder in folders]
-    shape = {name: getattr(configs[0], name) for name in SHAPE}
-    if len(folders) == 2:
-        shape["generator_size"] = configs[1].hidden_size / configs[0].hidden_size
-    rules = dict(do_lower_case=tokenizers[0].do_lower_case, strip_accents=tokenizers[0].strip_accents)
-    return dict(tokens=tokenizers[0].tokens, shape=shape, rules=rules)
+def run_command(main):
+    """Run `main` and return the exit status. An error that the user can fix is printed as one line."""
+    set_up_output()
+    try:
+        main()
+        sys.stdout.flush()
+        return 0
+    except (data.UserError, model.ModelError) as error:
+        print(error, file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print_system_error(error)
+    except RuntimeError as error:
+        if "by peer" not in str(error):
+            raise
+        # torch.distributed: "Connection closed by peer". The other rank prints why it has ended.
+        print(f"rank {RANK} stops because another one has", file=sys.stderr)
+    return 1
 
 
-def apply_inputs(inputs, data_config, electra_config, typed):
-    """(DataConfig, ElectraConfig, WordPiece) of a run that is made from these inputs."""
-    refused = sorted({"vocab", *inputs["shape"], *inputs["rules"]} & typed)
-    if inputs["init"] and refused:
-        raise data.UserError(f"--init prescribes {', '.join(refused)}; leave these flags out")
-    data_config = replace(data_config, **inputs["rules"])
-    wordpiece = data.WordPiece(inputs["tokens"], data_config.do_lower_case, data_config.strip_accents)
-    electra_config = replace(
-        electra_config, **inputs["shape"], vocab_size=len(wordpiece.tokens),
-        cls_token_id=wordpiece.cls_token_id, sep_token_id=wordpiece.sep_token_id,
-        mask_token_id=wordpiece.mask_token_id)
-    positions = electra_config.max_position_embeddings
-    if data_config.max_length > positions:
-        raise data.UserError(f"max_length {data_config.max_length} is beyond the model's {positions} "
-                             "positions; lower it, or raise --max-position-embeddings too")
-    return data_config, electra_config, wordpiece
+def set_up_output():
+    """Have any text printable, whatever the locale, and printed by rank 0 only. All ranks report errors."""
+    if sys.stdout is None or RANK > 0:  # None: it was closed
+        sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not in a notebook
+            # Files and pipes get UTF-8. A terminal may not know every character.
+            encoding = stream.encoding if stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="replace")
 
 
-def find_init(config, data_config, electra_config):
-    """The folders of --init: the discriminator's, then the generator's if there is one; for mlm, one."""
-    names = list(config.init)
-    networks = ["discriminator", "generator"]
-    if electra_config.objective == "mlm":
-        networks = ["generator"]
-        if len(names) == 2:
-            raise data.UserError("--objective mlm has no discriminator; --init takes one folder")
-    elif len(names) == 1 and Path(names[0], "generator").is_dir():
-        names = names * 2  # both networks of a run
-    folders = [data.find_model(name, data_config.cache, network).resolve()
-               for name, network in zip(names, networks, strict=False)]  # there may be no generator
-    if any(config.run_path.resolve() in folder.parents for folder in folders):
-        raise data.UserError("--init names the run that would be overwritten; use another --out")
-    return folders
-
-
-def load_init(electra, folders):
-    """Fill the networks from the folders that `find_init` found, if there are any."""
-    if not folders:
-        return
-    if electra.discriminator is None:
-        model.load_weights(electra.generator, folders[0])
-        return
-    if len(folders) == 1:
-        model.load_weights(electra.discriminator, folders[0])
-        print("--init names no generator, so one starts from random weights; until it has learned, its "
-              "samples are easy to tell and teach the discriminator little")
-        return
-    table = electra.generator.encoder.embeddings.word_embeddings.weight  # both networks share it
-    model.load_weights(electra.generator, folders[1])
-    of_generator = table.clone()
-    model.load_weights(electra.discriminator, folders[0])
-    of_discriminator = table.clone()
-    if not torch.equal(of_generator, of_discriminator):
-        print("the two folders of --init have different embeddings; the discriminator's are used")
+def print_system_error(error):
+    """Print an OSError, for example of a full disk. It names its file, if it is not standard output."""
+    where = ""
+    try:
+        sys.stdout.flush()
+    except OSError:  # standard output takes no more: discard the rest, so that exiting is quiet
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        where = " in standard output"
+    if not isinstance(error, BrokenPipeError):  # `| head` has read enough
+        print(f"{error}{where}; fix that, and the same command resumes", file=sys.stderr)
 
 
 if __name__ == "__main__":
