@@ -2276,8 +2276,16 @@ def test_training_works_in_a_thread_and_in_a_notebook(corpus, monkeypatch):
     assert_same_run("out", "thread")
 
 
-def test_a_slow_machine_is_reported(corpus, monkeypatch, capsys):
-    """A run that would take weeks says so, and what to do, after 100 steps."""
+def test_an_unhealthy_run_and_a_slow_machine_are_reported(corpus, monkeypatch, capsys):
+    """A stuck generator, a collapsed discriminator, and a run that would take weeks each get a sentence."""
+
+    def warning(mlm_loss, disc_loss):
+        train.warn_if_stuck(dict(mlm_loss=mlm_loss, disc_loss=disc_loss, all_original=0.4, auc=0.5))
+        return capsys.readouterr().out
+
+    assert warning(3.0, 0.3) == ""
+    assert "generator is stuck" in warning(6.5, 0.3)
+    assert "discriminator is stuck" in warning(3.0, 0.39)
     monkeypatch.setattr(train, "SLOW_DAYS", 1e-9)
     pretrain("--num-train-steps 101")
     assert "at this rate the rest takes 0 days; `--size tiny`" in capsys.readouterr().out

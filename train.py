@@ -26,6 +26,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -153,6 +154,10 @@ SAVE_SECONDS = 600  # a kill costs no more work than this
 SNAPSHOTS = (0.01, 0.0625, 0.125, 0.25, 0.5, 0.75)
 LONG_WARMUP = 0.2  # of the run; a longer one gets a warning
 SLOW_DAYS = 14  # a run that takes longer gets one, too
+# Late in training, a network that is this bad has learned next to nothing, and gets a warning.
+LATE_STEP = 20_000  # earlier, a network may look stuck and still learn
+STUCK_SHARE = 0.97  # the discriminator's loss as a share of that of guessing the base rate
+STUCK_MLM_LOSS = 6  # guessing by word frequency alone gives about 7 with BERT's vocabulary
 
 
 def train(config, electra, optimizer, scaler, shards, folder, first_step):
@@ -213,6 +218,8 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
                     folder.log("heldout", step, epoch, **metrics,
                                unigram_entropy=unigram_entropy(heldout, electra.config))
                     tqdm.write(f"step {step}, held-out text: {describe_metrics(metrics)}")
+                    if step >= max(LATE_STEP, 2 * config.num_warmup_steps):
+                        warn_if_stuck(metrics)
 
                 # Save.
                 if step in snapshot_steps:
@@ -275,6 +282,13 @@ def warn_if_slow(seconds):
     if days > SLOW_DAYS:
         tqdm.write(f"at this rate the rest takes {days:.0f} days; `--size tiny` takes minutes on "
                    "a CPU, and the other sizes need a GPU")
+
+
+def warn_if_stuck(metrics):
+    if metrics["mlm_loss"] > STUCK_MLM_LOSS:
+        tqdm.write("warning: the generator is stuck; try a lower learning rate")
+    if "auc" in metrics and metrics["disc_loss"] >= STUCK_SHARE * metrics["all_original"]:
+        tqdm.write("warning: the discriminator is stuck; try a smaller generator or a lower learning rate")
 
 
 @contextmanager
@@ -1361,8 +1375,10 @@ def set_up_output():
 
 
 def print_system_error(error):
-    """Print an OSError, for example of a full disk. It names its file, if it is not standard output."""
+    """Print an OSError, for example of a full disk, with its file or the function that it comes from."""
     where = ""
+    if not error.filename:
+        where = f" in {traceback.extract_tb(error.__traceback__)[-1].name}"
     try:
         sys.stdout.flush()
     except OSError:  # standard output takes no more: discard the rest, so that exiting is quiet
