@@ -16,7 +16,7 @@ follow from the ids. The same text, vocabulary and seed give the same bytes, how
 and the rows of a step are a function of (seed, step).
 
 train.py runs this file as a child process (`python data.py child`), and `prepare` divides the work among
-processes that run it as `python data.py worker`.
+workers, processes of their own.
 """
 
 import fcntl
@@ -29,6 +29,7 @@ import itertools
 import json
 import lzma
 import math
+import multiprocessing
 import os
 import pickle
 import platform
@@ -87,7 +88,7 @@ class DataConfig:
     cache: Annotated[str, "folder for prepared text and downloads"] = "cache"
 
 
-def prepare(config, progress=True, wordpiece=None):
+def prepare(config, wordpiece=None):
     """Turn text into shards of rows. After a kill it resumes; a finished shard is never made again."""
     shards = Shards(config, wordpiece or load_wordpiece(config))
     with lock(shards.folder / "lock", f"waiting for another process to prepare {shards.folder}"):
@@ -95,13 +96,8 @@ def prepare(config, progress=True, wordpiece=None):
         if shards.is_complete:
             return shards
         shard_texts = read_shard_texts(config, start=shards.next_position, first_number=len(shards.infos))
-        disable = None  # tqdm: shown on a terminal
-        if not progress:
-            disable = True
-        with tqdm(desc="preparing", unit=" rows", disable=disable) as bar:
-            for train, heldout, info in build_shards(shard_texts, shards.wordpiece, config):
-                shards.add(train, heldout, info)
-                bar.update(len(train))
+        for train, heldout, info in build_shards(shard_texts, shards.wordpiece, config):
+            shards.add(train, heldout, info)
         if shards.total("rows") == 0:
             raise no_text(config)
         shards.mark_complete()
@@ -458,84 +454,60 @@ def build_shards(shard_texts, wordpiece, config):
         for shard_text in shard_texts:
             yield build_shard(shard_text, wordpiece, config)
         return
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}  # one core each
-    error = None
+    errors = []
     with ExitStack() as stack:
-        busy = deque()  # the workers, in the order of their shards
-        while True:
-            try:
-                shard_text = next(shard_texts, None)
-            except (UserError, OSError) as caught:  # raised when the shards before it are written
-                shard_text = None
-                error = caught
-            if shard_text is None:
-                break
+        busy = deque()  # connections to the workers, in the order of their shards
+        for shard_text in until_error(shard_texts, errors):
             shard = None
             if len(busy) < WORKERS:
-                worker = stack.enter_context(start_process("worker", wordpiece, config, env=environment,
-                                                           stdout=subprocess.PIPE))
+                worker = stack.enter_context(start_worker(wordpiece, config))
             else:
                 worker = busy.popleft()
                 shard = receive(worker)
-            send(worker, shard_text)  # before the shard is written: a worker that waits is a core that waits
+            with suppress(OSError):  # it has been killed, which `receive` reports in its turn
+                worker.send(shard_text)
             busy.append(worker)
-            if shard is not None:
+            if shard is not None:  # written after `send`: a worker that waits is a core that waits
                 yield shard
         for worker in busy:
             yield receive(worker)
-    if error is not None:
-        raise error
+    if errors:
+        raise errors[0]
 
 
-@contextmanager
-def start_process(role, wordpiece, config, **options):
-    """Run this file as a process: `worker`, see run_as_worker, or `child`, see run_as_child.
-
-    It ends when its standard input closes, so it cannot outlive its parent.
-    """
-    with subprocess.Popen([sys.executable, __file__, role], stdin=subprocess.PIPE, start_new_session=True,
-                          **options) as process:  # in a new session, Ctrl-C reaches only the parent
-        try:
-            send(process, (wordpiece.tokens, asdict(config)))
-            yield process
-        finally:
-            process.kill()
-            with suppress(BrokenPipeError):  # ignore data that could not be sent
-                process.stdin.close()
+def until_error(shard_texts, errors):
+    """Yield what can be read. An error that ends it goes to a list, and is raised after the last shard."""
+    try:
+        yield from shard_texts
+    except (UserError, OSError) as error:
+        errors.append(error)
 
 
-def send(process, message):
-    """Send a message to a process that `start_process` has started."""
-    with suppress(BrokenPipeError):  # it has ended, which `receive` or `child_error` reports
-        pickle.dump(message, process.stdin)
-        process.stdin.flush()
+def start_worker(wordpiece, config):
+    """Start a process that runs `run_worker`. Returns a connection; closing it ends the process."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    spawn.Process(target=run_worker, args=(theirs, wordpiece.tokens, config), daemon=True).start()
+    theirs.close()  # else `receive` would wait for a worker that has been killed
+    return ours
 
 
-def receive_settings():
-    """(WordPiece, config) that `start_process` sends."""
-    tokens, settings = pickle.load(sys.stdin.buffer)
-    config = DataConfig(**settings)
-    return WordPiece(tokens, config.do_lower_case, config.strip_accents), config
+def run_worker(connection, tokens, config):
+    """Turn each text that arrives into a shard, and send it back."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
+    wordpiece = WordPiece(tokens, config.do_lower_case, config.strip_accents)
+    with suppress(EOFError, ConnectionError):  # the parent has ended, or has had enough
+        while True:
+            connection.send(build_shard(connection.recv(), wordpiece, config))
 
 
 def receive(worker):
     """Wait for a worker's shard."""
     try:
-        return pickle.load(worker.stdout)
-    except (EOFError, pickle.UnpicklingError):
-        raise UserError(f"a process that prepares text ended with status {worker.wait()}; run the same "
-                        "command again") from None
-
-
-def run_as_worker():
-    """Receive texts from standard input, and send back their shards, until the parent ends."""
-    with suppress(EOFError, pickle.UnpicklingError, BrokenPipeError):  # the parent has ended
-        wordpiece, config = receive_settings()
-        while True:
-            shard_text = pickle.load(sys.stdin.buffer)
-            pickle.dump(build_shard(shard_text, wordpiece, config), sys.stdout.buffer)
-            sys.stdout.buffer.flush()
-    os._exit(0)  # a normal exit would flush stdout, whose reader is gone
+        return worker.recv()
+    except (EOFError, OSError):
+        raise UserError("a process that prepares text was killed or failed; run the same command "
+                        "again") from None
 
 
 def build_shard(shard_text, wordpiece, config):
@@ -917,13 +889,20 @@ class GrowingShards(Shards):
             yield
             return
         with (tempfile.TemporaryFile() as output,
-              start_process("child", self.wordpiece, self.config, stdout=output) as child):
+              subprocess.Popen([sys.executable, __file__, "child"], stdin=subprocess.PIPE, stdout=output,
+                               start_new_session=True) as child):  # Ctrl-C reaches only the parent
             self.child = child
             self.child_output = output
             try:
+                with suppress(BrokenPipeError):  # it has ended, which `child_error` reports
+                    pickle.dump((self.wordpiece.tokens, asdict(self.config)), child.stdin)
+                    child.stdin.flush()
                 yield
             finally:
                 self.child = None
+                child.kill()
+                with suppress(BrokenPipeError):  # ignore data that could not be sent
+                    child.stdin.close()
 
     def wait_for_shards(self, count, signals=()):
         """Block until there are `count` shards, or until the text is complete."""
@@ -956,7 +935,7 @@ class GrowingShards(Shards):
 
     def wait_until(self, is_there, signals):
         """Block until `is_there()`, or until the text is complete."""
-        with tqdm(desc="waiting for text", bar_format="{desc}, {elapsed}", delay=1, leave=False,
+        with tqdm(desc="waiting for text", bar_format="{desc}, {elapsed}, {n} rows", delay=1, leave=False,
                   disable=None) as bar:
             while True:
                 error = self.child_error()
@@ -965,7 +944,7 @@ class GrowingShards(Shards):
                     return
                 if error or signals:
                     raise Stopped(error)
-                bar.update(0)  # shows the time
+                bar.update(self.total("rows") - bar.n)
                 time.sleep(0.05)
 
     def child_error(self):
@@ -982,10 +961,11 @@ class GrowingShards(Shards):
 def run_as_child():
     """Receive a vocabulary and a config from standard input, and prepare text. Returns the exit status."""
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    wordpiece, config = receive_settings()
+    tokens, settings = pickle.load(sys.stdin.buffer)
+    config = DataConfig(**settings)
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        prepare(config, progress=False, wordpiece=wordpiece)
+        prepare(config, WordPiece(tokens, config.do_lower_case, config.strip_accents))
     except (UserError, OSError) as error:
         print(error)
         return 1
@@ -1780,9 +1760,6 @@ def digest(value):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["worker"]:
-        run_as_worker()
-    elif sys.argv[1:] == ["child"]:
-        sys.exit(run_as_child())
-    else:
+    if sys.argv[1:] != ["child"]:
         sys.exit("data.py is started by train.py; to see rows: python train.py --prepare-only --show 5")
+    sys.exit(run_as_child())

@@ -1102,7 +1102,9 @@ def compiles_by_default(config):
 
 def prepare_only(config, data_config, electra_config, wordpiece):
     """Prepare the text, and print rows of it."""
-    shards = data.prepare(data_config, wordpiece=wordpiece)
+    shards = data.GrowingShards(data_config, wordpiece)
+    with shards.prepare_in_child():
+        shards.wait_for_shards(math.inf)
     print(shards.describe())
     for row in shards.load("train", 0)[: config.show]:
         print("\n" + wordpiece.decode(row))

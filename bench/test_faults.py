@@ -19,6 +19,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -665,7 +666,8 @@ def streaming(corpus, monkeypatch):
     monkeypatch.chdir(corpus)
     monkeypatch.setattr(data, "SHARD_CHARACTERS", 10_000)
     settings = "data.SHARD_CHARACTERS, data.WORKERS = 10_000, 2"
-    Path("child.py").write_text(f"import sys, data\n{settings}\nsys.exit(data.run_as_child())\n")
+    main = "if __name__ == '__main__':\n    sys.exit(data.run_as_child())"  # workers import it, too
+    Path("child.py").write_text(f"import sys, data\n{settings}\n{main}\n")
     monkeypatch.setattr(subprocess, "Popen", use_small_shards)
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     _, content = make_openwebtext()
@@ -832,7 +834,7 @@ with data.GrowingShards(config, data.load_wordpiece(config)).prepare_in_child():
     signal.pause()"""
         parent = subprocess.Popen([sys.executable, "-c", script])
         pids = []
-        while len(pids) < 3:
+        while len(pids) < 4:  # the child, two workers, and a helper of multiprocessing
             time.sleep(0.01)
             own = children(parent.pid)
             pids = own + [pid for child in own for pid in children(child)]
@@ -849,17 +851,23 @@ def test_workers_make_the_same_bytes_and_one_that_is_killed_is_reported(corpus, 
     Path("owt.tar").write_bytes(make_openwebtext(300)[1])
     config = data_config(data=("owt.tar",))
     expected = contents(data.prepare(config))
-    workers = []
-    watch(monkeypatch, data, "send", lambda worker, message: workers.append(worker))
     monkeypatch.setattr(data, "WORKERS", 2)
     config = replace(config, cache="cache2")
+
+    def kill_a_worker(shards, *args):
+        if len(shards.infos) == 1:
+            multiprocessing.active_children()[0].kill()
+
     with monkeypatch.context() as patch:
-        watch(patch, Shards, "add", lambda shards, *args: len(shards.infos) == 1 and workers[0].kill())
-        with pytest.raises(UserError, match="prepares text ended with status -9; run the same command again"):
+        watch(patch, Shards, "add", kill_a_worker)
+        with pytest.raises(UserError, match="prepares text was killed or failed; run the same command again"):
             data.prepare(config)
     assert 1 < len(list(Path("cache2").rglob("shard-*.npz"))) < len(expected) - 1
     assert contents(data.prepare(config)) == expected
-    assert len(set(workers)) == 4 and all(worker.returncode for worker in workers)  # none is left
+    deadline = time.monotonic() + 10
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not multiprocessing.active_children()
 
 
 # ============================================================================================================
