@@ -494,6 +494,7 @@ def start_worker(wordpiece, config):
 
 def run_worker(connection, tokens, config):
     """Turn each text that arrives into a shard, and send it back."""
+    os.setsid()  # Ctrl-C reaches only the parent
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
     wordpiece = WordPiece(tokens, config.do_lower_case, config.strip_accents)
     with suppress(EOFError, ConnectionError):  # the parent has ended, or has had enough
