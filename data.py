@@ -1076,10 +1076,11 @@ def rng(seed, purpose, *numbers):
 WEIGHTS = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"  # names the files of a model whose weights are in several
 OLD_WEIGHTS = "pytorch_model.bin"
+VOCABS = "vocab.txt", "tokenizer.json"  # either is enough
 
 
 def find_model(name, cache, network=None):
-    """The folder of a model: NAME; of a run, NAME/discriminator or NAME/generator; else a download.
+    """The folder of a model: NAME; of a run, NAME/discriminator or NAME/generator; else from the hub.
 
     `network` is discriminator or generator. By default it is the one that the run trains for fine-tuning.
     """
@@ -1093,9 +1094,24 @@ def find_model(name, cache, network=None):
     if is_local or not is_hub_name:
         raise UserError(f"there is no model in {folder}; pre-train one with `python train.py --size small`, "
                         "or give google/electra-small-discriminator or another name on the hub")
+    if snapshot := find_snapshot(name):
+        return snapshot
     folder = Path(cache) / "models" / name.replace("/", "--")
     make_once(folder / "config.json", lambda: download_model(name, folder))
     return folder
+
+
+def find_snapshot(name):
+    """The folder to which huggingface_hub has downloaded a whole model, or None."""
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    cache = os.environ.get("HF_HUB_CACHE") or f"{home}/hub"
+    folder = Path(cache).expanduser() / f"models--{name.replace('/', '--')}"
+    with suppress(FileNotFoundError):
+        snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
+        files = set(os.listdir(snapshot))
+        if "config.json" in files and files & set(VOCABS) and files & {WEIGHTS, SHARD_INDEX, OLD_WEIGHTS}:
+            return snapshot
+    return None
 
 
 def trained_network(folder):
@@ -1124,7 +1140,7 @@ def download_model(name, folder):
                 if file == files[-1]:
                     raise
 
-    for file in "vocab.txt", "tokenizer.json", "tokenizer_config.json":  # either of the first two is enough
+    for file in *VOCABS, "tokenizer_config.json":
         with suppress(NotFound):
             get(file)
     if get(WEIGHTS, SHARD_INDEX, OLD_WEIGHTS) == SHARD_INDEX:
@@ -1208,9 +1224,9 @@ def flatten(content, path):
 
 def find_vocab(folder):
     """The vocabulary of a model folder: vocab.txt or, as transformers now writes, tokenizer.json."""
-    for path in Path(folder, "vocab.txt"), Path(folder, "tokenizer.json"):
-        if path.is_file():
-            return path
+    for name in VOCABS:
+        if Path(folder, name).is_file():
+            return Path(folder, name)
     raise UserError(f"{folder} is not a model folder: it has neither vocab.txt nor tokenizer.json")
 
 
@@ -1423,7 +1439,9 @@ def vocab_file(tokens):
 TIMEOUT = 30  # seconds without an answer
 BACKOFF = 0.5  # seconds, doubled before each new attempt, at most a minute
 ATTEMPTS = 16  # in a row; they take ten minutes
-HOPELESS = re.compile("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|CERTIFICATE_VERIFY_FAILED")  # of OpenSSL
+# Messages of OpenSSL, and those about a host that is not known. Without a network, look-ups fail otherwise.
+HOPELESS = re.compile("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|CERTIFICATE_VERIFY_FAILED|"
+                      "Name or service not known|nodename nor servname provided")
 ATTEMPTS_WITHOUT_ANSWER = 7  # if the server has never answered; they take a minute
 
 
@@ -1559,7 +1577,8 @@ def check_status(response, name, advice):
 
 def wait_or_give_up(error, failures, name, position, advice):
     """Wait before the next attempt. Raises UserError after too many failures in a row."""
-    if isinstance(error, requests.TooManyRedirects) or HOPELESS.search(str(error)):
+    is_hopeless = isinstance(error, requests.TooManyRedirects) or HOPELESS.search(str(error))
+    if is_hopeless and position == 0:
         raise UserError(f"{name} cannot be read: {type(error).__name__}; check the address, or "
                         f"{advice}") from None
     attempts = ATTEMPTS

@@ -25,6 +25,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -124,6 +125,24 @@ def test_a_download_gives_up_after_ten_minutes(corpus, monkeypatch, capfd):
     with pytest.raises(UserError, match="cannot be read: ConnectionError, 7 times"):
         read_texts(f"{server.url}/a.txt")
     assert sum(slept[15:]) == 63
+
+
+@pytest.mark.parametrize("error, is_retried", [
+    (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), False),
+    (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), True),
+])
+def test_only_what_can_pass_is_tried_again(quick, monkeypatch, error, is_retried):
+    """An unknown host is refused at once; a look-up that fails for now is repeated."""
+    attempts = []
+
+    def fail(*args):
+        attempts.append(args)
+        raise error
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    with pytest.raises(UserError, match="nowhere.example/a.txt cannot be read: ConnectionError"):
+        list(data.fetch("https://nowhere.example/a.txt"))
+    assert (len(attempts) > 1) == is_retried
 
 
 def test_files_that_change_or_cannot_be_continued_are_refused(corpus, quick):
