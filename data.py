@@ -149,7 +149,7 @@ def read_documents(config, start=START):
     for file_number, name in enumerate(find_files(config)):
         if file_number < start[0]:
             continue
-        is_new = (file_number, 0) >= start[:2]
+        is_new = start == START or file_number > start[0]
         checksum = 0
         for count, text in enumerate(read_source(name, config), 1):
             text = text.replace("\r\n", "\n").strip()
@@ -270,8 +270,6 @@ def read_file(stream, path, source, one_document):
             elif kind == ".tar":
                 for name, content in read_tar(file):  # a member may be an archive in its turn
                     yield from read_file(content, name, f"{name} in {source}", one_document)
-                while file.read(1 << 20):  # a compressed tar ends with a checksum
-                    pass
             elif kind == ".parquet":
                 yield from read_parquet(file, source)
             else:
@@ -318,7 +316,10 @@ class Member(tarfile.TarInfo):
     def fromtarfile(cls, tar):
         try:
             return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # the mark at the end
+        except tarfile.EOFHeaderError:  # zeros mark the end, and only zeros follow
+            while rest := tar.fileobj.read(1 << 20):  # also reads the checksum of a compressed tar
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError("data after its end") from None
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from None
@@ -710,19 +711,19 @@ class Shards:
         """
         key = digest([self.fingerprint, [identity[:2] for identity in self.identities]])
         times = digest([identity[2:] for identity in self.identities])
-        own = Path(self.config.cache) / f"{source_name(self.config)}-{key}-{times}"
-        others = sorted(own.parent.glob(f"*-{key}-*"))
-        for folder in [own, *others]:
-            if folder.name.endswith(times) and folder.exists():
+        cache = Path(self.config.cache)
+        folders = sorted(cache.glob(f"*-{key}-*"))
+        for folder in folders:
+            if folder.name.endswith(times):
                 return folder
-        hashes = None
-        for folder in others:
-            if (folder / "complete").exists():
-                hashes = hashes or hash_files(self.files)
-                if read_complete(folder / "complete")["files"] == hashes:
-                    return folder
-        own.mkdir(parents=True, exist_ok=True)  # the child process must find the same
-        return own
+        complete = [folder for folder in folders if (folder / "complete").exists()]
+        hashes = hash_files(self.files) if complete else None
+        for folder in complete:
+            if read_complete(folder / "complete")["files"] == hashes:
+                return folder
+        folder = cache / f"{source_name(self.config)}-{key}-{times}"
+        folder.mkdir(parents=True, exist_ok=True)  # the child process must find the same
+        return folder
 
     def refresh(self):
         """Look for shards that another process has added."""
@@ -871,12 +872,13 @@ class Stopped(UserError):
 class GrowingShards(Shards):
     """Shards to which a child of this process, or of another rank, may still be adding.
 
-    Its methods wait for shards. They raise Stopped if the child of this process has failed, or as soon as the
-    list `signals` is not empty, to which the caller's signal handler appends.
+    Its methods wait for shards. They raise Stopped if the child of this process has failed, or as soon as
+    `signals` is not empty, a list to which train.stop_signals appends.
     """
 
     def __init__(self, config, wordpiece):
         super().__init__(config, wordpiece)
+        self.signals = []
         self.child = None
         self.child_output = None
 
@@ -900,22 +902,21 @@ class GrowingShards(Shards):
                     child.stdin.flush()
                 yield
             finally:
-                self.child = None
                 child.kill()
                 with suppress(BrokenPipeError):  # ignore data that could not be sent
                     child.stdin.close()
 
-    def wait_for_shards(self, count, signals=()):
+    def wait_for_shards(self, count):
         """Block until there are `count` shards, or until the text is complete."""
-        self.wait_until(lambda: len(self.infos) >= count, signals)
+        self.wait_until(lambda: len(self.infos) >= count)
 
-    def history(self, number, signals=()):
+    def history(self, number):
         """16 hex digits of the SHA-256 of each of the first `number` shards, or of all if there are fewer.
 
         A run that has used so many shards can go on with any text that has the same history. Blocks until
         they are there.
         """
-        self.wait_for_shards(number, signals)
+        self.wait_for_shards(number)
         return "".join(info["sha256"][:16] for info in self.infos[:number])
 
     def changed_file(self, history):
@@ -924,9 +925,9 @@ class GrowingShards(Shards):
         file_number = self.infos[number - 1]["end"][0] if number else 0
         return without_secrets(self.files[file_number])
 
-    def heldout(self, limit, signals=()):
+    def heldout(self, limit):
         """The first `limit` held-out rows, int64, or all if the whole text has fewer. Blocks until then."""
-        self.wait_until(lambda: self.total("heldout_rows") >= limit, signals)
+        self.wait_until(lambda: self.total("heldout_rows") >= limit)
         rows = np.zeros((0, self.config.max_length), dtype=np.uint16)
         for number in range(len(self.infos)):
             if len(rows) >= limit:
@@ -934,27 +935,26 @@ class GrowingShards(Shards):
             rows = np.concatenate([rows, self.load("heldout", number)])
         return rows[:limit].astype(np.int64)
 
-    def wait_until(self, is_there, signals):
+    def wait_until(self, is_there):
         """Block until `is_there()`, or until the text is complete."""
         with tqdm(desc="waiting for text", bar_format="{desc}, {elapsed}, {n} rows", delay=1, leave=False,
                   disable=None) as bar:
             while True:
-                error = self.child_error()
-                self.refresh()  # after child_error: an ended child adds no more
+                has_ended = self.child is not None and self.child.poll() is not None
+                self.refresh()  # after `poll`: a child that has ended adds no more
                 if is_there() or self.is_complete:
                     return
-                if error or signals:
-                    raise Stopped(error)
+                if self.signals:
+                    raise Stopped("")
+                if has_ended:
+                    raise Stopped(self.child_error())
                 bar.update(self.total("rows") - bar.n)
                 time.sleep(0.05)
 
     def child_error(self):
-        """The error message of a child that has ended, or "" while it runs or if there is none."""
-        if self.child is None or self.child.poll() is None:
-            return ""
+        """The error message of a child that has ended before the text did."""
         self.child_output.seek(0)
         message = self.child_output.read().decode(errors="replace").strip()
-        # A child that succeeded gets a message, too. `wait_until` ignores it: the shards are complete.
         status = self.child.returncode
         return message or f"preparing the text ended with status {status}; run the same command again"
 
@@ -993,14 +993,13 @@ class Order:
     shards 1 and 2, mixed; the next 200, which end epoch 0, are those of shards 3 and 4.
     """
 
-    def __init__(self, shards, batch_size, signals=()):
+    def __init__(self, shards, batch_size):
         self.shards = shards
         self.batch_size = batch_size
         self.seed = shards.config.seed
-        self.signals = signals  # as in GrowingShards
         self.groups = self.list_groups()
-        self.rows = np.zeros((0, shards.config.max_length), dtype=np.uint16)  # the next ones, as far as read
-        self.next_row = 0  # place of the first of `rows` in the sequence
+        self.end = 0  # the place in the sequence at which the groups so far end
+        self.rows = np.zeros((0, shards.config.max_length), dtype=np.uint16)  # the last ones before `end`
         self.epoch = 0  # of the last of `rows`
         # The number of shards that decided the rows so far. A resumed run needs them unchanged. If the text
         # had fewer, it must not have grown.
@@ -1011,29 +1010,15 @@ class Order:
 
         Blocks until the rows are prepared. Raises Stopped if they will not be, or if there is a signal.
         """
-        self.skip_to(step * self.batch_size)
-        while len(self.rows) < self.batch_size:
+        begin = step * self.batch_size
+        while self.end < begin + self.batch_size:
             self.epoch, group, members = next(self.groups)
-            self.rows = np.concatenate([self.rows, self.read(group, members)])
-        rows = self.rows[: self.batch_size]
-        self.rows = self.rows[self.batch_size :]
-        self.next_row += self.batch_size
-        return self.epoch, rows.astype(np.int64)
-
-    def skip_to(self, row):
-        """Drop the rows before a place in the sequence. Groups that end before it are not read."""
-        assert row >= self.next_row, "the step is earlier than the last one"
-        while self.next_row + len(self.rows) < row:
-            self.next_row += len(self.rows)
-            self.rows = self.rows[:0]
-            self.epoch, group, members = next(self.groups)
-            size = sum(self.shards.infos[shard]["rows"] for shard in members)
-            if self.next_row + size <= row:
-                self.next_row += size
-            else:
-                self.rows = self.read(group, members)
-        self.rows = self.rows[row - self.next_row :]
-        self.next_row = row
+            self.end += sum(self.shards.infos[shard]["rows"] for shard in members)
+            if self.end > begin:  # else all of the group comes before the step, and it is not read
+                self.rows = np.concatenate([self.rows, self.read(group, members)])
+        assert len(self.rows) >= self.end - begin, "the step is earlier than the last one"
+        self.rows = self.rows[begin - self.end :]
+        return self.epoch, self.rows[: self.batch_size].astype(np.int64)
 
     def read(self, group, members):
         """The shuffled rows of a group of shards."""
@@ -1047,7 +1032,7 @@ class Order:
             first_shard = 0
             num_shards = 1
             while members := self.list_shards(epoch, first_shard, first_shard + num_shards):
-                if self.signals:  # a resume at a far step skips many groups
+                if self.shards.signals:  # a resume at a far step skips many groups
                     raise Stopped("")
                 yield epoch, group, members
                 group += 1
@@ -1057,7 +1042,7 @@ class Order:
     def list_shards(self, epoch, begin, end):
         """The shards at the places from `begin` to `end` of an epoch, fewer or none where the text ends."""
         if epoch == 0:
-            self.shards.wait_for_shards(end, self.signals)
+            self.shards.wait_for_shards(end)
             self.num_shards_used = end
             return list(range(begin, min(end, len(self.shards.infos))))
         permuted = rng(self.seed, "shards", epoch).permutation(len(self.shards.infos))
@@ -1277,6 +1262,7 @@ def train_vocab(config, size, path):
     Ideographs are words of their own, so the trainer does not see them. The most frequent ones are added: as
     many as there is room for, and at least as large a share of the vocabulary as of the text.
     """
+    identities = identify_text(find_files(config))
     wordpiece = WordPiece(SPECIAL_TOKENS, config.do_lower_case, config.strip_accents)
     counts = Counter()  # of all characters
     # Letters, which take two tokens each (x and ##x), may fill half of the vocabulary.
@@ -1294,6 +1280,8 @@ def train_vocab(config, size, path):
     if len(tokens) < size:
         tqdm.write(f"the text yields a vocabulary of {len(tokens):,} and not {size:,}: it has no more pieces "
                    "of words", file=sys.stderr)
+    if identify_text(find_files(config)) != identities:
+        raise UserError(f"the text {CHANGED}")
     write_sealed(path, vocab_file(tokens))
 
 

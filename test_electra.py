@@ -1838,8 +1838,9 @@ def test_a_history_says_where_the_text_differs(corpus):
 def test_ctrl_c_is_heard_while_groups_are_skipped(corpus):
     """A resume at a far step skips more groups than a user would wait for."""
     shards = prepare_growing_shards()
+    shards.signals.append(signal.SIGINT)
     with pytest.raises(data.Stopped):
-        Order(shards, 8, signals=[signal.SIGINT]).batch(10**12)
+        Order(shards, 8).batch(10**12)
 
 
 # ============================================================================================================
