@@ -143,8 +143,8 @@ def read_shard_texts(config, start, first_number):
 def read_documents(config, start=START):
     """Yield (text, position after it) for each document from position `start` on.
 
-    A position is a tuple: number of the file, number of its documents so far, their CRC-32. Resuming reads a
-    file from its beginning again, and refuses one that no longer begins with the same documents.
+    A position is a tuple: number of the file, number of its documents so far, their CRC-32. Resuming reads
+    that file from its beginning, and refuses it if it no longer begins with the same documents.
     """
     for file_number, name in enumerate(find_files(config)):
         if file_number < start[0]:
@@ -533,10 +533,12 @@ def build_shard(shard_text, wordpiece, config):
     train = to_array(train, config.max_length)
     heldout = to_array(heldout, config.max_length)
     unk = wordpiece.unk_token_id
+    unknown = int(np.sum(train == unk) + np.sum(heldout == unk))
+    marks = 0
+    if wordpiece.strip_accents:
+        marks = count_marks(documents)
     info = dict(documents=len(documents), tokens_kept=kept, tokens_dropped=dropped, end=position,
-                rows=len(train), heldout_rows=len(heldout),
-                tokens_unknown=int(np.sum(train == unk) + np.sum(heldout == unk)),
-                marks_stripped=count_marks(documents) if wordpiece.strip_accents else 0)
+                rows=len(train), heldout_rows=len(heldout), tokens_unknown=unknown, marks_stripped=marks)
     return train, heldout, info
 
 
@@ -921,8 +923,11 @@ class GrowingShards(Shards):
 
     def changed_file(self, history):
         """The file or address in which, or after which, the text differs from that of another history."""
-        number = len(os.path.commonprefix([history, self.history(len(self.infos))])) // 16  # same shards
-        file_number = self.infos[number - 1]["end"][0] if number else 0
+        same_digits = os.path.commonprefix([history, self.history(len(self.infos))])
+        num_same = len(same_digits) // 16  # shards
+        file_number = 0
+        if num_same:
+            file_number = self.infos[num_same - 1]["end"][0]
         return without_secrets(self.files[file_number])
 
     def heldout(self, limit):
@@ -1273,8 +1278,8 @@ def train_vocab(config, size, path):
     ideographs = [character for character, _ in counts.most_common() if IDEOGRAPH.match(character)]
     if len(ids) == len(SPECIAL_TOKENS) and not ideographs:
         raise no_text(config)
-    share = sum(counts[character] for character in ideographs) / counts.total()
-    room = max(size - len(ids), int(share * (size - len(SPECIAL_TOKENS))))
+    share_of_text = sum(counts[character] for character in ideographs) / counts.total()
+    room = max(size - len(ids), int(share_of_text * (size - len(SPECIAL_TOKENS))))
     kept = ideographs[:room]
     tokens = sorted(ids, key=ids.get)[: size - len(kept)] + kept
     if len(tokens) < size:
@@ -1305,15 +1310,7 @@ def parse_vocab(raw, path):
     """The tokens in the content of a vocabulary's file."""
     text = decode_utf8(raw, path)
     if path.suffix == ".json":
-        content = parse_json(text, path)
-        try:
-            ids = content["model"]["vocab"]
-            tokens = sorted(ids, key=ids.get)
-            is_whole = sorted(ids.values()) == list(range(len(ids)))
-        except (AttributeError, KeyError, TypeError):
-            is_whole = False
-        if not is_whole:
-            raise UserError(f"{path} is not a WordPiece tokenizer, as ELECTRA's and BERT's are")
+        tokens = parse_tokenizer(text, path)
     else:
         tokens = [line.strip() for line in text.removesuffix("\n").split("\n")]  # as in the official code
     for number, token in enumerate(tokens, 1):
@@ -1327,6 +1324,20 @@ def parse_vocab(raw, path):
         raise UserError(f"the vocabulary {path} holds {token!r:.40} more than once; keep each token once")
     if len(tokens) > 65_535:
         raise UserError(f"the vocabulary {path} holds more than 65,535 tokens; rows are uint16")
+    return tokens
+
+
+def parse_tokenizer(text, path):
+    """The tokens in the content of a tokenizer.json, in the order of their ids."""
+    content = parse_json(text, path)
+    try:
+        ids = content["model"]["vocab"]
+        tokens = sorted(ids, key=ids.get)
+        is_whole = sorted(ids.values()) == list(range(len(ids)))
+    except (AttributeError, KeyError, TypeError):
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{path} is not a WordPiece tokenizer, as ELECTRA's and BERT's are")
     return tokens
 
 
@@ -1383,7 +1394,9 @@ class WordPiece:
     def unknown_share(self, rows):
         """The share of [UNK] among the ids of text in rows, an array of ids."""
         ids = rows[(rows != 0) & (rows != self.cls_token_id) & (rows != self.sep_token_id)]
-        return float(np.mean(ids == self.unk_token_id)) if len(ids) else 0.0
+        if not len(ids):
+            return 0.0
+        return float(np.mean(ids == self.unk_token_id))
 
     def cased_share(self):
         """The share of tokens that lower-casing makes useless. [PAD] and its like do not count."""
@@ -1493,12 +1506,7 @@ def fetch(address, advice="use --data PATH or --data python-docs"):
     """Yield the bytes at an address. A dropped connection resumes at the byte where it broke off."""
     name = without_secrets(address)
     url = url_of(address)
-    headers = {"Accept-Encoding": "identity"}
-    if url.startswith(f"{hub()}/"):
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "TRUE", "YES"):
-            raise UserError(f"{name} is not read, because HF_HUB_OFFLINE is set; unset it, or {advice}")
-        if os.environ.get("HF_TOKEN"):  # requests drops it when another host is redirected to
-            headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN'].strip()}"
+    headers = request_headers(url, name, advice)
     position = 0
     length = None  # of the whole; None if the server does not say
     failures = 0  # in a row
@@ -1510,11 +1518,12 @@ def fetch(address, advice="use --data PATH or --data python-docs"):
                 check_status(response, name, advice)
                 begin, total, found = describe_answer(response)
                 if position == 0:
-                    version = found
-                if position == 0 or length is None:
                     length = total
-                is_known = version != "" or position == 0
-                if (begin, total, found) != (position, length, version) or not is_known:
+                    version = found
+                elif length is None:  # a first answer in chunks had none
+                    length = total
+                is_unknown = position > 0 and version == ""
+                if (begin, total, found) != (position, length, version) or is_unknown:
                     raise UserError(f"{name} cannot be resumed at byte {position:,}: it has changed, or the "
                                     "server cannot send a part or does not say whether it has changed; "
                                     "download it and use --data PATH")
@@ -1533,6 +1542,17 @@ def fetch(address, advice="use --data PATH or --data python-docs"):
         except requests.RequestException as error:
             failures += 1
             wait_or_give_up(error, failures, name, position, advice)
+
+
+def request_headers(url, name, advice):
+    """The headers of a request. Where HF_HUB_OFFLINE forbids one to the hub, raises UserError."""
+    headers = {"Accept-Encoding": "identity"}
+    if url.startswith(f"{hub()}/"):
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "TRUE", "YES"):
+            raise UserError(f"{name} is not read, because HF_HUB_OFFLINE is set; unset it, or {advice}")
+        if os.environ.get("HF_TOKEN"):  # requests drops it when another host is redirected to
+            headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN'].strip()}"
+    return headers
 
 
 def describe_answer(response):
@@ -1554,12 +1574,14 @@ def check_status(response, name, advice):
     status = response.status_code
     if status == 429 or status >= 500:
         response.raise_for_status()
+    message = f"{name} answers {status} {response.reason}; {advice}"
+    if status == 404:
+        raise NotFound(message)
     if status not in (200, 206):
-        kind = NotFound if status == 404 else UserError
-        raise kind(f"{name} answers {status} {response.reason}; {advice}")
+        raise UserError(message)
     for header, pattern in ("Content-Encoding", "identity"), ("Content-Length", "[0-9]+"):
         value = response.headers.get(header)
-        if value is not None and not re.fullmatch(pattern, value):  # then a cut cannot be noticed
+        if value is not None and not re.fullmatch(pattern, value):  # then a cut could not be noticed
             raise UserError(f"{name} answers with {header} {value!r:.40}; {advice}")
 
 
@@ -1570,9 +1592,8 @@ def wait_or_give_up(error, failures, name, position, advice):
         raise UserError(f"{name} cannot be read: {type(error).__name__}; check the address, or "
                         f"{advice}") from None
     attempts = ATTEMPTS
-    response = getattr(error, "response", None)
-    if response is not None:
-        reason = f"it answers {response.status_code}"
+    if error.response is not None:
+        reason = f"it answers {error.response.status_code}"
     else:
         reason = type(error).__name__
         if position == 0:  # perhaps there is no such server
@@ -1744,16 +1765,16 @@ def parse_json(text, source):
 
 def decode_utf8(raw, source):
     """The text of some bytes, without a byte order mark. Errors name `source`."""
+    error_at = -1
     try:
         text = raw.decode()
-        start = -1
     except UnicodeDecodeError as error:
-        start = error.start
+        error_at = error.start
     for sign in b"\0", b"\x1b$":  # UTF-16 without its mark, and ISO-2022, are valid UTF-8
         if sign in raw:
-            start = raw.index(sign)
-    if start >= 0:
-        raise UserError(f"{source} is not UTF-8 at byte {start}; convert it, for example with iconv")
+            error_at = raw.index(sign)
+    if error_at >= 0:
+        raise UserError(f"{source} is not UTF-8 at byte {error_at}; convert it, for example with iconv")
     return text.removeprefix("\ufeff")
 
 

@@ -70,7 +70,7 @@ def main():
 
 def compare(config, options):
     wordpiece = data.load_wordpiece(config)
-    shard_texts = list(data.read_shard_texts(config, (0, 0), 0))
+    shard_texts = list(data.read_shard_texts(config, data.START, 0))
     texts = [text for _, documents, _ in shard_texts for text in documents]
     lines = [line for text in texts for line in text.split("\n") if line.strip()]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
@@ -90,7 +90,7 @@ def compare(config, options):
         data.prepare(config)
 
     def read():
-        for _ in data.read_shard_texts(config, (0, 0), 0):
+        for _ in data.read_shard_texts(config, data.START, 0):
             pass
 
     def parent():

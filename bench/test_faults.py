@@ -433,6 +433,7 @@ def test_damaged_archives_are_refused_by_name(corpus):
         ("cut.tar", content[: second.offset_data + 99], "cut.tar is damaged or cut short"),
         ("plain.tar", flip(plain, 1024 + 9), "plain.tar is damaged or cut short"),  # the second header
         ("half.tar", plain[: 1024 + 99], "half.tar is damaged or cut short"),
+        ("zeroed.tar", plain[:1024] + bytes(512) + plain[1536:], "zeroed.tar is damaged .*after its end"),
         ("unended.tar", plain[:1024], "unended.tar is damaged or cut short"),
         ("nested.tar", nested, "nested.tar is damaged or cut short .*recursion"),
         ("page.tar", b"<!DOCTYPE html><html>Please log in</html>" * 40, "page.tar is damaged or cut short"),
@@ -774,6 +775,11 @@ def test_text_that_changes_while_it_is_read_gives_no_complete_cache(corpus, monk
         with pytest.raises(UserError, match="the text changed while it was being read"):
             data.prepare(data_config())
     assert not list(Path("cache").rglob("complete"))
+    with monkeypatch.context() as patch:
+        watch(patch, data, "lines_without_ideographs", lambda *args: Path("corpus.txt").write_text("ba ku"))
+        with pytest.raises(UserError, match="the text changed while it was being read"):
+            data.load_wordpiece(data_config(vocab="train:50"))
+    assert not list(Path("cache").rglob("*.vocab"))
 
 
 @pytest.mark.parametrize("changed", [lambda text: text[99:], lambda text: text[:99],
