@@ -456,8 +456,8 @@ def build_shards(shard_texts, wordpiece, config):
             yield build_shard(shard_text, wordpiece, config)
         return
     errors = []
+    busy = deque()  # connections to the workers, in the order of their shards
     with ExitStack() as stack:
-        busy = deque()  # connections to the workers, in the order of their shards
         for shard_text in until_error(shard_texts, errors):
             shard = None
             if len(busy) < WORKERS:
@@ -477,7 +477,7 @@ def build_shards(shard_texts, wordpiece, config):
 
 
 def until_error(shard_texts, errors):
-    """Yield what can be read. An error that ends it goes to a list, and is raised after the last shard."""
+    """Yield what can be read. An error that ends it goes to `errors`, to be raised after the last shard."""
     try:
         yield from shard_texts
     except (UserError, OSError) as error:
@@ -494,7 +494,7 @@ def start_worker(wordpiece, config):
 
 
 def run_worker(connection, tokens, config):
-    """Turn each text that arrives into a shard, and send it back."""
+    """Turn each text that arrives into a shard, and send that back."""
     os.setsid()  # Ctrl-C reaches only the parent
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
     wordpiece = WordPiece(tokens, config.do_lower_case, config.strip_accents)
@@ -719,10 +719,11 @@ class Shards:
             if folder.name.endswith(times):
                 return folder
         complete = [folder for folder in folders if (folder / "complete").exists()]
-        hashes = hash_files(self.files) if complete else None
-        for folder in complete:
-            if read_complete(folder / "complete")["files"] == hashes:
-                return folder
+        if complete:
+            hashes = hash_files(self.files)
+            for folder in complete:
+                if read_complete(folder / "complete")["files"] == hashes:
+                    return folder
         folder = cache / f"{source_name(self.config)}-{key}-{times}"
         folder.mkdir(parents=True, exist_ok=True)  # the child process must find the same
         return folder
@@ -734,9 +735,8 @@ class Shards:
         complete = self.folder / "complete"
         if complete.exists():
             self.infos = read_complete(complete)["shards"]
-            names = os.listdir(self.folder)
             for number in range(len(self.infos)):
-                if self.path(number).name not in names:
+                if not self.path(number).exists():
                     raise UserError(f"{self.path(number)} is missing; {DELETE}")
             self.is_complete = True
             return
@@ -768,10 +768,11 @@ class Shards:
 
     def add(self, train, heldout, info):
         """Write the next shard, if the files that its text comes from are still those that were found."""
-        files = zip(self.files, self.identities, strict=True)
-        for name, identity in itertools.islice(files, self.next_position[0], info["end"][0] + 1):
-            if identify(name, "/")[1:] != identity[1:]:
-                raise UserError(f"{name} {CHANGED}")
+        first_file = self.next_position[0]
+        last_file = info["end"][0]
+        for number in range(first_file, last_file + 1):
+            if identify(self.files[number], "/")[1:] != self.identities[number][1:]:  # size and time
+                raise UserError(f"{self.files[number]} {CHANGED}")
         file = io.BytesIO()
         np.savez(file, train=train, heldout=heldout, info=json.dumps(info))
         write_sealed(self.path(len(self.infos)), file.getvalue())
@@ -949,10 +950,10 @@ class GrowingShards(Shards):
                 self.refresh()  # after `poll`: a child that has ended adds no more
                 if is_there() or self.is_complete:
                     return
-                if self.signals:
-                    raise Stopped("")
                 if has_ended:
                     raise Stopped(self.child_error())
+                if self.signals:
+                    raise Stopped("")
                 bar.update(self.total("rows") - bar.n)
                 time.sleep(0.05)
 
