@@ -16,7 +16,7 @@ follow from the ids. The same text, vocabulary and seed give the same bytes, how
 and the rows of a step are a function of (seed, step).
 
 train.py runs this file as a child process (`python data.py child`), and `prepare` divides the work among
-processes that run it as `python data.py worker`.
+workers, processes of their own.
 """
 
 import fcntl
@@ -29,6 +29,7 @@ import itertools
 import json
 import lzma
 import math
+import multiprocessing
 import os
 import pickle
 import platform
@@ -87,7 +88,7 @@ class DataConfig:
     cache: Annotated[str, "folder for prepared text and downloads"] = "cache"
 
 
-def prepare(config, progress=True, wordpiece=None):
+def prepare(config, wordpiece=None):
     """Turn text into shards of rows. After a kill it resumes; a finished shard is never made again."""
     shards = Shards(config, wordpiece or load_wordpiece(config))
     with lock(shards.folder / "lock", f"waiting for another process to prepare {shards.folder}"):
@@ -95,13 +96,8 @@ def prepare(config, progress=True, wordpiece=None):
         if shards.is_complete:
             return shards
         shard_texts = read_shard_texts(config, start=shards.next_position, first_number=len(shards.infos))
-        disable = None  # tqdm: shown on a terminal
-        if not progress:
-            disable = True
-        with tqdm(desc="preparing", unit=" rows", disable=disable) as bar:
-            for train, heldout, info in build_shards(shard_texts, shards.wordpiece, config):
-                shards.add(train, heldout, info)
-                bar.update(len(train))
+        for train, heldout, info in build_shards(shard_texts, shards.wordpiece, config):
+            shards.add(train, heldout, info)
         if shards.total("rows") == 0:
             raise no_text(config)
         shards.mark_complete()
@@ -147,13 +143,13 @@ def read_shard_texts(config, start, first_number):
 def read_documents(config, start=START):
     """Yield (text, position after it) for each document from position `start` on.
 
-    A position is a tuple: number of the file, number of its documents so far, their CRC-32. Resuming reads a
-    file from its beginning again, and refuses one that no longer begins with the same documents.
+    A position is a tuple: number of the file, number of its documents so far, their CRC-32. Resuming reads
+    that file from its beginning, and refuses it if it no longer begins with the same documents.
     """
     for file_number, name in enumerate(find_files(config)):
         if file_number < start[0]:
             continue
-        is_new = (file_number, 0) >= start[:2]
+        is_new = start == START or file_number > start[0]
         checksum = 0
         for count, text in enumerate(read_source(name, config), 1):
             text = text.replace("\r\n", "\n").strip()
@@ -274,8 +270,6 @@ def read_file(stream, path, source, one_document):
             elif kind == ".tar":
                 for name, content in read_tar(file):  # a member may be an archive in its turn
                     yield from read_file(content, name, f"{name} in {source}", one_document)
-                while file.read(1 << 20):  # a compressed tar ends with a checksum
-                    pass
             elif kind == ".parquet":
                 yield from read_parquet(file, source)
             else:
@@ -322,7 +316,10 @@ class Member(tarfile.TarInfo):
     def fromtarfile(cls, tar):
         try:
             return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # the mark at the end
+        except tarfile.EOFHeaderError:  # zeros mark the end, and only zeros follow
+            while rest := tar.fileobj.read(1 << 20):  # also reads the checksum of a compressed tar
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError("data after its end") from None
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from None
@@ -458,84 +455,61 @@ def build_shards(shard_texts, wordpiece, config):
         for shard_text in shard_texts:
             yield build_shard(shard_text, wordpiece, config)
         return
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}  # one core each
-    error = None
+    errors = []
+    busy = deque()  # connections to the workers, in the order of their shards
     with ExitStack() as stack:
-        busy = deque()  # the workers, in the order of their shards
-        while True:
-            try:
-                shard_text = next(shard_texts, None)
-            except (UserError, OSError) as caught:  # raised when the shards before it are written
-                shard_text = None
-                error = caught
-            if shard_text is None:
-                break
+        for shard_text in until_error(shard_texts, errors):
             shard = None
             if len(busy) < WORKERS:
-                worker = stack.enter_context(start_process("worker", wordpiece, config, env=environment,
-                                                           stdout=subprocess.PIPE))
+                worker = stack.enter_context(start_worker(wordpiece, config))
             else:
                 worker = busy.popleft()
                 shard = receive(worker)
-            send(worker, shard_text)  # before the shard is written: a worker that waits is a core that waits
+            with suppress(OSError):  # it has been killed, which `receive` reports in its turn
+                worker.send(shard_text)
             busy.append(worker)
-            if shard is not None:
+            if shard is not None:  # written after `send`: a worker that waits is a core that waits
                 yield shard
         for worker in busy:
             yield receive(worker)
-    if error is not None:
-        raise error
+    if errors:
+        raise errors[0]
 
 
-@contextmanager
-def start_process(role, wordpiece, config, **options):
-    """Run this file as a process: `worker`, see run_as_worker, or `child`, see run_as_child.
-
-    It ends when its standard input closes, so it cannot outlive its parent.
-    """
-    with subprocess.Popen([sys.executable, __file__, role], stdin=subprocess.PIPE, start_new_session=True,
-                          **options) as process:  # in a new session, Ctrl-C reaches only the parent
-        try:
-            send(process, (wordpiece.tokens, asdict(config)))
-            yield process
-        finally:
-            process.kill()
-            with suppress(BrokenPipeError):  # ignore data that could not be sent
-                process.stdin.close()
+def until_error(shard_texts, errors):
+    """Yield what can be read. An error that ends it goes to `errors`, to be raised after the last shard."""
+    try:
+        yield from shard_texts
+    except (UserError, OSError) as error:
+        errors.append(error)
 
 
-def send(process, message):
-    """Send a message to a process that `start_process` has started."""
-    with suppress(BrokenPipeError):  # it has ended, which `receive` or `child_error` reports
-        pickle.dump(message, process.stdin)
-        process.stdin.flush()
+def start_worker(wordpiece, config):
+    """Start a process that runs `run_worker`. Returns a connection; closing it ends the process."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    spawn.Process(target=run_worker, args=(theirs, wordpiece.tokens, config), daemon=True).start()
+    theirs.close()  # else `receive` would wait for a worker that has been killed
+    return ours
 
 
-def receive_settings():
-    """(WordPiece, config) that `start_process` sends."""
-    tokens, settings = pickle.load(sys.stdin.buffer)
-    config = DataConfig(**settings)
-    return WordPiece(tokens, config.do_lower_case, config.strip_accents), config
+def run_worker(connection, tokens, config):
+    """Turn each text that arrives into a shard, and send that back."""
+    os.setsid()  # Ctrl-C reaches only the parent
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
+    wordpiece = WordPiece(tokens, config.do_lower_case, config.strip_accents)
+    with suppress(EOFError, ConnectionError):  # the parent has ended, or has had enough
+        while True:
+            connection.send(build_shard(connection.recv(), wordpiece, config))
 
 
 def receive(worker):
     """Wait for a worker's shard."""
     try:
-        return pickle.load(worker.stdout)
-    except (EOFError, pickle.UnpicklingError):
-        raise UserError(f"a process that prepares text ended with status {worker.wait()}; run the same "
-                        "command again") from None
-
-
-def run_as_worker():
-    """Receive texts from standard input, and send back their shards, until the parent ends."""
-    with suppress(EOFError, pickle.UnpicklingError, BrokenPipeError):  # the parent has ended
-        wordpiece, config = receive_settings()
-        while True:
-            shard_text = pickle.load(sys.stdin.buffer)
-            pickle.dump(build_shard(shard_text, wordpiece, config), sys.stdout.buffer)
-            sys.stdout.buffer.flush()
-    os._exit(0)  # a normal exit would flush stdout, whose reader is gone
+        return worker.recv()
+    except (EOFError, OSError):
+        raise UserError("a process that prepares text was killed or failed; run the same command "
+                        "again") from None
 
 
 def build_shard(shard_text, wordpiece, config):
@@ -559,10 +533,12 @@ def build_shard(shard_text, wordpiece, config):
     train = to_array(train, config.max_length)
     heldout = to_array(heldout, config.max_length)
     unk = wordpiece.unk_token_id
+    unknown = int(np.sum(train == unk) + np.sum(heldout == unk))
+    marks = 0
+    if wordpiece.strip_accents:
+        marks = count_marks(documents)
     info = dict(documents=len(documents), tokens_kept=kept, tokens_dropped=dropped, end=position,
-                rows=len(train), heldout_rows=len(heldout),
-                tokens_unknown=int(np.sum(train == unk) + np.sum(heldout == unk)),
-                marks_stripped=count_marks(documents) if wordpiece.strip_accents else 0)
+                rows=len(train), heldout_rows=len(heldout), tokens_unknown=unknown, marks_stripped=marks)
     return train, heldout, info
 
 
@@ -737,19 +713,20 @@ class Shards:
         """
         key = digest([self.fingerprint, [identity[:2] for identity in self.identities]])
         times = digest([identity[2:] for identity in self.identities])
-        own = Path(self.config.cache) / f"{source_name(self.config)}-{key}-{times}"
-        others = sorted(own.parent.glob(f"*-{key}-*"))
-        for folder in [own, *others]:
-            if folder.name.endswith(times) and folder.exists():
+        cache = Path(self.config.cache)
+        folders = sorted(cache.glob(f"*-{key}-*"))
+        for folder in folders:
+            if folder.name.endswith(times):
                 return folder
-        hashes = None
-        for folder in others:
-            if (folder / "complete").exists():
-                hashes = hashes or hash_files(self.files)
+        complete = [folder for folder in folders if (folder / "complete").exists()]
+        if complete:
+            hashes = hash_files(self.files)
+            for folder in complete:
                 if read_complete(folder / "complete")["files"] == hashes:
                     return folder
-        own.mkdir(parents=True, exist_ok=True)  # the child process must find the same
-        return own
+        folder = cache / f"{source_name(self.config)}-{key}-{times}"
+        folder.mkdir(parents=True, exist_ok=True)  # the child process must find the same
+        return folder
 
     def refresh(self):
         """Look for shards that another process has added."""
@@ -758,9 +735,8 @@ class Shards:
         complete = self.folder / "complete"
         if complete.exists():
             self.infos = read_complete(complete)["shards"]
-            names = os.listdir(self.folder)
             for number in range(len(self.infos)):
-                if self.path(number).name not in names:
+                if not self.path(number).exists():
                     raise UserError(f"{self.path(number)} is missing; {DELETE}")
             self.is_complete = True
             return
@@ -792,10 +768,11 @@ class Shards:
 
     def add(self, train, heldout, info):
         """Write the next shard, if the files that its text comes from are still those that were found."""
-        files = zip(self.files, self.identities, strict=True)
-        for name, identity in itertools.islice(files, self.next_position[0], info["end"][0] + 1):
-            if identify(name, "/")[1:] != identity[1:]:
-                raise UserError(f"{name} {CHANGED}")
+        first_file = self.next_position[0]
+        last_file = info["end"][0]
+        for number in range(first_file, last_file + 1):
+            if identify(self.files[number], "/")[1:] != self.identities[number][1:]:  # size and time
+                raise UserError(f"{self.files[number]} {CHANGED}")
         file = io.BytesIO()
         np.savez(file, train=train, heldout=heldout, info=json.dumps(info))
         write_sealed(self.path(len(self.infos)), file.getvalue())
@@ -898,12 +875,13 @@ class Stopped(UserError):
 class GrowingShards(Shards):
     """Shards to which a child of this process, or of another rank, may still be adding.
 
-    Its methods wait for shards. They raise Stopped if the child of this process has failed, or as soon as the
-    list `signals` is not empty, to which the caller's signal handler appends.
+    Its methods wait for shards. They raise Stopped if the child of this process has failed, or as soon as
+    `signals` is not empty, a list to which train.stop_signals appends.
     """
 
     def __init__(self, config, wordpiece):
         super().__init__(config, wordpiece)
+        self.signals = []
         self.child = None
         self.child_output = None
 
@@ -917,36 +895,45 @@ class GrowingShards(Shards):
             yield
             return
         with (tempfile.TemporaryFile() as output,
-              start_process("child", self.wordpiece, self.config, stdout=output) as child):
+              subprocess.Popen([sys.executable, __file__, "child"], stdin=subprocess.PIPE, stdout=output,
+                               start_new_session=True) as child):  # Ctrl-C reaches only the parent
             self.child = child
             self.child_output = output
             try:
+                with suppress(BrokenPipeError):  # it has ended, which `child_error` reports
+                    pickle.dump((self.wordpiece.tokens, asdict(self.config)), child.stdin)
+                    child.stdin.flush()
                 yield
             finally:
-                self.child = None
+                child.kill()
+                with suppress(BrokenPipeError):  # ignore data that could not be sent
+                    child.stdin.close()
 
-    def wait_for_shards(self, count, signals=()):
+    def wait_for_shards(self, count):
         """Block until there are `count` shards, or until the text is complete."""
-        self.wait_until(lambda: len(self.infos) >= count, signals)
+        self.wait_until(lambda: len(self.infos) >= count)
 
-    def history(self, number, signals=()):
+    def history(self, number):
         """16 hex digits of the SHA-256 of each of the first `number` shards, or of all if there are fewer.
 
         A run that has used so many shards can go on with any text that has the same history. Blocks until
         they are there.
         """
-        self.wait_for_shards(number, signals)
+        self.wait_for_shards(number)
         return "".join(info["sha256"][:16] for info in self.infos[:number])
 
     def changed_file(self, history):
         """The file or address in which, or after which, the text differs from that of another history."""
-        number = len(os.path.commonprefix([history, self.history(len(self.infos))])) // 16  # same shards
-        file_number = self.infos[number - 1]["end"][0] if number else 0
+        same_digits = os.path.commonprefix([history, self.history(len(self.infos))])
+        num_same = len(same_digits) // 16  # shards
+        file_number = 0
+        if num_same:
+            file_number = self.infos[num_same - 1]["end"][0]
         return without_secrets(self.files[file_number])
 
-    def heldout(self, limit, signals=()):
+    def heldout(self, limit):
         """The first `limit` held-out rows, int64, or all if the whole text has fewer. Blocks until then."""
-        self.wait_until(lambda: self.total("heldout_rows") >= limit, signals)
+        self.wait_until(lambda: self.total("heldout_rows") >= limit)
         rows = np.zeros((0, self.config.max_length), dtype=np.uint16)
         for number in range(len(self.infos)):
             if len(rows) >= limit:
@@ -954,27 +941,26 @@ class GrowingShards(Shards):
             rows = np.concatenate([rows, self.load("heldout", number)])
         return rows[:limit].astype(np.int64)
 
-    def wait_until(self, is_there, signals):
+    def wait_until(self, is_there):
         """Block until `is_there()`, or until the text is complete."""
-        with tqdm(desc="waiting for text", bar_format="{desc}, {elapsed}", delay=1, leave=False,
+        with tqdm(desc="waiting for text", bar_format="{desc}, {elapsed}, {n} rows", delay=1, leave=False,
                   disable=None) as bar:
             while True:
-                error = self.child_error()
-                self.refresh()  # after child_error: an ended child adds no more
+                has_ended = self.child is not None and self.child.poll() is not None
+                self.refresh()  # after `poll`: a child that has ended adds no more
                 if is_there() or self.is_complete:
                     return
-                if error or signals:
-                    raise Stopped(error)
-                bar.update(0)  # shows the time
+                if has_ended:
+                    raise Stopped(self.child_error())
+                if self.signals:
+                    raise Stopped("")
+                bar.update(self.total("rows") - bar.n)
                 time.sleep(0.05)
 
     def child_error(self):
-        """The error message of a child that has ended, or "" while it runs or if there is none."""
-        if self.child is None or self.child.poll() is None:
-            return ""
+        """The error message of a child that has ended before the text did."""
         self.child_output.seek(0)
         message = self.child_output.read().decode(errors="replace").strip()
-        # A child that succeeded gets a message, too. `wait_until` ignores it: the shards are complete.
         status = self.child.returncode
         return message or f"preparing the text ended with status {status}; run the same command again"
 
@@ -982,10 +968,11 @@ class GrowingShards(Shards):
 def run_as_child():
     """Receive a vocabulary and a config from standard input, and prepare text. Returns the exit status."""
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    wordpiece, config = receive_settings()
+    tokens, settings = pickle.load(sys.stdin.buffer)
+    config = DataConfig(**settings)
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        prepare(config, progress=False, wordpiece=wordpiece)
+        prepare(config, WordPiece(tokens, config.do_lower_case, config.strip_accents))
     except (UserError, OSError) as error:
         print(error)
         return 1
@@ -1012,14 +999,13 @@ class Order:
     shards 1 and 2, mixed; the next 200, which end epoch 0, are those of shards 3 and 4.
     """
 
-    def __init__(self, shards, batch_size, signals=()):
+    def __init__(self, shards, batch_size):
         self.shards = shards
         self.batch_size = batch_size
         self.seed = shards.config.seed
-        self.signals = signals  # as in GrowingShards
         self.groups = self.list_groups()
-        self.rows = np.zeros((0, shards.config.max_length), dtype=np.uint16)  # the next ones, as far as read
-        self.next_row = 0  # place of the first of `rows` in the sequence
+        self.end = 0  # the place in the sequence at which the groups so far end
+        self.rows = np.zeros((0, shards.config.max_length), dtype=np.uint16)  # the last ones before `end`
         self.epoch = 0  # of the last of `rows`
         # The number of shards that decided the rows so far. A resumed run needs them unchanged. If the text
         # had fewer, it must not have grown.
@@ -1030,29 +1016,15 @@ class Order:
 
         Blocks until the rows are prepared. Raises Stopped if they will not be, or if there is a signal.
         """
-        self.skip_to(step * self.batch_size)
-        while len(self.rows) < self.batch_size:
+        begin = step * self.batch_size
+        while self.end < begin + self.batch_size:
             self.epoch, group, members = next(self.groups)
-            self.rows = np.concatenate([self.rows, self.read(group, members)])
-        rows = self.rows[: self.batch_size]
-        self.rows = self.rows[self.batch_size :]
-        self.next_row += self.batch_size
-        return self.epoch, rows.astype(np.int64)
-
-    def skip_to(self, row):
-        """Drop the rows before a place in the sequence. Groups that end before it are not read."""
-        assert row >= self.next_row, "the step is earlier than the last one"
-        while self.next_row + len(self.rows) < row:
-            self.next_row += len(self.rows)
-            self.rows = self.rows[:0]
-            self.epoch, group, members = next(self.groups)
-            size = sum(self.shards.infos[shard]["rows"] for shard in members)
-            if self.next_row + size <= row:
-                self.next_row += size
-            else:
-                self.rows = self.read(group, members)
-        self.rows = self.rows[row - self.next_row :]
-        self.next_row = row
+            self.end += sum(self.shards.infos[shard]["rows"] for shard in members)
+            if self.end > begin:  # else all of the group comes before the step, and it is not read
+                self.rows = np.concatenate([self.rows, self.read(group, members)])
+        assert len(self.rows) >= self.end - begin, "the step is earlier than the last one"
+        self.rows = self.rows[begin - self.end :]
+        return self.epoch, self.rows[: self.batch_size].astype(np.int64)
 
     def read(self, group, members):
         """The shuffled rows of a group of shards."""
@@ -1066,7 +1038,7 @@ class Order:
             first_shard = 0
             num_shards = 1
             while members := self.list_shards(epoch, first_shard, first_shard + num_shards):
-                if self.signals:  # a resume at a far step skips many groups
+                if self.shards.signals:  # a resume at a far step skips many groups
                     raise Stopped("")
                 yield epoch, group, members
                 group += 1
@@ -1076,7 +1048,7 @@ class Order:
     def list_shards(self, epoch, begin, end):
         """The shards at the places from `begin` to `end` of an epoch, fewer or none where the text ends."""
         if epoch == 0:
-            self.shards.wait_for_shards(end, self.signals)
+            self.shards.wait_for_shards(end)
             self.num_shards_used = end
             return list(range(begin, min(end, len(self.shards.infos))))
         permuted = rng(self.seed, "shards", epoch).permutation(len(self.shards.infos))
@@ -1095,10 +1067,11 @@ def rng(seed, purpose, *numbers):
 WEIGHTS = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"  # names the files of a model whose weights are in several
 OLD_WEIGHTS = "pytorch_model.bin"
+VOCABS = "vocab.txt", "tokenizer.json"  # either is enough
 
 
 def find_model(name, cache, network=None):
-    """The folder of a model: NAME; of a run, NAME/discriminator or NAME/generator; else a download.
+    """The folder of a model: NAME; of a run, NAME/discriminator or NAME/generator; else from the hub.
 
     `network` is discriminator or generator. By default it is the one that the run trains for fine-tuning.
     """
@@ -1112,9 +1085,24 @@ def find_model(name, cache, network=None):
     if is_local or not is_hub_name:
         raise UserError(f"there is no model in {folder}; pre-train one with `python train.py --size small`, "
                         "or give google/electra-small-discriminator or another name on the hub")
+    if snapshot := find_snapshot(name):
+        return snapshot
     folder = Path(cache) / "models" / name.replace("/", "--")
     make_once(folder / "config.json", lambda: download_model(name, folder))
     return folder
+
+
+def find_snapshot(name):
+    """The folder to which huggingface_hub has downloaded a whole model, or None."""
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    cache = os.environ.get("HF_HUB_CACHE") or f"{home}/hub"
+    folder = Path(cache).expanduser() / f"models--{name.replace('/', '--')}"
+    with suppress(FileNotFoundError):
+        snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
+        files = set(os.listdir(snapshot))
+        if "config.json" in files and files & set(VOCABS) and files & {WEIGHTS, SHARD_INDEX, OLD_WEIGHTS}:
+            return snapshot
+    return None
 
 
 def trained_network(folder):
@@ -1143,7 +1131,7 @@ def download_model(name, folder):
                 if file == files[-1]:
                     raise
 
-    for file in "vocab.txt", "tokenizer.json", "tokenizer_config.json":  # either of the first two is enough
+    for file in *VOCABS, "tokenizer_config.json":
         with suppress(NotFound):
             get(file)
     if get(WEIGHTS, SHARD_INDEX, OLD_WEIGHTS) == SHARD_INDEX:
@@ -1227,9 +1215,9 @@ def flatten(content, path):
 
 def find_vocab(folder):
     """The vocabulary of a model folder: vocab.txt or, as transformers now writes, tokenizer.json."""
-    for path in Path(folder, "vocab.txt"), Path(folder, "tokenizer.json"):
-        if path.is_file():
-            return path
+    for name in VOCABS:
+        if Path(folder, name).is_file():
+            return Path(folder, name)
     raise UserError(f"{folder} is not a model folder: it has neither vocab.txt nor tokenizer.json")
 
 
@@ -1280,6 +1268,7 @@ def train_vocab(config, size, path):
     Ideographs are words of their own, so the trainer does not see them. The most frequent ones are added: as
     many as there is room for, and at least as large a share of the vocabulary as of the text.
     """
+    identities = identify_text(find_files(config))
     wordpiece = WordPiece(SPECIAL_TOKENS, config.do_lower_case, config.strip_accents)
     counts = Counter()  # of all characters
     # Letters, which take two tokens each (x and ##x), may fill half of the vocabulary.
@@ -1290,13 +1279,15 @@ def train_vocab(config, size, path):
     ideographs = [character for character, _ in counts.most_common() if IDEOGRAPH.match(character)]
     if len(ids) == len(SPECIAL_TOKENS) and not ideographs:
         raise no_text(config)
-    share = sum(counts[character] for character in ideographs) / counts.total()
-    room = max(size - len(ids), int(share * (size - len(SPECIAL_TOKENS))))
+    share_of_text = sum(counts[character] for character in ideographs) / counts.total()
+    room = max(size - len(ids), int(share_of_text * (size - len(SPECIAL_TOKENS))))
     kept = ideographs[:room]
     tokens = sorted(ids, key=ids.get)[: size - len(kept)] + kept
     if len(tokens) < size:
         tqdm.write(f"the text yields a vocabulary of {len(tokens):,} and not {size:,}: it has no more pieces "
                    "of words", file=sys.stderr)
+    if identify_text(find_files(config)) != identities:
+        raise UserError(f"the text {CHANGED}")
     write_sealed(path, vocab_file(tokens))
 
 
@@ -1320,15 +1311,7 @@ def parse_vocab(raw, path):
     """The tokens in the content of a vocabulary's file."""
     text = decode_utf8(raw, path)
     if path.suffix == ".json":
-        content = parse_json(text, path)
-        try:
-            ids = content["model"]["vocab"]
-            tokens = sorted(ids, key=ids.get)
-            is_whole = sorted(ids.values()) == list(range(len(ids)))
-        except (AttributeError, KeyError, TypeError):
-            is_whole = False
-        if not is_whole:
-            raise UserError(f"{path} is not a WordPiece tokenizer, as ELECTRA's and BERT's are")
+        tokens = parse_tokenizer(text, path)
     else:
         tokens = [line.strip() for line in text.removesuffix("\n").split("\n")]  # as in the official code
     for number, token in enumerate(tokens, 1):
@@ -1342,6 +1325,20 @@ def parse_vocab(raw, path):
         raise UserError(f"the vocabulary {path} holds {token!r:.40} more than once; keep each token once")
     if len(tokens) > 65_535:
         raise UserError(f"the vocabulary {path} holds more than 65,535 tokens; rows are uint16")
+    return tokens
+
+
+def parse_tokenizer(text, path):
+    """The tokens in the content of a tokenizer.json, in the order of their ids."""
+    content = parse_json(text, path)
+    try:
+        ids = content["model"]["vocab"]
+        tokens = sorted(ids, key=ids.get)
+        is_whole = sorted(ids.values()) == list(range(len(ids)))
+    except (AttributeError, KeyError, TypeError):
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{path} is not a WordPiece tokenizer, as ELECTRA's and BERT's are")
     return tokens
 
 
@@ -1398,7 +1395,9 @@ class WordPiece:
     def unknown_share(self, rows):
         """The share of [UNK] among the ids of text in rows, an array of ids."""
         ids = rows[(rows != 0) & (rows != self.cls_token_id) & (rows != self.sep_token_id)]
-        return float(np.mean(ids == self.unk_token_id)) if len(ids) else 0.0
+        if not len(ids):
+            return 0.0
+        return float(np.mean(ids == self.unk_token_id))
 
     def cased_share(self):
         """The share of tokens that lower-casing makes useless. [PAD] and its like do not count."""
@@ -1442,7 +1441,9 @@ def vocab_file(tokens):
 TIMEOUT = 30  # seconds without an answer
 BACKOFF = 0.5  # seconds, doubled before each new attempt, at most a minute
 ATTEMPTS = 16  # in a row; they take ten minutes
-HOPELESS = re.compile("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|CERTIFICATE_VERIFY_FAILED")  # of OpenSSL
+# Messages of OpenSSL, and those about a host that is not known. Without a network, look-ups fail otherwise.
+HOPELESS = re.compile("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|CERTIFICATE_VERIFY_FAILED|"
+                      "Name or service not known|nodename nor servname provided")
 ATTEMPTS_WITHOUT_ANSWER = 7  # if the server has never answered; they take a minute
 
 
@@ -1506,12 +1507,7 @@ def fetch(address, advice="use --data PATH or --data python-docs"):
     """Yield the bytes at an address. A dropped connection resumes at the byte where it broke off."""
     name = without_secrets(address)
     url = url_of(address)
-    headers = {"Accept-Encoding": "identity"}
-    if url.startswith(f"{hub()}/"):
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "TRUE", "YES"):
-            raise UserError(f"{name} is not read, because HF_HUB_OFFLINE is set; unset it, or {advice}")
-        if os.environ.get("HF_TOKEN"):  # requests drops it when another host is redirected to
-            headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN'].strip()}"
+    headers = request_headers(url, name, advice)
     position = 0
     length = None  # of the whole; None if the server does not say
     failures = 0  # in a row
@@ -1523,11 +1519,12 @@ def fetch(address, advice="use --data PATH or --data python-docs"):
                 check_status(response, name, advice)
                 begin, total, found = describe_answer(response)
                 if position == 0:
-                    version = found
-                if position == 0 or length is None:
                     length = total
-                is_known = version != "" or position == 0
-                if (begin, total, found) != (position, length, version) or not is_known:
+                    version = found
+                elif length is None:  # a first answer in chunks had none
+                    length = total
+                is_unknown = position > 0 and version == ""
+                if (begin, total, found) != (position, length, version) or is_unknown:
                     raise UserError(f"{name} cannot be resumed at byte {position:,}: it has changed, or the "
                                     "server cannot send a part or does not say whether it has changed; "
                                     "download it and use --data PATH")
@@ -1546,6 +1543,17 @@ def fetch(address, advice="use --data PATH or --data python-docs"):
         except requests.RequestException as error:
             failures += 1
             wait_or_give_up(error, failures, name, position, advice)
+
+
+def request_headers(url, name, advice):
+    """The headers of a request. Where HF_HUB_OFFLINE forbids one to the hub, raises UserError."""
+    headers = {"Accept-Encoding": "identity"}
+    if url.startswith(f"{hub()}/"):
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "TRUE", "YES"):
+            raise UserError(f"{name} is not read, because HF_HUB_OFFLINE is set; unset it, or {advice}")
+        if os.environ.get("HF_TOKEN"):  # requests drops it when another host is redirected to
+            headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN'].strip()}"
+    return headers
 
 
 def describe_answer(response):
@@ -1567,24 +1575,26 @@ def check_status(response, name, advice):
     status = response.status_code
     if status == 429 or status >= 500:
         response.raise_for_status()
+    message = f"{name} answers {status} {response.reason}; {advice}"
+    if status == 404:
+        raise NotFound(message)
     if status not in (200, 206):
-        kind = NotFound if status == 404 else UserError
-        raise kind(f"{name} answers {status} {response.reason}; {advice}")
+        raise UserError(message)
     for header, pattern in ("Content-Encoding", "identity"), ("Content-Length", "[0-9]+"):
         value = response.headers.get(header)
-        if value is not None and not re.fullmatch(pattern, value):  # then a cut cannot be noticed
+        if value is not None and not re.fullmatch(pattern, value):  # then a cut could not be noticed
             raise UserError(f"{name} answers with {header} {value!r:.40}; {advice}")
 
 
 def wait_or_give_up(error, failures, name, position, advice):
     """Wait before the next attempt. Raises UserError after too many failures in a row."""
-    if isinstance(error, requests.TooManyRedirects) or HOPELESS.search(str(error)):
+    is_hopeless = isinstance(error, requests.TooManyRedirects) or HOPELESS.search(str(error))
+    if is_hopeless and position == 0:
         raise UserError(f"{name} cannot be read: {type(error).__name__}; check the address, or "
                         f"{advice}") from None
     attempts = ATTEMPTS
-    response = getattr(error, "response", None)
-    if response is not None:
-        reason = f"it answers {response.status_code}"
+    if error.response is not None:
+        reason = f"it answers {error.response.status_code}"
     else:
         reason = type(error).__name__
         if position == 0:  # perhaps there is no such server
@@ -1756,16 +1766,16 @@ def parse_json(text, source):
 
 def decode_utf8(raw, source):
     """The text of some bytes, without a byte order mark. Errors name `source`."""
+    error_at = -1
     try:
         text = raw.decode()
-        start = -1
     except UnicodeDecodeError as error:
-        start = error.start
+        error_at = error.start
     for sign in b"\0", b"\x1b$":  # UTF-16 without its mark, and ISO-2022, are valid UTF-8
         if sign in raw:
-            start = raw.index(sign)
-    if start >= 0:
-        raise UserError(f"{source} is not UTF-8 at byte {start}; convert it, for example with iconv")
+            error_at = raw.index(sign)
+    if error_at >= 0:
+        raise UserError(f"{source} is not UTF-8 at byte {error_at}; convert it, for example with iconv")
     return text.removeprefix("\ufeff")
 
 
@@ -1780,9 +1790,6 @@ def digest(value):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["worker"]:
-        run_as_worker()
-    elif sys.argv[1:] == ["child"]:
-        sys.exit(run_as_child())
-    else:
+    if sys.argv[1:] != ["child"]:
         sys.exit("data.py is started by train.py; to see rows: python train.py --prepare-only --show 5")
+    sys.exit(run_as_child())

@@ -1426,6 +1426,33 @@ def test_the_network_of_a_run_is_chosen_by_name(tmp_path):
                 data.find_model(str(place), "cache")
 
 
+@pytest.mark.parametrize("variables, home", [
+    ({"HF_HUB_CACHE": "here", "HF_HOME": "elsewhere"}, "here"),
+    ({"HF_HOME": "here"}, "here/hub"),
+    ({}, ".cache/huggingface/hub"),
+])
+@pytest.mark.parametrize("missing", ["", "config.json", "vocab.txt", "pytorch_model.bin", "refs"])
+def test_a_download_of_huggingface_hub_is_found(tmp_path, monkeypatch, variables, home, missing):
+    """Its cache is where the variables say. What is not whole there, or of no known revision, is fetched."""
+    monkeypatch.chdir(tmp_path)
+    for name in "HF_HUB_CACHE", "HF_HOME":
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / home / "models--someone--electra"
+    files = {name: b"" for name in ("config.json", "vocab.txt", "pytorch_model.bin") if name != missing}
+    write_files(folder / "snapshots" / "4f2a", files)
+    if missing != "refs":
+        write_files(folder, {"refs/main": b"4f2a"})
+    if missing:
+        with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+            data.find_model("someone/electra", "cache")
+    else:
+        assert data.find_model("someone/electra", "cache").resolve() == folder / "snapshots" / "4f2a"
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Documents
 
@@ -1871,8 +1898,9 @@ def test_a_history_says_where_the_text_differs(corpus):
 def test_ctrl_c_is_heard_while_groups_are_skipped(corpus):
     """A resume at a far step skips more groups than a user would wait for."""
     shards = prepare_growing_shards()
+    shards.signals.append(signal.SIGINT)
     with pytest.raises(data.Stopped):
-        Order(shards, 8, signals=[signal.SIGINT]).batch(10**12)
+        Order(shards, 8).batch(10**12)
 
 
 # ============================================================================================================

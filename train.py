@@ -174,7 +174,8 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
     saved_at = time.perf_counter()
     try:
         with stop_signals() as signals, progress_bar(config, first_step) as bar:
-            order = data.Order(shards, config.batch_size, signals)
+            shards.signals = signals
+            order = data.Order(shards, config.batch_size)
             while step < config.num_train_steps:
                 if any_rank(bool(signals)):
                     raise data.Stopped("")
@@ -190,7 +191,7 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
                 # Rows. This waits until the text is prepared that far, on all ranks.
                 epoch, rows = read_together(order.batch, step)
                 if is_evaluated and heldout is None:
-                    heldout = read_together(shards.heldout, HELDOUT_ROWS, signals)
+                    heldout = read_together(shards.heldout, HELDOUT_ROWS)
                     describe_heldout(heldout, electra.config)
 
                 # Step.
@@ -1073,7 +1074,9 @@ def main(argv=None):
 
 def prepare_only(data_config, wordpiece, num_shown):
     """Prepare the text, and print rows of it."""
-    shards = data.prepare(data_config, wordpiece=wordpiece)
+    shards = data.GrowingShards(data_config, wordpiece)
+    with shards.prepare_in_child():
+        shards.wait_for_shards(math.inf)
     print(shards.describe())
     for row in shards.load("train", 0)[:num_shown]:
         print("\n" + wordpiece.decode(row))

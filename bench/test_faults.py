@@ -20,11 +20,13 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -125,6 +127,24 @@ def test_a_download_gives_up_after_ten_minutes(corpus, monkeypatch, capfd):
     with pytest.raises(UserError, match="cannot be read: ConnectionError, 7 times"):
         read_texts(f"{server.url}/a.txt")
     assert sum(slept[15:]) == 63
+
+
+@pytest.mark.parametrize("error, is_retried", [
+    (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), False),
+    (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), True),
+])
+def test_only_what_can_pass_is_tried_again(quick, monkeypatch, error, is_retried):
+    """An unknown host is refused at once; a look-up that fails for now is repeated."""
+    attempts = []
+
+    def fail(*args):
+        attempts.append(args)
+        raise error
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    with pytest.raises(UserError, match="nowhere.example/a.txt cannot be read: ConnectionError"):
+        list(data.fetch("https://nowhere.example/a.txt"))
+    assert (len(attempts) > 1) == is_retried
 
 
 def test_files_that_change_or_cannot_be_continued_are_refused(corpus, quick):
@@ -415,6 +435,7 @@ def test_damaged_archives_are_refused_by_name(corpus):
         ("cut.tar", content[: second.offset_data + 99], "cut.tar is damaged or cut short"),
         ("plain.tar", flip(plain, 1024 + 9), "plain.tar is damaged or cut short"),  # the second header
         ("half.tar", plain[: 1024 + 99], "half.tar is damaged or cut short"),
+        ("zeroed.tar", plain[:1024] + bytes(512) + plain[1536:], "zeroed.tar is damaged .*after its end"),
         ("unended.tar", plain[:1024], "unended.tar is damaged or cut short"),
         ("nested.tar", nested, "nested.tar is damaged or cut short .*recursion"),
         ("page.tar", b"<!DOCTYPE html><html>Please log in</html>" * 40, "page.tar is damaged or cut short"),
@@ -700,7 +721,8 @@ def streaming(corpus, monkeypatch):
     monkeypatch.chdir(corpus)
     monkeypatch.setattr(data, "SHARD_CHARACTERS", 10_000)
     settings = "data.SHARD_CHARACTERS, data.WORKERS = 10_000, 2"
-    Path("child.py").write_text(f"import sys, data\n{settings}\nsys.exit(data.run_as_child())\n")
+    main = "if __name__ == '__main__':\n    sys.exit(data.run_as_child())"  # workers import it, too
+    Path("child.py").write_text(f"import sys, data\n{settings}\n{main}\n")
     monkeypatch.setattr(subprocess, "Popen", use_small_shards)
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     _, content = make_openwebtext()
@@ -787,6 +809,11 @@ def test_text_that_changes_while_it_is_read_gives_no_complete_cache(corpus, monk
         with pytest.raises(UserError, match="the text changed while it was being read"):
             data.prepare(data_config())
     assert not list(Path("cache").rglob("complete"))
+    with monkeypatch.context() as patch:
+        watch(patch, data, "lines_without_ideographs", lambda *args: Path("corpus.txt").write_text("ba ku"))
+        with pytest.raises(UserError, match="the text changed while it was being read"):
+            data.load_wordpiece(data_config(vocab="train:50"))
+    assert not list(Path("cache").rglob("*.vocab"))
 
 
 @pytest.mark.parametrize("changed", [lambda text: text[99:], lambda text: text[:99],
@@ -865,7 +892,7 @@ with data.GrowingShards(config, data.load_wordpiece(config)).prepare_in_child():
     signal.pause()"""
         parent = subprocess.Popen([sys.executable, "-c", script])
         pids = []
-        while len(pids) < 3:
+        while len(pids) < 4:  # the child, two workers, and a helper of multiprocessing
             time.sleep(0.01)
             own = children(parent.pid)
             pids = own + [pid for child in own for pid in children(child)]
@@ -882,17 +909,23 @@ def test_workers_make_the_same_bytes_and_one_that_is_killed_is_reported(corpus, 
     Path("owt.tar").write_bytes(make_openwebtext(300)[1])
     config = data_config(data=("owt.tar",))
     expected = contents(data.prepare(config))
-    workers = []
-    watch(monkeypatch, data, "send", lambda worker, message: workers.append(worker))
     monkeypatch.setattr(data, "WORKERS", 2)
     config = replace(config, cache="cache2")
+
+    def kill_a_worker(shards, *args):
+        if len(shards.infos) == 1:
+            multiprocessing.active_children()[0].kill()
+
     with monkeypatch.context() as patch:
-        watch(patch, Shards, "add", lambda shards, *args: len(shards.infos) == 1 and workers[0].kill())
-        with pytest.raises(UserError, match="prepares text ended with status -9; run the same command again"):
+        watch(patch, Shards, "add", kill_a_worker)
+        with pytest.raises(UserError, match="prepares text was killed or failed; run the same command again"):
             data.prepare(config)
     assert 1 < len(list(Path("cache2").rglob("shard-*.npz"))) < len(expected) - 1
     assert contents(data.prepare(config)) == expected
-    assert len(set(workers)) == 4 and all(worker.returncode for worker in workers)  # none is left
+    deadline = time.monotonic() + 10
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not multiprocessing.active_children()
 
 
 # ============================================================================================================
