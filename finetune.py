@@ -42,19 +42,14 @@ HEAD_DROPOUT = 0.1  # before the classifier; --dropout is the encoder's
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(train.StepConfig):
-    """The recipe, and where and how it runs. StepConfig adds Adam, device, dtype and graphs."""
+class RecipeConfig(train.StepConfig):
+    """Flags of all fine-tuning, each with its help. StepConfig adds Adam, device, dtype and graphs."""
 
-    task: Annotated[list, "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, all, or folders of "
-                          "your own"] = ("all",)
-    regression: Annotated[bool, "the labels in these folders are numbers to be predicted, not "
-                                "classes"] = False
+    regression: bool = False  # a flag for sentences only, but a setting in every line of results.jsonl
     seeds: Annotated[int, "number of seeds: 0, 1, ...", 1, 1_000_000] = 1
     model: Annotated[str, "a run of train.py, a folder in HuggingFace's format, or a name on "
                           "the hub"] = "out/small"
     random_weights: Annotated[bool, "start from random weights of the model's shape, as a baseline"] = False
-    glue_dir: Annotated[str, "folder laid out as the official zips are; without it the tasks are "
-                             "downloaded"] = ""
     learning_rate: Annotated[float, "peak learning rate; 0 is the size's value (see train.SIZES)", 0, 1] = 0.0
     layerwise_lr_decay: Annotated[float, "factor from each layer to the one below; 0 is the size's "
                                          "value", 0, 1] = 0.0
@@ -67,9 +62,6 @@ class FinetuneConfig(train.StepConfig):
                                  0, 1] = 0.1
     weight_decay: Annotated[float, "decoupled weight decay, as in the paper; the official default is "
                                    "0.01 [D33]", 0, 1] = 0.0
-    keep_predictions: Annotated[bool, "keep every seed's predictions of the test sets"] = False
-    submit: Annotated[bool, "write the test predictions of the seeds with the best dev scores as files; "
-                            "GLUE as a zip"] = False
     save: Annotated[bool, "keep the network of the seed with the best dev score in OUT/networks"] = False
     predict_file: Annotated[str, "a .tsv, .csv or .jsonl file, or - for standard input: print "
                                  "predictions for it"] = ""
@@ -77,6 +69,23 @@ class FinetuneConfig(train.StepConfig):
                            "it"] = ""
     cache: Annotated[str, "folder for downloads"] = data.DataConfig.cache
     out: Annotated[str, "folder for results"] = "out/glue"
+
+    predicts_test_sets = False  # no field: FinetuneConfig has flags for it
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(RecipeConfig):
+    """The tasks, the recipe, and where and how it runs."""
+
+    task: Annotated[list, "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, all, or folders of "
+                          "your own"] = ("all",)
+    regression: Annotated[bool, "the labels in these folders are numbers to be predicted, not "
+                                "classes"] = False
+    glue_dir: Annotated[str, "folder laid out as the official zips are; without it the tasks are "
+                             "downloaded"] = ""
+    keep_predictions: Annotated[bool, "keep every seed's predictions of the test sets"] = False
+    submit: Annotated[bool, "write the test predictions of the seeds with the best dev scores as files; "
+                            "GLUE as a zip"] = False
 
     @property
     def predicts_test_sets(self):
@@ -126,7 +135,7 @@ def sweep(experiments):
                     continue
                 if finetuner is None:
                     finetuner = Finetuner(experiment)
-                    splits = tokenize_splits(experiment)
+                    splits = experiment.tokenize_splits()
                 run_and_record(experiment, seed, finetuner, splits)
 
 
@@ -164,28 +173,23 @@ def run_and_record(experiment, seed, finetuner, splits):
 # Experiments, and their results on disk
 
 
-def plan_experiments(config, tasks, pretrained, kind):
-    """The Experiment of each task, after its files are read. `kind` is Experiment or a subclass."""
-    experiments = []
-    for task in tasks.values():
-        # Everything is read here once, so that damage is reported now, not in the middle of the night.
-        _, sha256 = read_splits(task, config)
-        task_config = fill_in_recipe(config, task, pretrained.config.hidden_size)
-        experiments.append(kind(task, task_config, pretrained, sha256))
-    return experiments
-
-
-@dataclass(frozen=True)
 class Experiment:
     """A task, and everything that decides its results except the seed.
 
-    The first methods are what a kind of task decides. Here they are for sentences; extras/ has subclasses.
+    The methods from `read` to `saved_fields` are what a kind of task decides. Here they are for sentences;
+    extras/ has subclasses for questions and for words.
     """
 
-    task: glue.Task
-    config: FinetuneConfig  # with the recipe of the task
-    pretrained: "Pretrained"
-    sha256: dict  # of the file of each split
+    def __init__(self, task, config, pretrained):
+        self.task = task
+        self.config = fill_in_recipe(config, task, pretrained.config.hidden_size)
+        self.pretrained = pretrained
+        # Everything is read here once, so that damage is reported now, not in the middle of the night.
+        _, self.sha256 = self.read_splits()
+
+    def read(self, split):
+        """The examples of a split, and the SHA-256 of their file."""
+        return self.task.read(split, self.config.cache, self.config.glue_dir)
 
     def tokenize(self, split, examples):
         """The Tokenized examples of a split, after one look at them."""
@@ -212,6 +216,24 @@ class Experiment:
         """What `Predictor` needs to know of the seed's network, for config.json."""
         return dict(id2label=dict(enumerate(self.task.labels)), label_range=self.task.label_range,
                     num_sentences=len(self.task.sentences))
+
+    def read_splits(self):
+        """The examples by split, and the SHA-256 of their files by split."""
+        splits = ["train", *self.task.dev_splits]
+        if self.config.predicts_test_sets:
+            splits += self.task.test_splits
+        examples = {}
+        sha256 = {}
+        for split in splits:
+            examples[split], sha256[split] = self.read(split)
+        return examples, sha256
+
+    def tokenize_splits(self):
+        """The Tokenized examples by split."""
+        examples, sha256 = self.read_splits()  # again: no sweep holds the examples of all tasks in memory
+        if sha256 != self.sha256:
+            raise data.UserError(f"the files of {self.task.title} have changed; run the same command again")
+        return {split: self.tokenize(split, examples[split]) for split in examples}
 
     @property
     def folder(self):
@@ -256,27 +278,6 @@ class Experiment:
                 continue
             results[seed] = result
         return results
-
-
-def tokenize_splits(experiment):
-    """The Tokenized examples of a task by split."""
-    task = experiment.task
-    examples, sha256 = read_splits(task, experiment.config)  # again: no sweep holds all tasks in memory
-    if sha256 != experiment.sha256:
-        raise data.UserError(f"the files of {task.title} have changed; run the same command again")
-    return {split: experiment.tokenize(split, examples[split]) for split in examples}
-
-
-def read_splits(task, config):
-    """The examples of a task by split, and the SHA-256 of their files by split."""
-    examples = {}
-    sha256 = {}
-    splits = ["train", *task.dev_splits]
-    if config.predicts_test_sets:
-        splits += task.test_splits
-    for split in splits:
-        examples[split], sha256[split] = task.read(split, config.cache, config.glue_dir)
-    return examples, sha256
 
 
 def read_results(path):
@@ -508,11 +509,9 @@ class Classifier(nn.Module):
 
 def compute_logits(network, rows, config):
     """(N, num_outputs), in the order of the rows."""
-    order, parts = zip(*run_network(network, rows, config), strict=True)
-    logits = torch.cat(parts)
-    in_file_order = np.empty(logits.shape, dtype=np.float32)
-    in_file_order[np.concatenate(order)] = logits.cpu().numpy()
-    return in_file_order
+    order, logits = zip(*run_network(network, rows, config), strict=True)
+    in_file_order = np.argsort(np.concatenate(order))
+    return torch.cat(logits).cpu().numpy()[in_file_order]
 
 
 def predict_rows(network, rows, task, config):
@@ -576,14 +575,18 @@ def describe(experiment, split, examples, tokenized):
         low, high = (glue.unscale(label, task.label_range) for label in (min(labels), max(labels)))
         found = f"labels from {low:g} to {high:g}"
     else:
-        counts = Counter(task.labels[label] for label in labels).most_common()
-        found = glue.join_few([f"{name} {count:,}" for name, count in counts])
+        found = count_labels(task.labels[label] for label in labels)
     empty = sum(not text for example in examples for text in example[: len(task.sentences)])
     if empty:
         found += f"; empty sentences: {empty:,}"
     cut = np.mean(tokenized.lengths > experiment.config.max_length)
     print_split(experiment, split, tokenized.rows, f"{len(examples):,} rows; {found}; the longest has "
                 f"{tokenized.lengths.max():,} tokens, {cut:.1%} are cut")
+
+
+def count_labels(labels):
+    """How often each label occurs, as text, the most frequent first: "0: 2,474, 1: 1,194"."""
+    return glue.join_few([f"{label}: {count:,}" for label, count in Counter(labels).most_common()])
 
 
 def print_split(experiment, split, rows, found):
@@ -738,14 +741,22 @@ def save_best(experiments):
     for experiment in experiments:
         seed = best_seed(experiment)
         folder = experiment.network_path()
-        fields = read_saved_config(folder)
-        # An earlier command, without --save or with more seeds, may have finished this seed.
-        is_named = fields.get("run_name") == experiment.run_name(seed)
-        if not is_named or fields.get("sha256") != hash_network_files(folder):
+        if not is_saved(experiment, seed):  # it finished under a command without --save or with more seeds
             finetuner = Finetuner(experiment)
-            finetuner.run(seed, tokenize_splits(experiment))
+            finetuner.run(seed, experiment.tokenize_splits())
             save_network(experiment, seed, finetuner.network)
         print(f"{folder} holds the network of seed {seed}, {experiment.task.title}'s best on dev")
+
+
+def is_saved(experiment, seed):
+    """Whether the folder of an experiment's network holds that of this seed, undamaged."""
+    folder = experiment.network_path()
+    try:
+        fields = data.read_json(folder / "config.json")
+    except (FileNotFoundError, data.UserError):  # there is none yet, or it is damaged
+        return False
+    return (fields.get("run_name") == experiment.run_name(seed)
+            and fields.get("sha256") == hash_network_files(folder))
 
 
 def save_network(experiment, seed, network):
@@ -772,12 +783,6 @@ def hash_network_files(folder):
     return hashes
 
 
-def read_saved_config(folder):
-    """The config.json of a folder, or {} if it has none."""
-    path = folder / "config.json"
-    return data.read_json(path) if path.is_file() else {}
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Predictions of a saved network: in Python and with --predict-file
 
@@ -801,7 +806,8 @@ class Saved(NamedTuple):
 def load_saved(folder, head):
     """What --save wrote to a folder for a network of the class that `head` names."""
     folder = Path(folder)
-    fields = read_saved_config(folder)
+    path = folder / "config.json"
+    fields = data.read_json(path) if path.is_file() else {}
     if fields.get("head") != head:
         raise data.UserError(f"{folder} has no {head}; --model takes what --save wrote in OUT/networks")
     found = hash_network_files(folder)
@@ -908,13 +914,20 @@ def main(argv=None):
         predict_file(config)
         return
     tasks = glue.find_tasks(config.task, config.regression)
-    run(config, tasks, load_pretrained(config), Experiment)
+    pretrained = load_pretrained(config)
+    experiments = [Experiment(task, config, pretrained) for task in tasks.values()]
+    is_finished = run(config, experiments)
+    if is_finished and config.submit:
+        submit(experiments, config)
 
 
-def run(config, tasks, pretrained, kind):
-    """Fine-tune all tasks with all seeds, print the table, and write what is to be kept of the best."""
-    experiments = plan_experiments(config, tasks, pretrained, kind)
+def run(config, experiments):
+    """Fine-tune all tasks with all seeds, print the table, and save the best networks.
+
+    Returns False, before it saves, if another process is still working on some of them.
+    """
     sweep(experiments)
+    tasks = {experiment.task.name: experiment.task for experiment in experiments}
     results = {experiment.task.name: experiment.finished() for experiment in experiments}
     print(format_table(results, tasks))
     print(f"every seed's metrics are in {Path(config.out) / 'results.jsonl'}")
@@ -922,11 +935,10 @@ def run(config, tasks, pretrained, kind):
                if seed not in results[name]]
     if missing:
         print(f"not in the table, because another process is working on it: {', '.join(missing)}")
-        return
-    if config.submit:
-        submit(experiments, config)
+        return False
     if config.save:
         save_best(experiments)
+    return True
 
 
 if __name__ == "__main__":

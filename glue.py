@@ -34,7 +34,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What fine-tuning and scoring must know. A subclass has `name` and `splits`, and reads the examples."""
+    """What fine-tuning and scoring must know. A subclass has `splits`, and reads the examples."""
 
     title: str
     metrics: tuple  # names in METRICS; the first is the one that ELECTRA reports
@@ -43,9 +43,13 @@ class Task:
     num_train_epochs: int = 3  # [D32]
     both_orders: bool = False  # [D30] trained on both orders of the sentences
 
-    name: ClassVar  # on the command line and in the names of files
     splits: ClassVar  # "train", then what begins with "dev", then test sets
     number_format: ClassVar = ".6g"  # of a regression's predictions
+
+    @property
+    def name(self):
+        """The name on the command line, in files and in their names."""
+        return self.title
 
     @functools.cached_property
     def class_numbers(self):
@@ -357,10 +361,6 @@ class OwnTask(Task):
     files: dict  # path by split
     sentences: tuple  # SINGLE or PAIR, in all files
     train_sha256: str  # of the file that the labels come from
-
-    @property
-    def name(self):
-        return self.title
 
     @property
     def splits(self):

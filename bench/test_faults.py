@@ -1134,10 +1134,10 @@ def test_the_files_of_a_sweep_belong_to_it_alone(toy_glue, monkeypatch):
     tune("--task rte --save --dropout 0.2")
     assert len(list(Path("out/glue/networks").glob("rte-*/config.json"))) == 2
 
-    for function in "plan_experiments", "tokenize_splits":
+    for method in "__init__", "tokenize_splits":
         write_task("own")
         with monkeypatch.context() as patch:
-            watch(patch, finetune, function, lambda *_: write_task("own", count=20))
+            watch(patch, finetune.Experiment, method, lambda *_: write_task("own", count=20))
             with pytest.raises(UserError, match="the files of own-own have changed; run the same command"):
                 finetune.main("--task own --max-length 32".split())
 
@@ -1186,6 +1186,18 @@ def test_a_saved_network_is_whole_or_refused_and_made_again(toy_glue, victim):
             finetune.Predictor(folder)
         tune("--task wnli --save")
         assert read_files(folder) == before
+
+
+def test_a_damaged_config_of_a_saved_network_is_made_again(toy_glue):
+    """It is refused by name where the network is used; --save takes it for none."""
+    tune("--task wnli --save")
+    path = Path(find_network("wnli"), "config.json")
+    before = path.read_bytes()
+    path.write_bytes(before[:-9])
+    with pytest.raises(UserError, match="config.json is damaged: it is not a JSON object"):
+        finetune.Predictor(path.parent)
+    tune("--task wnli --save")
+    assert path.read_bytes() == before
 
 
 def test_a_kill_while_a_network_is_saved_mixes_no_two(toy_glue, monkeypatch):

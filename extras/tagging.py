@@ -17,7 +17,6 @@ import gzip
 import hashlib
 import itertools
 import re
-from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -37,7 +36,7 @@ NO_WORD = -100  # the class of a token that does not begin a word
 
 
 @dataclass(frozen=True)
-class TaggingConfig(finetune.FinetuneConfig):
+class TaggingConfig(finetune.RecipeConfig):
     """Words, and how their tags are learned. An annotated field is a flag, and the text is its help."""
 
     task: Annotated[str, "chunking, which is downloaded, or a folder with train.txt"] = "chunking"
@@ -48,12 +47,6 @@ class TaggingConfig(finetune.FinetuneConfig):
     predict_file: Annotated[str, "a .tsv, .csv or .jsonl file with a column sentence, spaces between words, "
                                  "or - for standard input: print words and tags"] = ""
     out: Annotated[str, "folder for results"] = "out/tagging"
-
-    # These have no help, and so are no flags: they are about sentences. A test set is scored in every run.
-    regression: bool = False
-    glue_dir: str = ""
-    keep_predictions: bool = False
-    submit: bool = False
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -66,22 +59,26 @@ class Task(glue.Task):
 
     sentences: dict
 
-    name = property(lambda self: self.title)
-    dev_splits = property(lambda self: list(self.sentences)[1:])  # all but train are scored
+    @property
+    def splits(self):
+        return tuple(self.sentences)
 
-    def read(self, split, cache, glue_dir):
-        """The sentences of a split, and a hash of them."""
-        return self.sentences[split], data.digest(self.sentences[split])
+    @property
+    def dev_splits(self):
+        return self.splits[1:]  # all but train are scored
 
 
 class Experiment(finetune.Experiment):
     """Words in the place of sentences. A test set is scored beside the dev set, which picks the best seed."""
 
-    def tokenize(self, split, examples):
-        tokenized = tokenize(examples, self.task.labels, self.pretrained.wordpiece, self.config.max_length)
-        counts = Counter(tag for _, tags in examples for tag in tags).most_common()
-        found = glue.join_few([f"{tag} {count:,}" for tag, count in counts])
-        finetune.print_split(self, split, tokenized.rows, f"{len(examples):,} sentences; {found}")
+    def read(self, split):
+        sentences = self.task.sentences[split]
+        return sentences, data.digest(sentences)
+
+    def tokenize(self, split, sentences):
+        tokenized = tokenize(sentences, self.task.labels, self.pretrained.wordpiece, self.config.max_length)
+        found = finetune.count_labels(tag for _, tags in sentences for tag in tags)
+        finetune.print_split(self, split, tokenized.rows, f"{len(sentences):,} sentences; {found}")
         return tokenized
 
     def new_network(self):
@@ -299,8 +296,7 @@ def main(argv=None):
     if config.predict_file:
         predict_file(config)
         return
-    task = find_task(config)
-    finetune.run(config, {task.name: task}, finetune.load_pretrained(config), Experiment)
+    finetune.run(config, [Experiment(find_task(config), config, finetune.load_pretrained(config))])
 
 
 if __name__ == "__main__":
