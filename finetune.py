@@ -320,11 +320,7 @@ def write_predictions(experiment, seed, predictions):
 def read_predictions(experiment, seed):
     """What `write_predictions` wrote: an array for each test set, by split."""
     path = experiment.predictions_path(seed)
-    advice = "delete it, and the same command makes it again"
-    predictions = np.load(io.BytesIO(data.read_sealed(path, advice)))
-    if set(predictions) != set(experiment.task.test_splits):
-        raise data.UserError(f"{path} is of an earlier version; {advice}")
-    return predictions
+    return np.load(io.BytesIO(data.read_sealed(path, "delete it, and the same command makes it again")))
 
 
 def best_seed(experiment):
@@ -364,8 +360,6 @@ class Finetuner:
         config = self.config
         self.reset(seed)
         rows = splits["train"].rows
-        # Everything is on the device, and the host knows the lengths: no step waits for the device.
-        ids, lengths = ids_and_lengths(rows, config)
         dtype = torch.float32 if task.is_regression else torch.long
         labels = torch.tensor(splits["train"].labels, dtype=dtype, device=config.device)
         total = num_steps(len(rows), config.batch_size, config.num_train_epochs)
@@ -374,12 +368,12 @@ class Finetuner:
         with tqdm(total=total, desc=title, unit=" steps", leave=False, disable=None) as bar:
             for epoch in range(config.num_train_epochs):
                 order = data.rng(seed, f"{task.name} order", epoch).permutation(len(rows))
-                for _, numbers, batch in batches(ids, lengths, order, config.batch_size, config):
+                for _, numbers, ids in batches(rows, order, config.batch_size, config):
                     lr = train.learning_rate(step, config.learning_rate, total,
                                              config.warmup_proportion * total)
                     for group in self.optimizer.param_groups:
                         group["lr"].fill_(lr * group["lr_scale"])  # a tensor, which the CUDA graph reads
-                    self.take_step(batch, labels[numbers])
+                    self.take_step(ids, labels[numbers])
                     step += 1
                     bar.update()
         # The last step is scored: no best epoch is picked.
@@ -442,17 +436,15 @@ def num_steps(num_examples, batch_size, epochs):
     return math.ceil(num_examples / batch_size) * epochs  # [D32]
 
 
-def ids_and_lengths(rows, config):
-    """The ids (N, L) of zero-padded rows, on the device, and their lengths (N,), on the host."""
-    return torch.from_numpy(rows.astype(np.int32)).to(config.device), (rows != 0).sum(1)
-
-
-def batches(ids, lengths, order, size, config):
+def batches(rows, order, size, config):
     """Yield each batch: the numbers of its rows, on the host and on the device, and ids cut to the longest.
 
     On a GPU the length is a multiple of 16, so that few shapes are captured.
     """
-    device_order = torch.from_numpy(order).to(config.device)  # all at once
+    # All rows go to the device at once, and the host knows the lengths: no step waits for the device.
+    ids = torch.from_numpy(rows.astype(np.int32)).to(config.device)
+    device_order = torch.from_numpy(order).to(config.device)
+    lengths = (rows != 0).sum(1)  # without the zeros that pad
     for start in range(0, len(order), size):
         numbers = order[start : start + size]
         device_numbers = device_order[start : start + size]
@@ -466,11 +458,10 @@ def batches(ids, lengths, order, size, config):
 def run_network(network, rows, config):
     """Yield each batch's row numbers and output, without dropout. Rows of like length share a batch."""
     network.eval()
-    ids, lengths = ids_and_lengths(rows, config)
-    order = np.argsort(lengths, kind="stable")
-    for numbers, _, batch in batches(ids, lengths, order, EVAL_BATCH_SIZE, config):
+    order = np.argsort((rows != 0).sum(1), kind="stable")
+    for numbers, _, ids in batches(rows, order, EVAL_BATCH_SIZE, config):
         with train.autocast(config):
-            output = network(batch)
+            output = network(ids)
         yield numbers, output
 
 
@@ -774,12 +765,11 @@ def save_network(experiment, seed, network):
 
 
 def hash_network_files(folder):
-    """The SHA-256 by name of the files of a saved network, apart from config.json, which has these hashes."""
+    """The SHA-256 by name of the files beside config.json, which has these hashes; None for a lacking one."""
     hashes = {}
-    for name in train.NETWORK_FILES:
+    for name in train.NETWORK_FILES[1:]:
         path = folder / name
-        if name != "config.json" and path.is_file():
-            hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     return hashes
 
 
@@ -810,9 +800,8 @@ def load_saved(folder, head):
     fields = data.read_json(path) if path.is_file() else {}
     if fields.get("head") != head:
         raise data.UserError(f"{folder} has no {head}; --model takes what --save wrote in OUT/networks")
-    found = hash_network_files(folder)
-    for name in train.NETWORK_FILES[1:]:
-        if name not in found or found[name] != fields.get("sha256", {}).get(name):
+    for name, sha256 in hash_network_files(folder).items():
+        if sha256 != fields.get("sha256", {}).get(name):
             raise data.UserError(f"{folder / name} is damaged, or of an earlier version; the command that "
                                  "saved it makes it again")
     id2label = fields.get("id2label", {})
@@ -852,9 +841,8 @@ class Predictor:
         examples = []
         for text in texts:
             sentences = [text] if isinstance(text, str) else text
-            if not isinstance(sentences, list | tuple) or len(sentences) != self.num_sentences:
-                raise refusal
-            if not all(isinstance(sentence, str) for sentence in sentences):
+            is_right = isinstance(sentences, list | tuple) and len(sentences) == self.num_sentences
+            if not is_right or not all(isinstance(sentence, str) for sentence in sentences):
                 raise refusal
             examples.append(glue.Example(*sentences))
         if not examples:

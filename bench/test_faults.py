@@ -1215,17 +1215,6 @@ def test_a_kill_while_a_network_is_saved_mixes_no_two(toy_glue, monkeypatch):
     assert read_files(find_network("wnli")) == read_files(find_network("wnli", "whole"))
 
 
-def test_predictions_of_an_earlier_version_are_refused(toy_glue, monkeypatch):
-    """Predictions that lack a test set end in a sentence, not in a KeyError."""
-    with monkeypatch.context() as patch:
-        patch.setattr(glue.GlueTask, "test_splits", ["test_matched"])
-        patch.setattr(finetune.Experiment, "predictions_path", lambda *_: Path("kept.npz"))
-        tune("--task mnli --keep-predictions")
-    monkeypatch.setattr(finetune.Experiment, "predictions_path", lambda *_: Path("kept.npz"))
-    with pytest.raises(UserError, match="kept.npz is of an earlier version; delete it, and the same command"):
-        tune("--task mnli --submit")
-
-
 def test_ranks_that_cannot_work_together_say_why(corpus, monkeypatch):
     """A rank that fails ends the job with its own error; other vocabularies and odd numbers are refused."""
     for number in range(2):

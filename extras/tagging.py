@@ -212,29 +212,31 @@ def tokenize(sentences, names, wordpiece, max_length):
     >>> tokenized.rows.tolist(), tokenized.labels.tolist()
     ([[2, 5, 7, 6, 3, 0]], [[-100, 0, -100, 1, -100, -100]])
     """
-    classes = {name: number for number, name in enumerate(names)}
+    numbers = {name: number for number, name in enumerate(names)}
     rows = []
     labels = []
     for words, tags in sentences:
-        end = max_length  # where the next word begins: no row is begun yet
+        ids = []  # of the row that is being filled
         # Unlike in the official code, words are tokenized as in pre-training: Chinese by character, cased
         # text in its case [T06], [SEP] as text [T07]. Every word has a first piece, if only [UNK]. [T09]
         for pieces, tag in zip(wordpiece.encode(words), tags, strict=True):
             pieces = pieces[: max_length - 2] or [wordpiece.unk_token_id]
             # [T10] Unlike in the official code, which cuts a sentence at about half of what fits, a long one
             # continues in the next row, so that all words are trained on and scored. [T16]
-            if end + len(pieces) + 1 > max_length:
-                rows.append(np.zeros(max_length, dtype=np.uint16))
-                labels.append(np.full(max_length, NO_WORD))
-                rows[-1][0] = wordpiece.cls_token_id
-                end = 1
+            if not ids or len(ids) + len(pieces) + 1 > max_length:
+                ids = [wordpiece.cls_token_id]
+                classes = [NO_WORD]
+                rows.append(ids)
+                labels.append(classes)
+            ids += pieces
             # [T05] Unlike in the official code, classes are train's tags. Another one, in dev, is not used.
-            labels[-1][end] = classes.get(tag, 0)
-            rows[-1][end : end + len(pieces)] = pieces
-            end += len(pieces)
-            rows[-1][end] = wordpiece.sep_token_id  # until the next word takes its place
-    shape = (len(rows), max_length)  # also if no sentence has a word
-    return Tokenized(np.reshape(rows, shape).astype(np.uint16), np.reshape(labels, shape), sentences)
+            classes += [numbers.get(tag, 0), *[NO_WORD] * (len(pieces) - 1)]
+    padded = np.zeros((len(rows), max_length), dtype=np.uint16)
+    padded_labels = np.full(padded.shape, NO_WORD)
+    for number, (ids, classes) in enumerate(zip(rows, labels, strict=True)):
+        padded[number, : len(ids) + 1] = [*ids, wordpiece.sep_token_id]
+        padded_labels[number, : len(classes)] = classes
+    return Tokenized(padded, padded_labels, sentences)
 
 
 class Tagger(finetune.Classifier):
@@ -264,9 +266,14 @@ def predict_tags(network, tokenized, names, config):
 
 def f1(predicted, actual, official=False):
     """F1 of the spans in lists of tags, as a fraction of 1: conlleval's or the official code's. [T15]"""
-    found, gold = ({(number, *span) for number, tags in enumerate(sentences)
-                    for span in find_spans(tags, official)} for sentences in (predicted, actual))
+    found = set_of_spans(predicted, official)
+    gold = set_of_spans(actual, official)
     return 2 * len(found & gold) / max(1, len(found) + len(gold))
+
+
+def set_of_spans(sentences, official):
+    """(Number of the sentence, first word, last word, type) of each span."""
+    return {(number, *span) for number, tags in enumerate(sentences) for span in find_spans(tags, official)}
 
 
 # ------------------------------------------------------------------------------------------------------------
