@@ -119,6 +119,26 @@ def fill_in_recipe(config, task, hidden_size):
 # The sweep: all tasks with all seeds
 
 
+def run(config, experiments):
+    """Run the sweep, print the table, and save the best networks.
+
+    Returns False, and saves none, if another process is still working on a seed.
+    """
+    sweep(experiments)
+    tasks = {experiment.task.name: experiment.task for experiment in experiments}
+    results = {experiment.task.name: experiment.finished() for experiment in experiments}
+    print(format_table(results, tasks))
+    print(f"every seed's metrics are in {Path(config.out) / 'results.jsonl'}")
+    missing = [f"{task.title} seed {seed}" for name, task in tasks.items() for seed in range(config.seeds)
+               if seed not in results[name]]
+    if missing:
+        print(f"not in the table, because another process is working on it: {', '.join(missing)}")
+        return False
+    if config.save:
+        save_best(experiments)
+    return True
+
+
 def sweep(experiments):
     """Fine-tune each task with each seed, and append a line to results.jsonl.
 
@@ -338,8 +358,9 @@ class Finetuner:
     """Fine-tunes a task. The network, its optimizer and its CUDA graphs are made once and serve all seeds."""
 
     def __init__(self, experiment):
+        config = experiment.config
         self.experiment = experiment
-        self.config = config = experiment.config
+        self.config = config
         self.network = self.pretrained_network().to(config.device)
         num_layers = experiment.pretrained.config.num_hidden_layers
         self.optimizer = train.build_optimizer(
@@ -650,9 +671,9 @@ def format_table(results, tasks):
     lines = [f"{'':{width}}{'':22}{'seeds':>6}{'mean':>8}{'sd':>7}{'median':>8}{'best':>7}"]
     for name in scores:
         for metric, values in scores[name].items():
-            if with_averages and name in glue.AVERAGED_BY_ELECTRA and metric == tasks[name].metrics[0]:
-                metric += "*"
-            lines.append(f"{tasks[name].title:{width}}{metric:22}{format_statistics(values)}")
+            is_averaged = name in glue.AVERAGED_BY_ELECTRA and metric == tasks[name].metrics[0]
+            shown = f"{metric}*" if with_averages and is_averaged else metric
+            lines.append(f"{tasks[name].title:{width}}{shown:22}{format_statistics(values)}")
     for name in scores:
         constant = [str(seed) for seed, result in results[name].items() if result["is_constant"]]
         if constant:
@@ -907,26 +928,6 @@ def main(argv=None):
     is_finished = run(config, experiments)
     if is_finished and config.submit:
         submit(experiments, config)
-
-
-def run(config, experiments):
-    """Fine-tune all tasks with all seeds, print the table, and save the best networks.
-
-    Returns False, before it saves, if another process is still working on some of them.
-    """
-    sweep(experiments)
-    tasks = {experiment.task.name: experiment.task for experiment in experiments}
-    results = {experiment.task.name: experiment.finished() for experiment in experiments}
-    print(format_table(results, tasks))
-    print(f"every seed's metrics are in {Path(config.out) / 'results.jsonl'}")
-    missing = [f"{task.title} seed {seed}" for name, task in tasks.items() for seed in range(config.seeds)
-               if seed not in results[name]]
-    if missing:
-        print(f"not in the table, because another process is working on it: {', '.join(missing)}")
-        return False
-    if config.save:
-        save_best(experiments)
-    return True
 
 
 if __name__ == "__main__":
