@@ -42,19 +42,14 @@ HEAD_DROPOUT = 0.1  # before the classifier; --dropout is the encoder's
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(train.StepConfig):
-    """The recipe, and where and how it runs. StepConfig adds Adam, device, dtype and graphs."""
+class RecipeConfig(train.StepConfig):
+    """Flags of all fine-tuning, each with its help. StepConfig adds Adam, device, dtype and graphs."""
 
-    task: Annotated[list, "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, all, or folders of "
-                          "your own"] = ("all",)
-    regression: Annotated[bool, "the labels in these folders are numbers to be predicted, not "
-                                "classes"] = False
+    regression: bool = False  # a flag for sentences only, but a setting in every line of results.jsonl
     seeds: Annotated[int, "number of seeds: 0, 1, ...", 1, 1_000_000] = 1
     model: Annotated[str, "a run of train.py, a folder in HuggingFace's format, or a name on "
                           "the hub"] = "out/small"
     random_weights: Annotated[bool, "start from random weights of the model's shape, as a baseline"] = False
-    glue_dir: Annotated[str, "folder laid out as the official zips are; without it the tasks are "
-                             "downloaded"] = ""
     learning_rate: Annotated[float, "peak learning rate; 0 is the size's value (see train.SIZES)", 0, 1] = 0.0
     layerwise_lr_decay: Annotated[float, "factor from each layer to the one below; 0 is the size's "
                                          "value", 0, 1] = 0.0
@@ -67,9 +62,6 @@ class FinetuneConfig(train.StepConfig):
                                  0, 1] = 0.1
     weight_decay: Annotated[float, "decoupled weight decay, as in the paper; the official default is "
                                    "0.01 [D33]", 0, 1] = 0.0
-    keep_predictions: Annotated[bool, "keep every seed's predictions of the test sets"] = False
-    submit: Annotated[bool, "write the test predictions of the seeds with the best dev scores as files; "
-                            "GLUE as a zip"] = False
     save: Annotated[bool, "keep the network of the seed with the best dev score in OUT/networks"] = False
     predict_file: Annotated[str, "a .tsv, .csv or .jsonl file, or - for standard input: print "
                                  "predictions for it"] = ""
@@ -77,6 +69,23 @@ class FinetuneConfig(train.StepConfig):
                            "it"] = ""
     cache: Annotated[str, "folder for downloads"] = data.DataConfig.cache
     out: Annotated[str, "folder for results"] = "out/glue"
+
+    predicts_test_sets = False  # no field: FinetuneConfig has flags for it
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(RecipeConfig):
+    """The tasks, the recipe, and where and how it runs."""
+
+    task: Annotated[list, "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, all, or folders of "
+                          "your own"] = ("all",)
+    regression: Annotated[bool, "the labels in these folders are numbers to be predicted, not "
+                                "classes"] = False
+    glue_dir: Annotated[str, "folder laid out as the official zips are; without it the tasks are "
+                             "downloaded"] = ""
+    keep_predictions: Annotated[bool, "keep every seed's predictions of the test sets"] = False
+    submit: Annotated[bool, "write the test predictions of the seeds with the best dev scores as files; "
+                            "GLUE as a zip"] = False
 
     @property
     def predicts_test_sets(self):
@@ -110,6 +119,26 @@ def fill_in_recipe(config, task, hidden_size):
 # The sweep: all tasks with all seeds
 
 
+def run(config, experiments):
+    """Run the sweep, print the table, and save the best networks.
+
+    Returns False, and saves none, if another process is still working on a seed.
+    """
+    sweep(experiments)
+    tasks = {experiment.task.name: experiment.task for experiment in experiments}
+    results = {experiment.task.name: experiment.finished() for experiment in experiments}
+    print(format_table(results, tasks))
+    print(f"every seed's metrics are in {Path(config.out) / 'results.jsonl'}")
+    missing = [f"{task.title} seed {seed}" for name, task in tasks.items() for seed in range(config.seeds)
+               if seed not in results[name]]
+    if missing:
+        print(f"not in the table, because another process is working on it: {', '.join(missing)}")
+        return False
+    if config.save:
+        save_best(experiments)
+    return True
+
+
 def sweep(experiments):
     """Fine-tune each task with each seed, and append a line to results.jsonl.
 
@@ -126,7 +155,7 @@ def sweep(experiments):
                     continue
                 if finetuner is None:
                     finetuner = Finetuner(experiment)
-                    splits = tokenize_splits(experiment)
+                    splits = experiment.tokenize_splits()
                 run_and_record(experiment, seed, finetuner, splits)
 
 
@@ -164,28 +193,23 @@ def run_and_record(experiment, seed, finetuner, splits):
 # Experiments, and their results on disk
 
 
-def plan_experiments(config, tasks, pretrained, kind):
-    """The Experiment of each task, after its files are read. `kind` is Experiment or a subclass."""
-    experiments = []
-    for task in tasks.values():
-        # Everything is read here once, so that damage is reported now, not in the middle of the night.
-        _, sha256 = read_splits(task, config)
-        task_config = fill_in_recipe(config, task, pretrained.config.hidden_size)
-        experiments.append(kind(task, task_config, pretrained, sha256))
-    return experiments
-
-
-@dataclass(frozen=True)
 class Experiment:
     """A task, and everything that decides its results except the seed.
 
-    The first methods are what a kind of task decides. Here they are for sentences; extras/ has subclasses.
+    The methods from `read` to `saved_fields` are what a kind of task decides. Here they are for sentences;
+    extras/ has subclasses for questions and for words.
     """
 
-    task: glue.Task
-    config: FinetuneConfig  # with the recipe of the task
-    pretrained: "Pretrained"
-    sha256: dict  # of the file of each split
+    def __init__(self, task, config, pretrained):
+        self.task = task
+        self.config = fill_in_recipe(config, task, pretrained.config.hidden_size)
+        self.pretrained = pretrained
+        # Everything is read here once, so that damage is reported now, not in the middle of the night.
+        _, self.sha256 = self.read_splits()
+
+    def read(self, split):
+        """The examples of a split, and the SHA-256 of their file."""
+        return self.task.read(split, self.config.cache, self.config.glue_dir)
 
     def tokenize(self, split, examples):
         """The Tokenized examples of a split, after one look at them."""
@@ -212,6 +236,24 @@ class Experiment:
         """What `Predictor` needs to know of the seed's network, for config.json."""
         return dict(id2label=dict(enumerate(self.task.labels)), label_range=self.task.label_range,
                     num_sentences=len(self.task.sentences))
+
+    def read_splits(self):
+        """The examples by split, and the SHA-256 of their files by split."""
+        splits = ["train", *self.task.dev_splits]
+        if self.config.predicts_test_sets:
+            splits += self.task.test_splits
+        examples = {}
+        sha256 = {}
+        for split in splits:
+            examples[split], sha256[split] = self.read(split)
+        return examples, sha256
+
+    def tokenize_splits(self):
+        """The Tokenized examples by split."""
+        examples, sha256 = self.read_splits()  # again: no sweep holds the examples of all tasks in memory
+        if sha256 != self.sha256:
+            raise data.UserError(f"the files of {self.task.title} have changed; run the same command again")
+        return {split: self.tokenize(split, examples[split]) for split in examples}
 
     @property
     def folder(self):
@@ -258,27 +300,6 @@ class Experiment:
         return results
 
 
-def tokenize_splits(experiment):
-    """The Tokenized examples of a task by split."""
-    task = experiment.task
-    examples, sha256 = read_splits(task, experiment.config)  # again: no sweep holds all tasks in memory
-    if sha256 != experiment.sha256:
-        raise data.UserError(f"the files of {task.title} have changed; run the same command again")
-    return {split: experiment.tokenize(split, examples[split]) for split in examples}
-
-
-def read_splits(task, config):
-    """The examples of a task by split, and the SHA-256 of their files by split."""
-    examples = {}
-    sha256 = {}
-    splits = ["train", *task.dev_splits]
-    if config.predicts_test_sets:
-        splits += task.test_splits
-    for split in splits:
-        examples[split], sha256[split] = task.read(split, config.cache, config.glue_dir)
-    return examples, sha256
-
-
 def read_results(path):
     """The lines of results.jsonl. Each has a digest of its other entries, so that damage is found."""
     if not path.exists():
@@ -319,11 +340,7 @@ def write_predictions(experiment, seed, predictions):
 def read_predictions(experiment, seed):
     """What `write_predictions` wrote: an array for each test set, by split."""
     path = experiment.predictions_path(seed)
-    advice = "delete it, and the same command makes it again"
-    predictions = np.load(io.BytesIO(data.read_sealed(path, advice)))
-    if set(predictions) != set(experiment.task.test_splits):
-        raise data.UserError(f"{path} is of an earlier version; {advice}")
-    return predictions
+    return np.load(io.BytesIO(data.read_sealed(path, "delete it, and the same command makes it again")))
 
 
 def best_seed(experiment):
@@ -341,8 +358,9 @@ class Finetuner:
     """Fine-tunes a task. The network, its optimizer and its CUDA graphs are made once and serve all seeds."""
 
     def __init__(self, experiment):
+        config = experiment.config
         self.experiment = experiment
-        self.config = config = experiment.config
+        self.config = config
         self.network = self.pretrained_network().to(config.device)
         num_layers = experiment.pretrained.config.num_hidden_layers
         self.optimizer = train.build_optimizer(
@@ -363,8 +381,6 @@ class Finetuner:
         config = self.config
         self.reset(seed)
         rows = splits["train"].rows
-        # Everything is on the device, and the host knows the lengths: no step waits for the device.
-        ids, lengths = ids_and_lengths(rows, config)
         dtype = torch.float32 if task.is_regression else torch.long
         labels = torch.tensor(splits["train"].labels, dtype=dtype, device=config.device)
         total = num_steps(len(rows), config.batch_size, config.num_train_epochs)
@@ -373,12 +389,12 @@ class Finetuner:
         with tqdm(total=total, desc=title, unit=" steps", leave=False, disable=None) as bar:
             for epoch in range(config.num_train_epochs):
                 order = data.rng(seed, f"{task.name} order", epoch).permutation(len(rows))
-                for _, numbers, batch in batches(ids, lengths, order, config.batch_size, config):
+                for _, numbers, ids in batches(rows, order, config.batch_size, config):
                     lr = train.learning_rate(step, config.learning_rate, total,
                                              config.warmup_proportion * total)
                     for group in self.optimizer.param_groups:
                         group["lr"].fill_(lr * group["lr_scale"])  # a tensor, which the CUDA graph reads
-                    self.take_step(batch, labels[numbers])
+                    self.take_step(ids, labels[numbers])
                     step += 1
                     bar.update()
         # The last step is scored: no best epoch is picked.
@@ -441,17 +457,15 @@ def num_steps(num_examples, batch_size, epochs):
     return math.ceil(num_examples / batch_size) * epochs  # [D32]
 
 
-def ids_and_lengths(rows, config):
-    """The ids (N, L) of zero-padded rows, on the device, and their lengths (N,), on the host."""
-    return torch.from_numpy(rows.astype(np.int32)).to(config.device), (rows != 0).sum(1)
-
-
-def batches(ids, lengths, order, size, config):
+def batches(rows, order, size, config):
     """Yield each batch: the numbers of its rows, on the host and on the device, and ids cut to the longest.
 
     On a GPU the length is a multiple of 16, so that few shapes are captured.
     """
-    device_order = torch.from_numpy(order).to(config.device)  # all at once
+    # All rows go to the device at once, and the host knows the lengths: no step waits for the device.
+    ids = torch.from_numpy(rows.astype(np.int32)).to(config.device)
+    device_order = torch.from_numpy(order).to(config.device)
+    lengths = (rows != 0).sum(1)  # without the zeros that pad
     for start in range(0, len(order), size):
         numbers = order[start : start + size]
         device_numbers = device_order[start : start + size]
@@ -465,11 +479,10 @@ def batches(ids, lengths, order, size, config):
 def run_network(network, rows, config):
     """Yield each batch's row numbers and output, without dropout. Rows of like length share a batch."""
     network.eval()
-    ids, lengths = ids_and_lengths(rows, config)
-    order = np.argsort(lengths, kind="stable")
-    for numbers, _, batch in batches(ids, lengths, order, EVAL_BATCH_SIZE, config):
+    order = np.argsort((rows != 0).sum(1), kind="stable")
+    for numbers, _, ids in batches(rows, order, EVAL_BATCH_SIZE, config):
         with train.autocast(config):
-            output = network(batch)
+            output = network(ids)
         yield numbers, output
 
 
@@ -508,11 +521,9 @@ class Classifier(nn.Module):
 
 def compute_logits(network, rows, config):
     """(N, num_outputs), in the order of the rows."""
-    order, parts = zip(*run_network(network, rows, config), strict=True)
-    logits = torch.cat(parts)
-    in_file_order = np.empty(logits.shape, dtype=np.float32)
-    in_file_order[np.concatenate(order)] = logits.cpu().numpy()
-    return in_file_order
+    order, logits = zip(*run_network(network, rows, config), strict=True)
+    in_file_order = np.argsort(np.concatenate(order))
+    return torch.cat(logits).cpu().numpy()[in_file_order]
 
 
 def predict_rows(network, rows, task, config):
@@ -576,14 +587,18 @@ def describe(experiment, split, examples, tokenized):
         low, high = (glue.unscale(label, task.label_range) for label in (min(labels), max(labels)))
         found = f"labels from {low:g} to {high:g}"
     else:
-        counts = Counter(task.labels[label] for label in labels).most_common()
-        found = glue.join_few([f"{name} {count:,}" for name, count in counts])
+        found = count_labels(task.labels[label] for label in labels)
     empty = sum(not text for example in examples for text in example[: len(task.sentences)])
     if empty:
         found += f"; empty sentences: {empty:,}"
     cut = np.mean(tokenized.lengths > experiment.config.max_length)
     print_split(experiment, split, tokenized.rows, f"{len(examples):,} rows; {found}; the longest has "
                 f"{tokenized.lengths.max():,} tokens, {cut:.1%} are cut")
+
+
+def count_labels(labels):
+    """How often each label occurs, as text, the most frequent first: "0: 2,474, 1: 1,194"."""
+    return glue.join_few([f"{label}: {count:,}" for label, count in Counter(labels).most_common()])
 
 
 def print_split(experiment, split, rows, found):
@@ -656,9 +671,9 @@ def format_table(results, tasks):
     lines = [f"{'':{width}}{'':22}{'seeds':>6}{'mean':>8}{'sd':>7}{'median':>8}{'best':>7}"]
     for name in scores:
         for metric, values in scores[name].items():
-            if with_averages and name in glue.AVERAGED_BY_ELECTRA and metric == tasks[name].metrics[0]:
-                metric += "*"
-            lines.append(f"{tasks[name].title:{width}}{metric:22}{format_statistics(values)}")
+            is_averaged = name in glue.AVERAGED_BY_ELECTRA and metric == tasks[name].metrics[0]
+            shown = f"{metric}*" if with_averages and is_averaged else metric
+            lines.append(f"{tasks[name].title:{width}}{shown:22}{format_statistics(values)}")
     for name in scores:
         constant = [str(seed) for seed, result in results[name].items() if result["is_constant"]]
         if constant:
@@ -738,14 +753,22 @@ def save_best(experiments):
     for experiment in experiments:
         seed = best_seed(experiment)
         folder = experiment.network_path()
-        fields = read_saved_config(folder)
-        # An earlier command, without --save or with more seeds, may have finished this seed.
-        is_named = fields.get("run_name") == experiment.run_name(seed)
-        if not is_named or fields.get("sha256") != hash_network_files(folder):
+        if not is_saved(experiment, seed):  # it finished under a command without --save or with more seeds
             finetuner = Finetuner(experiment)
-            finetuner.run(seed, tokenize_splits(experiment))
+            finetuner.run(seed, experiment.tokenize_splits())
             save_network(experiment, seed, finetuner.network)
         print(f"{folder} holds the network of seed {seed}, {experiment.task.title}'s best on dev")
+
+
+def is_saved(experiment, seed):
+    """Whether the folder of an experiment's network holds that of this seed, undamaged."""
+    folder = experiment.network_path()
+    try:
+        fields = data.read_json(folder / "config.json")
+    except (FileNotFoundError, data.UserError):  # there is none yet, or it is damaged
+        return False
+    return (fields.get("run_name") == experiment.run_name(seed)
+            and fields.get("sha256") == hash_network_files(folder))
 
 
 def save_network(experiment, seed, network):
@@ -763,19 +786,12 @@ def save_network(experiment, seed, network):
 
 
 def hash_network_files(folder):
-    """The SHA-256 by name of the files of a saved network, apart from config.json, which has these hashes."""
+    """The SHA-256 by name of the files beside config.json, which has these hashes; None for a lacking one."""
     hashes = {}
-    for name in train.NETWORK_FILES:
+    for name in train.NETWORK_FILES[1:]:
         path = folder / name
-        if name != "config.json" and path.is_file():
-            hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     return hashes
-
-
-def read_saved_config(folder):
-    """The config.json of a folder, or {} if it has none."""
-    path = folder / "config.json"
-    return data.read_json(path) if path.is_file() else {}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -801,12 +817,12 @@ class Saved(NamedTuple):
 def load_saved(folder, head):
     """What --save wrote to a folder for a network of the class that `head` names."""
     folder = Path(folder)
-    fields = read_saved_config(folder)
+    path = folder / "config.json"
+    fields = data.read_json(path) if path.is_file() else {}
     if fields.get("head") != head:
         raise data.UserError(f"{folder} has no {head}; --model takes what --save wrote in OUT/networks")
-    found = hash_network_files(folder)
-    for name in train.NETWORK_FILES[1:]:
-        if name not in found or found[name] != fields.get("sha256", {}).get(name):
+    for name, sha256 in hash_network_files(folder).items():
+        if sha256 != fields.get("sha256", {}).get(name):
             raise data.UserError(f"{folder / name} is damaged, or of an earlier version; the command that "
                                  "saved it makes it again")
     id2label = fields.get("id2label", {})
@@ -846,9 +862,8 @@ class Predictor:
         examples = []
         for text in texts:
             sentences = [text] if isinstance(text, str) else text
-            if not isinstance(sentences, list | tuple) or len(sentences) != self.num_sentences:
-                raise refusal
-            if not all(isinstance(sentence, str) for sentence in sentences):
+            is_right = isinstance(sentences, list | tuple) and len(sentences) == self.num_sentences
+            if not is_right or not all(isinstance(sentence, str) for sentence in sentences):
                 raise refusal
             examples.append(glue.Example(*sentences))
         if not examples:
@@ -908,25 +923,11 @@ def main(argv=None):
         predict_file(config)
         return
     tasks = glue.find_tasks(config.task, config.regression)
-    run(config, tasks, load_pretrained(config), Experiment)
-
-
-def run(config, tasks, pretrained, kind):
-    """Fine-tune all tasks with all seeds, print the table, and write what is to be kept of the best."""
-    experiments = plan_experiments(config, tasks, pretrained, kind)
-    sweep(experiments)
-    results = {experiment.task.name: experiment.finished() for experiment in experiments}
-    print(format_table(results, tasks))
-    print(f"every seed's metrics are in {Path(config.out) / 'results.jsonl'}")
-    missing = [f"{task.title} seed {seed}" for name, task in tasks.items() for seed in range(config.seeds)
-               if seed not in results[name]]
-    if missing:
-        print(f"not in the table, because another process is working on it: {', '.join(missing)}")
-        return
-    if config.submit:
+    pretrained = load_pretrained(config)
+    experiments = [Experiment(task, config, pretrained) for task in tasks.values()]
+    is_finished = run(config, experiments)
+    if is_finished and config.submit:
         submit(experiments, config)
-    if config.save:
-        save_best(experiments)
 
 
 if __name__ == "__main__":

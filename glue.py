@@ -34,7 +34,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What fine-tuning and scoring must know. A subclass has `name` and `splits`, and reads the examples."""
+    """What fine-tuning and scoring must know. A subclass has `splits`, and reads the examples."""
 
     title: str
     metrics: tuple  # names in METRICS; the first is the one that ELECTRA reports
@@ -43,9 +43,13 @@ class Task:
     num_train_epochs: int = 3  # [D32]
     both_orders: bool = False  # [D30] trained on both orders of the sentences
 
-    name: ClassVar  # on the command line and in the names of files
     splits: ClassVar  # "train", then what begins with "dev", then test sets
     number_format: ClassVar = ".6g"  # of a regression's predictions
+
+    @property
+    def name(self):
+        """The name on the command line, in files and in their names."""
+        return self.title
 
     @functools.cached_property
     def class_numbers(self):
@@ -276,7 +280,8 @@ def fetch_official(download, cache, flag="--glue-dir"):
 def parse_official(task, split, raw, source):
     """The examples in an official file.
 
-    Only "\\n" ends a line and only "\\t" a field. Quotes are characters like any other.
+    Only "\\n" ends a line and only "\\t" a field. Quotes are characters like any other. Rows that lack fields
+    are skipped: QQP has a few. The official number of rows shows that nothing else was lost.
     """
     is_test = split in task.test_splits  # a test set has no labels, and always names its columns
     lines = data.decode_utf8(raw, source).removesuffix("\n").split("\n")
@@ -293,20 +298,18 @@ def parse_official(task, split, raw, source):
         if column not in header:
             raise data.UserError(f"{source}, line 1 has no column {column}; it was damaged or edited")
     examples = []
-    skipped = 0
+    skipped = []  # numbers of lines
     for number, line in enumerate(lines, first_line):
-        where = f"{source}, line {number}"
         fields = line.split("\t")
-        if task is TASKS["qqp"] and len(fields) < len(header):  # a few rows of QQP lack fields
-            skipped += 1
-            continue
         if len(fields) != len(header):
-            raise data.UserError(f"{where} has {len(fields)} fields; it was damaged or edited")
+            skipped.append(number)
+            continue
         row = dict(zip(header, fields, strict=True))
-        label = None if is_test else read_label(task, row[task.label], where)
+        label = None if is_test else read_label(task, row[task.label], f"{source}, line {number}")
         examples.append(Example(*[row[column] for column in task.sentences], label=label))
     if skipped:
-        print(f"{source}: skipped {skipped} rows that lack fields")
+        print(f"{source}: skipped {len(skipped)} rows that have not {len(header)} fields; the first is line "
+              f"{skipped[0]}")
     if len(examples) != task.rows[split]:
         raise data.UserError(f"{source} has {len(examples):,} rows and not {task.rows[split]:,}: it was cut "
                              "or edited, or is another version")
@@ -359,10 +362,6 @@ class OwnTask(Task):
     train_sha256: str  # of the file that the labels come from
 
     @property
-    def name(self):
-        return self.title
-
-    @property
     def splits(self):
         return tuple(self.files)
 
@@ -380,28 +379,20 @@ def own_task(folder, is_regression):
     """The task that a folder describes: train and dev, and perhaps test, as .tsv, .csv or .jsonl."""
     files = find_own_files(folder)
     title = f"own-{folder.resolve().name}"
-    raw = files["train"].read_bytes()
-    where, first_row = next(read_table(io.BytesIO(raw), files["train"]))
-    fields = dict(title=title, files=files, sentences=find_columns(first_row, where),
-                  train_sha256=hashlib.sha256(raw).hexdigest())
-    first_seen = find_labels(raw, files["train"])
-    too_few = data.UserError(f"{files['train']} needs at least two different labels")
+    train = files["train"]
+    raw = train.read_bytes()
+    first_seen = find_labels(raw, train)
     if is_regression:
-        numbers = {read_number(text, where) for text, where in first_seen.items()}
-        if len(numbers) < 2:
-            raise too_few
-        return OwnTask(**fields, labels=(), label_range=(min(numbers), max(numbers)),
-                       metrics=("spearman", "pearson"))
-    for text, where in first_seen.items():
-        if not text or re.search(r"[\t\r\n]", text):
-            raise data.UserError(f"{where}: the label is {text!r}; it must be a word, without tab or line "
-                                 "break")
-    labels = tuple(sorted(first_seen, key=class_order))
+        labels = sorted({read_number(text, where) for text, where in first_seen.items()})
+        kind = dict(labels=(), label_range=(labels[0], labels[-1]), metrics=("spearman", "pearson"))
+    else:
+        labels = sort_classes(first_seen, title)
+        kind = dict(labels=tuple(labels), metrics=("accuracy", "macro f1", "matthews"))
     if len(labels) < 2:
-        raise too_few
-    if all(map(NUMBER.fullmatch, labels)) and any("." in text for text in labels):
-        print(f"{title}: labels such as {labels[0]} are names of classes; with --regression they are numbers")
-    return OwnTask(**fields, labels=labels, metrics=("accuracy", "macro f1", "matthews"))
+        raise data.UserError(f"{train} needs at least two different labels")
+    where, first_row = next(read_table(io.BytesIO(raw), train))
+    return OwnTask(title=title, files=files, sentences=find_columns(first_row, where),
+                   train_sha256=hashlib.sha256(raw).hexdigest(), **kind)
 
 
 def find_own_files(folder):
@@ -428,6 +419,18 @@ def find_labels(raw, source):
 
 
 NUMBER = re.compile(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?")
+
+
+def sort_classes(first_seen, title):
+    """The names of the classes in order, after a check. `first_seen` is what `find_labels` found."""
+    for text, where in first_seen.items():
+        if not text or re.search(r"[\t\r\n]", text):
+            raise data.UserError(f"{where}: the label is {text!r}; it must be a word, without tab or line "
+                                 "break")
+    classes = sorted(first_seen, key=class_order)
+    if all(map(NUMBER.fullmatch, classes)) and any("." in text for text in classes):
+        print(f"{title}: labels such as {classes[0]} are names of classes; --regression makes them numbers")
+    return classes
 
 
 def class_order(text):
@@ -499,12 +502,11 @@ def read_table(file, source, kind=""):
         rows = name_fields(split_tsv(lines))
     else:
         raise data.UserError(f"{source} has no known format; --format takes tsv, csv or jsonl")
-    is_empty = True
-    for where, row in rows:
-        is_empty = False
-        yield where, row
-    if is_empty:
+    first = next(rows, None)
+    if first is None:
         raise data.UserError(f"{source} has no rows; the first line of a table names its columns")
+    yield first
+    yield from rows
 
 
 def read_lines(file, source):

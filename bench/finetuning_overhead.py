@@ -28,7 +28,6 @@ def make_finetuner(glue_dir, size, num_examples=None, **flags):
     config = train.resolve_device(finetune.FinetuneConfig(glue_dir=glue_dir, num_train_epochs=1, **flags))
     task = glue.TASKS["mrpc"]
     shape = train.make_config(model.ElectraConfig, train.SIZES[size])
-    config = finetune.fill_in_recipe(config, task, shape.hidden_size)
     examples, _ = task.read("train", config.cache, glue_dir)
     # A vocabulary of the words that are there: rows are about as long as with BERT's.
     words = {word for example in examples for word in " ".join(example[:2]).lower().split()}
@@ -37,8 +36,7 @@ def make_finetuner(glue_dir, size, num_examples=None, **flags):
                     max_position_embeddings=max(128, shape.max_position_embeddings))
     tokenized = finetune.tokenize_examples(examples[:num_examples], wordpiece, config.max_length)
     pretrained = finetune.Pretrained(Path("random"), shape, wordpiece, None, "random")
-    experiment = finetune.Experiment(task, config, pretrained, {})
-    return finetune.Finetuner(experiment), tokenized
+    return finetune.Finetuner(finetune.Experiment(task, config, pretrained)), tokenized
 
 
 def main():

@@ -120,13 +120,13 @@ def make_windows(questions, wordpiece, max_length, stride):
         ids = question.pieces[: min(QUESTION_LENGTH, max_length - 16)]  # [Q10]
         offset = len(ids) + 2  # [Q13] after [CLS], question and [SEP]; another [SEP] ends the row
         pieces = question.context.pieces
-        own = [Window(begin, end, offset)
-               for begin, end in window_bounds(len(pieces), max_length - offset - 1, stride)]
-        for window in own:
+        bounds = window_bounds(len(pieces), max_length - offset - 1, stride)
+        question_windows = [Window(begin, end, offset) for begin, end in bounds]
+        for window in question_windows:
             row = wordpiece.add_special_tokens(ids, pieces[window.begin : window.end])
             rows.append(np.pad(np.array(row, np.uint16), (0, max_length - len(row))))
             labels.append(make_label(question.span, window))
-        windows.append(own)
+        windows.append(question_windows)
     rows = np.array(rows, dtype=np.uint16).reshape(-1, max_length)
     return Tokenized(rows, np.array(labels).reshape(-1, 3), questions, windows)
 
@@ -246,11 +246,11 @@ def find_answers(questions, windows, output, wordpiece):
     """The `n_best` answers and the null score of each question. `output` is that of all rows, in NumPy."""
     rows = (Output(*row) for row in zip(*output, strict=True))
     answers = []
-    for question, own in zip(questions, windows, strict=True):
-        outputs = [next(rows) for _ in own]
+    for question, question_windows in zip(questions, windows, strict=True):
+        outputs = [next(rows) for _ in question_windows]
         # [Q36] No span's score is in it. A context without pieces has no window, and so no answer.
         null_score = min((float(output.null_logits) for output in outputs), default=float("inf"))
-        answers.append((n_best(question.context, own, outputs, wordpiece), null_score))
+        answers.append((n_best(question.context, question_windows, outputs, wordpiece), null_score))
     return answers
 
 

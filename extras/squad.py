@@ -41,7 +41,7 @@ OFFICIAL_THRESHOLD = -2.75  # a question with a higher null score is left unansw
 
 
 @dataclass(frozen=True)
-class SquadConfig(finetune.FinetuneConfig):
+class SquadConfig(finetune.RecipeConfig):
     """Questions, and how they are learned. An annotated field is a flag, and the text is its help."""
 
     version: Annotated[str, "1.1, or 2.0, in which a text may lack the answer"] = "2.0"
@@ -55,24 +55,13 @@ class SquadConfig(finetune.FinetuneConfig):
                                  "input: print answers"] = ""
     out: Annotated[str, "folder for results"] = "out/squad"
 
-    # These have no help, and so are no flags: they are about sentences.
-    task: list = ()
-    regression: bool = False
-    glue_dir: str = ""
-    keep_predictions: bool = False
-    submit: bool = False
-
 
 # ------------------------------------------------------------------------------------------------------------
 # What finetune.py must know of the task
 
 
-@dataclass(frozen=True, kw_only=True)
 class Squad(glue.Task):
     """SQuAD, or files like SQuAD's in a folder of your own, whose title begins with "own-" as in glue.py."""
-
-    version: str
-    data_dir: str
 
     splits = ("train", "dev")
 
@@ -80,24 +69,24 @@ class Squad(glue.Task):
     def name(self):
         return self.title.lower().replace(" ", "")
 
-    def read(self, split, cache, glue_dir=None):
-        """(Bytes of the file of a split, its path), and its SHA-256."""
-        if self.data_dir:
-            path = Path(self.data_dir) / f"{split}.json"
-        else:
-            name = f"{split}-v{self.version}.json"
-            path = glue.fetch_official((SQUAD + name, *FILES[name]), cache, "--data-dir")
-        raw = path.read_bytes()
-        return (raw, path), hashlib.sha256(raw).hexdigest()
-
 
 class Experiment(finetune.Experiment):
     """Questions in the place of sentences."""
 
+    def read(self, split):
+        """((Bytes of the file of a split, its path), their SHA-256)."""
+        if self.config.data_dir:
+            path = Path(self.config.data_dir) / f"{split}.json"
+        else:
+            name = f"{split}-v{self.config.version}.json"
+            path = glue.fetch_official((SQUAD + name, *FILES[name]), self.config.cache, "--data-dir")
+        raw = path.read_bytes()
+        return (raw, path), hashlib.sha256(raw).hexdigest()
+
     def tokenize(self, split, examples):
         raw, path = examples
         wordpiece = self.pretrained.wordpiece
-        questions = read_questions(raw, path, self.task.version, wordpiece, is_training=split == "train")
+        questions = read_questions(raw, path, self.config.version, wordpiece, is_training=split == "train")
         tokenized = spans.make_windows(questions, wordpiece, self.config.max_length, self.config.stride)
         if not len(tokenized.rows):
             raise data.UserError(f"{path} needs a context that has words")
@@ -115,7 +104,7 @@ class Experiment(finetune.Experiment):
     def score(self, predictions, splits):
         texts = [next(iter(answers)) for answers, _ in predictions["dev"]]
         null_scores = [null_score for _, null_score in predictions["dev"]]
-        metrics, thresholds = score(splits["dev"].questions, texts, null_scores, self.task.version)
+        metrics, thresholds = score(splits["dev"].questions, texts, null_scores, self.config.version)
         return dict(metrics=metrics, thresholds=thresholds, is_constant=len(set(texts)) == 1)
 
     def saved_fields(self, seed):
@@ -124,11 +113,7 @@ class Experiment(finetune.Experiment):
 
 def predict(network, tokenized, wordpiece, config):
     """The answers and the null score of each question, as `spans.find_answers` has them."""
-    order = []
-    outputs = []
-    for numbers, output in finetune.run_network(network, tokenized.rows, config):
-        order.append(numbers)
-        outputs.append(output)
+    order, outputs = zip(*finetune.run_network(network, tokenized.rows, config), strict=True)
     in_file_order = np.argsort(np.concatenate(order))
     fields = [torch.cat(field).cpu().numpy()[in_file_order] for field in zip(*outputs, strict=True)]
     if not all(np.isfinite(field).all() for field in fields):  # the sweep continues
@@ -309,8 +294,8 @@ def main(argv=None):
     config = replace(config, stride=config.stride or min(128, config.max_length // 2))  # [Q47]
     title = f"own-{Path(config.data_dir).resolve().name}" if config.data_dir else f"SQuAD {config.version}"
     metrics = ("exact", "f1") if config.version == "1.1" else ("best exact", "best f1")
-    task = Squad(title=title, metrics=metrics, version=config.version, data_dir=config.data_dir)
-    finetune.run(config, {task.name: task}, finetune.load_pretrained(config), Experiment)
+    task = Squad(title=title, metrics=metrics)
+    finetune.run(config, [Experiment(task, config, finetune.load_pretrained(config))])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import gzip
 import hashlib
 import itertools
 import re
-from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -37,7 +36,7 @@ NO_WORD = -100  # the class of a token that does not begin a word
 
 
 @dataclass(frozen=True)
-class TaggingConfig(finetune.FinetuneConfig):
+class TaggingConfig(finetune.RecipeConfig):
     """Words, and how their tags are learned. An annotated field is a flag, and the text is its help."""
 
     task: Annotated[str, "chunking, which is downloaded, or a folder with train.txt"] = "chunking"
@@ -48,12 +47,6 @@ class TaggingConfig(finetune.FinetuneConfig):
     predict_file: Annotated[str, "a .tsv, .csv or .jsonl file with a column sentence, spaces between words, "
                                  "or - for standard input: print words and tags"] = ""
     out: Annotated[str, "folder for results"] = "out/tagging"
-
-    # These have no help, and so are no flags: they are about sentences. A test set is scored in every run.
-    regression: bool = False
-    glue_dir: str = ""
-    keep_predictions: bool = False
-    submit: bool = False
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -66,22 +59,26 @@ class Task(glue.Task):
 
     sentences: dict
 
-    name = property(lambda self: self.title)
-    dev_splits = property(lambda self: list(self.sentences)[1:])  # all but train are scored
+    @property
+    def splits(self):
+        return tuple(self.sentences)
 
-    def read(self, split, cache, glue_dir):
-        """The sentences of a split, and a hash of them."""
-        return self.sentences[split], data.digest(self.sentences[split])
+    @property
+    def dev_splits(self):
+        return self.splits[1:]  # all but train are scored
 
 
 class Experiment(finetune.Experiment):
     """Words in the place of sentences. A test set is scored beside the dev set, which picks the best seed."""
 
-    def tokenize(self, split, examples):
-        tokenized = tokenize(examples, self.task.labels, self.pretrained.wordpiece, self.config.max_length)
-        counts = Counter(tag for _, tags in examples for tag in tags).most_common()
-        found = glue.join_few([f"{tag} {count:,}" for tag, count in counts])
-        finetune.print_split(self, split, tokenized.rows, f"{len(examples):,} sentences; {found}")
+    def read(self, split):
+        sentences = self.task.sentences[split]
+        return sentences, data.digest(sentences)
+
+    def tokenize(self, split, sentences):
+        tokenized = tokenize(sentences, self.task.labels, self.pretrained.wordpiece, self.config.max_length)
+        found = finetune.count_labels(tag for _, tags in sentences for tag in tags)
+        finetune.print_split(self, split, tokenized.rows, f"{len(sentences):,} sentences; {found}")
         return tokenized
 
     def new_network(self):
@@ -215,29 +212,31 @@ def tokenize(sentences, names, wordpiece, max_length):
     >>> tokenized.rows.tolist(), tokenized.labels.tolist()
     ([[2, 5, 7, 6, 3, 0]], [[-100, 0, -100, 1, -100, -100]])
     """
-    classes = {name: number for number, name in enumerate(names)}
+    numbers = {name: number for number, name in enumerate(names)}
     rows = []
     labels = []
     for words, tags in sentences:
-        end = max_length  # where the next word begins: no row is begun yet
+        ids = []  # of the row that is being filled
         # Unlike in the official code, words are tokenized as in pre-training: Chinese by character, cased
         # text in its case [T06], [SEP] as text [T07]. Every word has a first piece, if only [UNK]. [T09]
         for pieces, tag in zip(wordpiece.encode(words), tags, strict=True):
             pieces = pieces[: max_length - 2] or [wordpiece.unk_token_id]
             # [T10] Unlike in the official code, which cuts a sentence at about half of what fits, a long one
             # continues in the next row, so that all words are trained on and scored. [T16]
-            if end + len(pieces) + 1 > max_length:
-                rows.append(np.zeros(max_length, dtype=np.uint16))
-                labels.append(np.full(max_length, NO_WORD))
-                rows[-1][0] = wordpiece.cls_token_id
-                end = 1
+            if not ids or len(ids) + len(pieces) + 1 > max_length:
+                ids = [wordpiece.cls_token_id]
+                classes = [NO_WORD]
+                rows.append(ids)
+                labels.append(classes)
+            ids += pieces
             # [T05] Unlike in the official code, classes are train's tags. Another one, in dev, is not used.
-            labels[-1][end] = classes.get(tag, 0)
-            rows[-1][end : end + len(pieces)] = pieces
-            end += len(pieces)
-            rows[-1][end] = wordpiece.sep_token_id  # until the next word takes its place
-    shape = (len(rows), max_length)  # also if no sentence has a word
-    return Tokenized(np.reshape(rows, shape).astype(np.uint16), np.reshape(labels, shape), sentences)
+            classes += [numbers.get(tag, 0), *[NO_WORD] * (len(pieces) - 1)]
+    padded = np.zeros((len(rows), max_length), dtype=np.uint16)
+    padded_labels = np.full(padded.shape, NO_WORD)
+    for number, (ids, classes) in enumerate(zip(rows, labels, strict=True)):
+        padded[number, : len(ids) + 1] = [*ids, wordpiece.sep_token_id]
+        padded_labels[number, : len(classes)] = classes
+    return Tokenized(padded, padded_labels, sentences)
 
 
 class Tagger(finetune.Classifier):
@@ -267,9 +266,14 @@ def predict_tags(network, tokenized, names, config):
 
 def f1(predicted, actual, official=False):
     """F1 of the spans in lists of tags, as a fraction of 1: conlleval's or the official code's. [T15]"""
-    found, gold = ({(number, *span) for number, tags in enumerate(sentences)
-                    for span in find_spans(tags, official)} for sentences in (predicted, actual))
+    found = set_of_spans(predicted, official)
+    gold = set_of_spans(actual, official)
     return 2 * len(found & gold) / max(1, len(found) + len(gold))
+
+
+def set_of_spans(sentences, official):
+    """(Number of the sentence, first word, last word, type) of each span."""
+    return {(number, *span) for number, tags in enumerate(sentences) for span in find_spans(tags, official)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -299,8 +303,7 @@ def main(argv=None):
     if config.predict_file:
         predict_file(config)
         return
-    task = find_task(config)
-    finetune.run(config, {task.name: task}, finetune.load_pretrained(config), Experiment)
+    finetune.run(config, [Experiment(find_task(config), config, finetune.load_pretrained(config))])
 
 
 if __name__ == "__main__":

@@ -91,8 +91,8 @@ def record():
 
 def read_split(version, split, data_dir=""):
     """The questions of a split, as the command reads them, and the SHA-256 of their file."""
-    task = squad.Squad(title="own", metrics=("exact",), version=version, data_dir=str(data_dir))
-    (raw, path), sha256 = task.read(split, "cache")
+    config = squad.SquadConfig(version=version, data_dir=str(data_dir))
+    (raw, path), sha256 = squad.Experiment.read(SimpleNamespace(config=config), split)
     return squad.read_questions(raw, path, version, WORDPIECE, is_training=split == "train"), sha256
 
 
@@ -699,8 +699,7 @@ def make_rows(sentences, max_length=32, vocab=VOCAB):
 
 def read_task(name, cache="cache"):
     """The sentences of a task by split."""
-    task = tagging.find_task(tagging.TaggingConfig(task=str(name), cache=str(cache)))
-    return {split: task.read(split, cache, "")[0] for split in ("train", *task.dev_splits)}
+    return tagging.find_task(tagging.TaggingConfig(task=str(name), cache=str(cache))).sentences
 
 
 def make_tags(random_, length, types=("NP", "VP")):
@@ -1032,7 +1031,7 @@ def test_T14_a_command_trains_scores_resumes_saves_and_predicts(own_words, monke
     assert len(ran) == 3 and read_results("out/tagging") == results
     lines = capsys.readouterr().out.splitlines()
     assert any(re.match(r"own-own +test f1 +2 +100\.00", line) for line in lines)
-    assert any(re.match(r"own-own, dev: 40 sentences; .*S-VP \d+.*; 0.0% \[UNK\]", line) for line in lines)
+    assert any(re.match(r"own-own, dev: 40 sentences; .*S-VP: \d+.*; 0.0% \[UNK\]", line) for line in lines)
 
     saved = find_network("own-own", "out/tagging")
     sentences = ["the dog barks", "dog", "", " ".join(TAG_OF) + " dog" * 40]
