@@ -45,7 +45,6 @@ HEAD_DROPOUT = 0.1  # before the classifier; --dropout is the encoder's
 class RecipeConfig(train.StepConfig):
     """Flags of all fine-tuning, each with its help. StepConfig adds Adam, device, dtype and graphs."""
 
-    regression: bool = False  # a flag for sentences only, but a setting in every line of results.jsonl
     seeds: Annotated[int, "number of seeds: 0, 1, ...", 1, 1_000_000] = 1
     model: Annotated[str, "a run of train.py, a folder in HuggingFace's format, or a name on "
                           "the hub"] = "out/small"
