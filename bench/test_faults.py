@@ -1344,7 +1344,7 @@ def test_odd_surroundings(corpus, prefix, variables, status, message):
 
 
 def test_an_error_of_the_system_says_where(corpus, capsys):
-    """The sentence names the file, if the system's error has one."""
+    """The sentence names the file or, if the system's error has none, the function."""
     def fail():
         raise OSError(12, "Cannot allocate memory")
 
@@ -1352,6 +1352,6 @@ def test_an_error_of_the_system_says_where(corpus, capsys):
         with data.atomic_write(Path("a/file")):
             raise OSError(28, "No space left on device")
 
-    for broken, message in (fail, "allocate memory; fix"), (full_disk, "device: 'a/file'; fix"):
+    for broken, message in (fail, "allocate memory in fail; fix"), (full_disk, "device: 'a/file'; fix"):
         assert train.run_command(broken) == 1
         assert message in capsys.readouterr().err
