@@ -282,6 +282,8 @@ def read_file(stream, path, source, one_document):
 
 def decompress(stream, compression, source):
     """A context manager that gives the content of a stream as a file."""
+    if compression and not stream.peek(1):  # gzip would take it for an empty file
+        raise EOFError("it is empty")
     if compression == ".gz":
         return gzip.open(stream)
     if compression == ".xz":
@@ -498,7 +500,7 @@ def run_worker(connection, tokens, config):
     os.setsid()  # Ctrl-C reaches only the parent
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
     wordpiece = WordPiece(tokens, config.do_lower_case, config.strip_accents)
-    with suppress(EOFError, ConnectionError):  # the parent has ended, or has had enough
+    with suppress(EOFError, OSError):  # the parent has ended, or has had enough
         while True:
             connection.send(build_shard(connection.recv(), wordpiece, config))
 
@@ -1083,7 +1085,8 @@ def find_model(name, cache, network=None):
     is_hub_name = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name) is not None  # OWNER/NAME
     is_local = name.startswith("out/") or Path(name).exists()  # out/: a run that is yet to be made
     if is_local or not is_hub_name:
-        raise UserError(f"there is no model in {folder}; pre-train one with `python train.py --size small`, "
+        place = without_secrets(name) if is_address(name) else folder
+        raise UserError(f"there is no model in {place}; pre-train one with `python train.py --size small`, "
                         "or give google/electra-small-discriminator or another name on the hub")
     if snapshot := find_snapshot(name):
         return snapshot
@@ -1097,10 +1100,11 @@ def find_snapshot(name):
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
     cache = os.environ.get("HF_HUB_CACHE") or f"{home}/hub"
     folder = Path(cache).expanduser() / f"models--{name.replace('/', '--')}"
-    with suppress(FileNotFoundError):
+    with suppress(OSError, ValueError):  # it is not there, or damaged
         snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
-        files = set(os.listdir(snapshot))
-        if "config.json" in files and files & set(VOCABS) and files & {WEIGHTS, SHARD_INDEX, OLD_WEIGHTS}:
+        files = {path.name for path in snapshot.iterdir() if path.exists()}  # links may lead nowhere
+        is_whole = "tokenizer.json" in files or {"vocab.txt", "tokenizer_config.json"} <= files
+        if is_whole and "config.json" in files and files & {WEIGHTS, SHARD_INDEX, OLD_WEIGHTS}:
             return snapshot
     return None
 
@@ -1249,26 +1253,30 @@ def load_vocab(config):
         download_once(path, **BERT_VOCAB, advice=advice)
         return read_vocab(path)
     match = re.fullmatch(r"train:(\d+)", config.vocab)
+    if is_address(config.vocab):
+        raise UserError(f"{without_secrets(config.vocab)} is an address; --vocab takes a file: download it")
     if not match:
         return read_vocab(Path(config.vocab))
     size = int(match[1])
     if not len(SPECIAL_TOKENS) < size <= 65_535:
         raise UserError(f"--vocab {config.vocab} is not possible; rows are uint16, so take 6 to 65535")
     # Training is not reproducible to the byte, so the vocabulary of a text is kept.
-    fingerprint = [identify_text(find_files(config)), config.one_document_per_file, config.do_lower_case,
-                   config.strip_accents, match[1]]
+    identities = identify_text(find_files(config))
+    fingerprint = [identities, config.one_document_per_file, config.do_lower_case, config.strip_accents,
+                   match[1]]
     path = Path(config.cache) / f"{source_name(config)}-{digest(fingerprint)}.vocab"
-    make_once(path, lambda: train_vocab(config, size, path))
+    make_once(path, lambda: train_vocab(config, size, path, identities))
     return parse_vocab(read_sealed(path, "delete it, and it is trained again"), path)
 
 
-def train_vocab(config, size, path):
+def train_vocab(config, size, path, identities):
     """Train a vocabulary of at most `size` tokens on the beginning of the text, and write it to `path`.
+
+    A text that has changed since it was identified is refused: `path` is named after it.
 
     Ideographs are words of their own, so the trainer does not see them. The most frequent ones are added: as
     many as there is room for, and at least as large a share of the vocabulary as of the text.
     """
-    identities = identify_text(find_files(config))
     wordpiece = WordPiece(SPECIAL_TOKENS, config.do_lower_case, config.strip_accents)
     counts = Counter()  # of all characters
     # Letters, which take two tokens each (x and ##x), may fill half of the vocabulary.
@@ -1530,6 +1538,8 @@ def fetch(address, advice="use --data PATH or --data python-docs"):
                                     "download it and use --data PATH")
                 for chunk in response.iter_content(1 << 14):
                     position += len(chunk)
+                    if length is not None and position > length:
+                        raise UserError(f"{name} sends more than it announces; {advice}")
                     failures = 0
                     yield chunk
                 if length is None:
@@ -1584,6 +1594,9 @@ def check_status(response, name, advice):
         value = response.headers.get(header)
         if value is not None and not re.fullmatch(pattern, value):  # then a cut could not be noticed
             raise UserError(f"{name} answers with {header} {value!r:.40}; {advice}")
+    is_chunked = response.headers.get("Transfer-Encoding") == "chunked"  # then urllib3 looks for the end
+    if status == 200 and not is_chunked and "Content-Length" not in response.headers:
+        raise UserError(f"{name} does not say how long it is; {advice}")
 
 
 def wait_or_give_up(error, failures, name, position, advice):

@@ -320,6 +320,8 @@ def append_result(experiment, result):
     line = json.dumps(result | dict(digest=data.digest(result))) + "\n"
     with lock_outputs(experiment.folder, "results"):
         lines = path.read_bytes() if path.exists() else b""
+        if lines and not lines.endswith(b"\n"):  # an editor has removed it
+            lines += b"\n"
         with data.atomic_write(path) as file:
             file.write(lines + line.encode())
 
@@ -763,25 +765,44 @@ def is_saved(experiment, seed):
     """Whether the folder of an experiment's network holds that of this seed, undamaged."""
     folder = experiment.network_path()
     try:
-        fields = data.read_json(folder / "config.json")
+        fields = read_saved_config(folder)
     except (FileNotFoundError, data.UserError):  # there is none yet, or it is damaged
         return False
     return (fields.get("run_name") == experiment.run_name(seed)
             and fields.get("sha256") == hash_network_files(folder))
 
 
+def read_saved_config(folder):
+    """The fields of a saved network's config.json, {} of another folder's. It has a digest, as results do."""
+    path = folder / "config.json"
+    fields = data.read_json(path)
+    if "head" not in fields:
+        return {}
+    if fields.pop("digest", None) != digest_fields(fields):
+        raise data.UserError(f"{path} is damaged; the command that saved it makes it again")
+    return fields
+
+
+def digest_fields(fields):
+    """A digest of fields in any order, since other programs may sort them."""
+    return data.digest(json.dumps(fields, sort_keys=True))
+
+
 def save_network(experiment, seed, network):
     """Write encoder, head, names of the labels and tokenizer to the network's folder.
 
-    config.json is written last and has the hashes of the other files: no kill or damage mixes two networks.
+    config.json is written last and has the hashes of the other files, and a digest of its own fields: no kill
+    or damage mixes two networks.
     """
     folder = experiment.network_path()
     write = functools.partial(train.write_network, folder, network, experiment.pretrained.wordpiece,
                               experiment.config.max_length)
     with lock_outputs(experiment.folder, "network"):
         write()  # a plain encoder, until its config.json has the rest
-        write(head=type(network).__name__, run_name=experiment.run_name(seed),
-              sha256=hash_network_files(folder), **experiment.saved_fields(seed))
+        fields = dict(head=type(network).__name__, run_name=experiment.run_name(seed),
+                      sha256=hash_network_files(folder), **experiment.saved_fields(seed))
+        write(**fields)
+        write(**fields, digest=digest_fields(data.read_json(folder / "config.json")))
 
 
 def hash_network_files(folder):
@@ -816,8 +837,7 @@ class Saved(NamedTuple):
 def load_saved(folder, head):
     """What --save wrote to a folder for a network of the class that `head` names."""
     folder = Path(folder)
-    path = folder / "config.json"
-    fields = data.read_json(path) if path.is_file() else {}
+    fields = read_saved_config(folder) if (folder / "config.json").is_file() else {}
     if fields.get("head") != head:
         raise data.UserError(f"{folder} has no {head}; --model takes what --save wrote in OUT/networks")
     for name, sha256 in hash_network_files(folder).items():

@@ -218,8 +218,9 @@ def find_tasks(names, is_regression=False):
         elif Path(name).is_dir():
             found = [own_task(Path(name), is_regression)]
         else:
-            raise data.UserError(f"there is no task {name}; there are {', '.join(TASKS)}, all, and folders "
-                                 "with train and dev as .tsv, .csv or .jsonl")
+            raise data.UserError(f"there is no task {data.without_secrets(name)}; there are "
+                                 f"{', '.join(TASKS)}, all, and folders with train and dev as .tsv, .csv or "
+                                 ".jsonl")
         for task in found:
             if tasks.setdefault(task.name, task) != task:
                 raise data.UserError(f"two tasks are called {task.title}; rename a folder")

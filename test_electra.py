@@ -1431,7 +1431,8 @@ def test_the_network_of_a_run_is_chosen_by_name(tmp_path):
     ({"HF_HOME": "here"}, "here/hub"),
     ({}, ".cache/huggingface/hub"),
 ])
-@pytest.mark.parametrize("missing", ["", "config.json", "vocab.txt", "pytorch_model.bin", "refs"])
+@pytest.mark.parametrize("missing", ["", "config.json", "vocab.txt", "tokenizer_config.json",
+                                     "pytorch_model.bin", "refs"])
 def test_a_download_of_huggingface_hub_is_found(tmp_path, monkeypatch, variables, home, missing):
     """Its cache is where the variables say. What is not whole there, or of no known revision, is fetched."""
     monkeypatch.chdir(tmp_path)
@@ -1442,7 +1443,8 @@ def test_a_download_of_huggingface_hub_is_found(tmp_path, monkeypatch, variables
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = tmp_path / home / "models--someone--electra"
-    files = {name: b"" for name in ("config.json", "vocab.txt", "pytorch_model.bin") if name != missing}
+    names = "config.json", "vocab.txt", "tokenizer_config.json", "pytorch_model.bin"
+    files = {name: b"" for name in names if name != missing}
     write_files(folder / "snapshots" / "4f2a", files)
     if missing != "refs":
         write_files(folder, {"refs/main": b"4f2a"})

@@ -227,6 +227,7 @@ def test_a_part_is_accepted_only_if_it_continues_the_same_file(quick, first, sta
 @pytest.mark.parametrize("headers, message", [
     ({"Content-Encoding": "gzip"}, "a.txt answers with Content-Encoding 'gzip'; use --data PATH"),
     ({"Content-Length": "many"}, "a.txt answers with Content-Length 'many'; use --data PATH"),
+    ({}, "a.txt does not say how long it is; use --data PATH"),
     ({"Content-Encoding": "identity", "Content-Length": 2}, None),
 ])
 def test_a_body_whose_end_cannot_be_told_is_refused(headers, message):
@@ -239,6 +240,17 @@ def test_a_body_whose_end_cannot_be_told_is_refused(headers, message):
         else:
             with pytest.raises(UserError, match=message):
                 list(data.fetch(f"{server.url}/a.txt"))
+
+
+def test_a_part_that_is_longer_than_the_rest_is_refused(quick):
+    """What a server sends beyond the end that it announced is not taken for text."""
+    with Server({}) as server:
+        server.RequestHandlerClass = PartHandler
+        rest = BODY[4 * K :] + bytes(9)
+        server.answers = [(200, BODY[: 4 * K], TAG | {"Content-Length": 8 * K}),
+                          (206, rest, TAG | span(4 * K, 8 * K) | {"Content-Length": len(rest)})]
+        with pytest.raises(UserError, match="a.txt sends more than it announces; use --data PATH"):
+            list(data.fetch(f"{server.url}/a.txt"))
 
 
 def test_what_no_repetition_can_mend_is_not_repeated(monkeypatch):
@@ -292,6 +304,18 @@ def test_the_hub_is_named_without_its_password(corpus, monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", server.url.replace("//", "//me:secret@"))
         with pytest.raises(UserError, match="^http://127.0.0.1:[0-9]+ does not have OpenWebText"):
             data.choose_openwebtext()
+
+
+@pytest.mark.parametrize("use", [
+    lambda name: data.load_vocab(data_config(vocab=name)),
+    lambda name: data.find_model(name, "cache"),
+    lambda name: glue.find_tasks([name], False),
+])
+def test_an_address_where_none_is_taken_is_shown_without_secrets(corpus, use):
+    """Vocabularies, models and tasks are files, folders and names."""
+    with pytest.raises(UserError, match="https://host/file") as error:
+        use("https://me:secret@host/file?secret")
+    assert "secret" not in str(error.value)
 
 
 def test_no_secret_of_an_address_is_printed_or_names_a_file(corpus, quick, capfd):
@@ -441,6 +465,8 @@ def test_damaged_archives_are_refused_by_name(corpus):
         ("page.tar", b"<!DOCTYPE html><html>Please log in</html>" * 40, "page.tar is damaged or cut short"),
         ("flipped.tar.gz", flip(compressed, len(compressed) - 6), "flipped.tar.gz is damaged"),
         ("cut.tar.gz", compressed[: len(compressed) // 2], "cut.tar.gz is damaged or cut short"),
+        ("empty.txt.gz", b"", "empty.txt.gz is damaged or cut short .it is empty"),
+        ("empty.jsonl.xz", b"", "empty.jsonl.xz is damaged or cut short .it is empty"),
     ]:
         Path(name).write_bytes(damaged)
         with pytest.raises(UserError, match=message):
@@ -1259,11 +1285,22 @@ def test_a_damaged_config_of_a_saved_network_is_made_again(toy_glue):
     tune("--task wnli --save")
     path = Path(find_network("wnli"), "config.json")
     before = path.read_bytes()
-    path.write_bytes(before[:-9])
-    with pytest.raises(UserError, match="config.json is damaged: it is not a JSON object"):
-        finetune.Predictor(path.parent)
-    tune("--task wnli --save")
-    assert path.read_bytes() == before
+    for damaged in before[:-9], before.replace(b'"num_sentences": 2', b'"num_sentences": 1'):
+        assert damaged != before
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="config.json is damaged"):
+            finetune.Predictor(path.parent)
+        tune("--task wnli --save")
+        assert path.read_bytes() == before
+
+
+def test_a_result_is_added_below_a_line_without_an_end(toy_glue):
+    """An editor may remove the last line break of results.jsonl."""
+    tune("--task wnli --seeds 1")
+    path = Path("out/glue/results.jsonl")
+    path.write_bytes(path.read_bytes().rstrip())
+    tune("--task wnli --seeds 2")
+    assert list(read_results()) == [("wnli", 0), ("wnli", 1)]
 
 
 def test_a_kill_while_a_network_is_saved_mixes_no_two(toy_glue, monkeypatch):
