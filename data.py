@@ -157,7 +157,8 @@ def read_documents(config, start=START):
             position = (file_number, count, checksum)
             if text and is_new:
                 yield text, position
-            is_new = is_new or position == start
+            if position == start:  # with its checksum: the documents before it are the same
+                is_new = True
         if not is_new:
             raise UserError(f"{without_secrets(name)} has changed since its beginning was prepared; use "
                             "another --cache")
@@ -179,7 +180,7 @@ def find_files(config):
     if not files:
         raise UserError(f"{config.data[0]} holds no {READABLE}")
     for name in files:
-        if is_file(name) and not os.path.isfile(name):  # a pipe or a device: reading it could wait for ever
+        if is_path(name) and not os.path.isfile(name):  # a pipe or a device: reading it could wait for ever
             raise UserError(f"{name} is not a regular file; copy what it gives to one")
     return files
 
@@ -194,11 +195,18 @@ def find_openwebtext(cache):
 def choose_openwebtext():
     """The first of OPENWEBTEXT whose first file is there."""
     for choice, addresses in OPENWEBTEXT.items():
-        with suppress(NotFound):
-            next(fetch(addresses[0]), None)
+        if exists(addresses[0]):
             return choice
     raise UserError(f"{without_secrets(hub())} does not have OpenWebText; use --data PATH or --data "
                     "python-docs")
+
+
+def exists(address):
+    try:
+        next(fetch(address), None)  # the first bytes
+    except NotFound:
+        return False
+    return True
 
 
 def walk(folder):
@@ -241,7 +249,7 @@ def kind_of(name):
     return "", compression
 
 
-def is_file(name):
+def is_path(name):
     """Whether a name in `find_files` is that of a file."""
     return name != "python-docs" and not is_address(name)
 
@@ -382,8 +390,8 @@ SENTENCE = re.compile(r"[A-Z][a-z']*(?:[,;:]? [A-Za-z][a-z]*(?:[-'][a-z]+)*){4,}
 def python_docs():
     """Yield about 2 MB of English found on every machine: a document for each file, a sentence on each line.
 
-    Yields each sentence once: those without a sign of code in the docstrings and comments of the standard
-    library, torch and numpy. The files are searched, never imported.
+    Takes sentences that look like prose, each once, from the docstrings and comments of the standard library,
+    torch and numpy. The files are searched, never imported.
     """
     roots = [sysconfig.get_path("stdlib")]
     for package in ("torch", "numpy"):
@@ -440,7 +448,7 @@ try:
 except AttributeError:  # macOS
     CORES = os.cpu_count()
 WORKERS = min(8, CORES)  # processes that turn text into rows; a single reader can keep about 8 busy
-HELDOUT_SHARE = 100  # one document in 100 is held out
+HELDOUT_EVERY = 100  # one document in 100 is held out
 # Stripping accents removes all characters of the category Mn. Up to U+036F they belong to Latin, Greek and
 # Cyrillic, and from U+FE00 on mostly to emoji. Between are vowel signs of Hindi, Thai and Arabic, voicing
 # marks of Japanese and the like.
@@ -458,20 +466,19 @@ def build_shards(shard_texts, wordpiece, config):
             yield build_shard(shard_text, wordpiece, config)
         return
     errors = []
+    shard_texts = until_error(shard_texts, errors)
     busy = deque()  # connections to the workers, in the order of their shards
     with ExitStack() as stack:
-        for shard_text in until_error(shard_texts, errors):
-            shard = None
-            if len(busy) < WORKERS:
-                worker = stack.enter_context(start_worker(wordpiece, config))
-            else:
-                worker = busy.popleft()
-                shard = receive(worker)
-            with suppress(OSError):  # it has been killed, which `receive` reports in its turn
-                worker.send(shard_text)
+        for shard_text in itertools.islice(shard_texts, WORKERS):
+            worker = stack.enter_context(start_worker(wordpiece, config))
+            send(worker, shard_text)
             busy.append(worker)
-            if shard is not None:  # written after `send`: a worker that waits is a core that waits
-                yield shard
+        for shard_text in shard_texts:
+            worker = busy.popleft()
+            shard = receive(worker)
+            send(worker, shard_text)  # before the shard is written: a worker that waits is a core that waits
+            busy.append(worker)
+            yield shard
         for worker in busy:
             yield receive(worker)
     if errors:
@@ -479,7 +486,10 @@ def build_shards(shard_texts, wordpiece, config):
 
 
 def until_error(shard_texts, errors):
-    """Yield what can be read. An error that ends it goes to `errors`, to be raised after the last shard."""
+    """Yield what can be read. An error that ends it goes to `errors`.
+
+    It is raised after the shards before it are written, so that the same command goes on from there.
+    """
     try:
         yield from shard_texts
     except (UserError, OSError) as error:
@@ -503,6 +513,11 @@ def run_worker(connection, tokens, config):
     with suppress(EOFError, OSError):  # the parent has ended, or has had enough
         while True:
             connection.send(build_shard(connection.recv(), wordpiece, config))
+
+
+def send(worker, shard_text):
+    with suppress(OSError):  # it has been killed, which `receive` reports in its turn
+        worker.send(shard_text)
 
 
 def receive(worker):
@@ -547,7 +562,7 @@ def build_shard(shard_text, wordpiece, config):
 def is_heldout(text):
     """Whether a document is held out. A hash decides, so duplicates are never split."""
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-    return number % HELDOUT_SHARE == 0
+    return number % HELDOUT_EVERY == 0
 
 
 def to_array(rows, length):
@@ -609,8 +624,8 @@ def segment(lines, max_length, uniform):
     """Cut a document into examples of two segments: yield (first, second, number of ids dropped).
 
     `lines` holds a list of ids for each line, `uniform()` draws from [0, 1). The second segment may be empty.
-    Called once per document, so that no example crosses the end of one. [D01] No loss looks at the border of
-    the segments: they train token type 1 and the second [SEP] for the sentence pairs of fine-tuning.
+    Called once per document, so that no example crosses the end of one. [D01] There is no next-sentence task:
+    segments only train token type 1 and the second [SEP], which sentence pairs need in fine-tuning.
 
     Lines are collected until they hold `target` ids, usually max_length, and then dealt out to two segments.
     In the example max_length is 12, so the first segment should stay below (12 - 3) // 2 = 4 ids. After the
@@ -667,7 +682,7 @@ def deal_out(lines, target, max_length, uniform):
             second += line
     length = len(first) + len(second)
     first = first[: max_length - 2]
-    room = max(0, max_length - len(first) - 3)  # not -1, where `first` fills the row and needs one [SEP]
+    room = max(0, max_length - len(first) - 3)  # 0 also where `first` leaves no room for a second [SEP]
     second = second[:room]  # [D04] the overflow is dropped
     return first, second, length - len(first) - len(second)
 
@@ -695,7 +710,7 @@ class Shards:
         self.files = find_files(config)
         self.identities = identify_text(self.files)
         self.fingerprint = {  # all that the rows depend on, apart from the text
-            "format": [FORMAT, SHARD_CHARACTERS, HELDOUT_SHARE],
+            "format": [FORMAT, SHARD_CHARACTERS, HELDOUT_EVERY],
             "one_document_per_file": config.one_document_per_file,
             "split_long_lines": config.split_long_lines,
             "vocab": wordpiece.sha256[:12],
@@ -795,22 +810,23 @@ class Shards:
     def describe(self):
         """What the shards hold, and a line for each warning."""
         kept = self.total("tokens_kept")
-        lost = self.total("tokens_dropped") / max(1, kept + self.total("tokens_dropped"))
-        unknown = self.total("tokens_unknown") / max(1, kept)
+        lost_share = self.total("tokens_dropped") / max(1, kept + self.total("tokens_dropped"))
+        unknown_share = self.total("tokens_unknown") / max(1, kept)
         state = "" if self.is_complete else ", still growing"
         text = (f"{self.folder}{state}: {self.total('documents'):,} documents, {self.total('rows'):,} rows "
-                f"to train on, {self.total('heldout_rows'):,} held out; {lost:.0%} of the tokens overflow "
-                f"and are dropped, {unknown:.1%} of the rest are [UNK]{describe_unread(self.config)}")
-        return "\n".join([text, *self.list_warnings(kept, lost, unknown)])
+                f"to train on, {self.total('heldout_rows'):,} held out; {lost_share:.0%} of the tokens "
+                f"overflow and are dropped, {unknown_share:.1%} of the rest are [UNK]"
+                f"{describe_unread(self.config)}")
+        return "\n".join([text, *self.list_warnings(kept, lost_share, unknown_share)])
 
-    def list_warnings(self, kept, lost, unknown):
+    def list_warnings(self, kept, lost_share, unknown_share):
         """Yield a warning if much of the text is lost, unknown or padding."""
-        if lost > 0.4:
+        if lost_share > 0.4:
             option = "" if self.config.split_long_lines else ", or use --split-long-lines"
             yield ("warning: many tokens are dropped. ELECTRA takes a line for a sentence or a paragraph: "
                    f"raise --max-length{option}")
-        if warning := unknown_warning(unknown):
-            yield warning
+        if warning := unknown_warning(unknown_share):
+            yield warning  # which explains rows of few tokens, too
         elif kept < 0.4 * (self.total("rows") + self.total("heldout_rows")) * self.config.max_length:
             yield ("warning: rows are mostly padding. A blank line ends a document: if it should not, use "
                    "--one-document-per-file, else lower --max-length")
@@ -828,11 +844,11 @@ def read_complete(path):
 
 
 def identify_text(files):
-    """[its name and, for a file, its size and modification time] for each of `find_files`.
+    """What `identify` gives for each of `find_files`.
 
     Names of files are relative to the folder that holds them all, so that it can be moved.
     """
-    parents = [os.path.dirname(os.path.abspath(name)) for name in files if is_file(name)]
+    parents = [os.path.dirname(os.path.abspath(name)) for name in files if is_path(name)]
     folder = os.path.commonpath(parents or ["/"])
     return [identify(name, folder) for name in files]
 
@@ -840,21 +856,24 @@ def identify_text(files):
 def hash_files(files):
     """The SHA-256 of each of `find_files`. Addresses have none."""
     hashes = []
-    for name in filter(is_file, files):
+    for name in filter(is_path, files):
         with open(name, "rb") as file:
             hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
     return hashes
 
 
 def identify(name, folder):
-    """[name relative to `folder`, size, modification time] of a file, or [name, versions if it has some]."""
+    """[name relative to `folder`, size, modification time, inode] of a file, or [name, versions if any].
+
+    The inode tells apart files of equal size whose times were all set to 0, as in images of containers.
+    """
     if name == "python-docs":
         versions = [importlib.metadata.version(package) for package in ("torch", "numpy")]
         return [name, [platform.python_version(), *versions]]
     if is_address(name):
         return [name]
     status = os.stat(name)
-    return [os.path.relpath(name, folder), status.st_size, status.st_mtime_ns]
+    return [os.path.relpath(name, folder), status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 def source_name(config):
@@ -1006,11 +1025,12 @@ class Order:
         self.batch_size = batch_size
         self.seed = shards.config.seed
         self.groups = self.list_groups()
-        self.end = 0  # the place in the sequence at which the groups so far end
-        self.rows = np.zeros((0, shards.config.max_length), dtype=np.uint16)  # the last ones before `end`
+        self.rows = np.zeros((0, shards.config.max_length), dtype=np.uint16)  # a part of the sequence
+        self.begin = 0  # the places in the sequence at which it begins and ends
+        self.end = 0
         self.epoch = 0  # of the last of `rows`
-        # The number of shards that decided the rows so far. A resumed run needs them unchanged. If the text
-        # had fewer, it must not have grown.
+        # A resumed run needs so many shards unchanged. If the text had fewer, the run has seen its end, and
+        # the text must not have grown.
         self.num_shards_used = 0
 
     def batch(self, step):
@@ -1022,10 +1042,14 @@ class Order:
         while self.end < begin + self.batch_size:
             self.epoch, group, members = next(self.groups)
             self.end += sum(self.shards.infos[shard]["rows"] for shard in members)
-            if self.end > begin:  # else all of the group comes before the step, and it is not read
+            if self.end > begin:
                 self.rows = np.concatenate([self.rows, self.read(group, members)])
-        assert len(self.rows) >= self.end - begin, "the step is earlier than the last one"
-        self.rows = self.rows[begin - self.end :]
+            else:  # all of the group comes before the step, and it is not read
+                self.rows = self.rows[:0]
+                self.begin = self.end
+        assert begin >= self.begin, "the step is earlier than the last one"
+        self.rows = self.rows[begin - self.begin :]
+        self.begin = begin
         return self.epoch, self.rows[: self.batch_size].astype(np.int64)
 
     def read(self, group, members):
@@ -1097,14 +1121,14 @@ def find_model(name, cache, network=None):
 
 def find_snapshot(name):
     """The folder to which huggingface_hub has downloaded a whole model, or None."""
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
     cache = os.environ.get("HF_HUB_CACHE") or f"{home}/hub"
     folder = Path(cache).expanduser() / f"models--{name.replace('/', '--')}"
     with suppress(OSError, ValueError):  # it is not there, or damaged
         snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
         files = {path.name for path in snapshot.iterdir() if path.exists()}  # links may lead nowhere
         is_whole = "tokenizer.json" in files or {"vocab.txt", "tokenizer_config.json"} <= files
-        if is_whole and "config.json" in files and files & {WEIGHTS, SHARD_INDEX, OLD_WEIGHTS}:
+        if is_whole and "config.json" in files and files & {WEIGHTS, OLD_WEIGHTS}:
             return snapshot
     return None
 
@@ -1115,8 +1139,10 @@ def trained_network(folder):
     The objective decides. What happens to be there does not: a generator never replaces a discriminator.
     """
     run = folder.parent if folder.name.startswith("step-") else folder
-    with suppress(FileNotFoundError), open(run / "log.jsonl", "rb") as file:
-        if b'"objective": "mlm"' in file.readline():  # the settings
+    log = run / "log.jsonl"
+    with suppress(FileNotFoundError), open(log, "rb") as file:
+        first_line = parse_json(file.readline(), log)
+        if first_line.get("settings", {}).get("objective") == "mlm":
             return "generator"
     return "discriminator"
 
@@ -1176,10 +1202,18 @@ RULES = {
     "strip_accents": [True, False],
     "do_basic_tokenize": [True],
     "word_tokenizer_type": ["basic"],
+    "subword_tokenizer_type": ["wordpiece"],
+    "wordpieces_prefix": ["##"],
     "tokenize_chinese_chars": [True],
+    "never_split": [[]],
+    "unk_token": [UNK],
+    "mask_token": [MASK],
     # tokenizer.json
     "model.type": ["WordPiece"],
     "model.continuing_subword_prefix": ["##"],
+    "model.unk_token": [UNK],
+    "model.max_input_chars_per_word": [200, 100],  # 100 is transformers', and 200 the official code's
+    "added_tokens": [[]],  # without special tokens
     "normalizer.type": ["BertNormalizer"],
     "normalizer.clean_text": [True],
     "normalizer.handle_chinese_chars": [True],
@@ -1196,8 +1230,11 @@ def read_rules(path):
         rules = flatten(rules, path)
     lacking = f"{path} asks for a rule that this tokenizer lacks"
     for name, possible in RULES.items():
-        if rules.get(name) not in [*possible, None]:
-            raise UserError(f"{lacking}: {name} is {rules[name]!r} and not {possible[0]!r}")
+        rule = rules.get(name)
+        if isinstance(rule, dict):  # a token with its properties
+            rule = rule.get("content")
+        if rule not in [*possible, None]:
+            raise UserError(f"{lacking}: {name} is {rule!r:.80} and not {possible[0]!r}")
     if rules.get("strip_accents") and rules.get("do_lower_case") is False:
         raise UserError(f"{lacking}: accents are stripped only from lower-cased text")
     if not isinstance(rules.get("model_max_length"), int | float | None):
@@ -1211,9 +1248,11 @@ def flatten(content, path):
     try:
         for part in "model", "normalizer", "pre_tokenizer":
             rules |= {f"{part}.{name}": value for name, value in content[part].items()}
+        added = [token["content"] for token in content.get("added_tokens", [])]
+        rules["added_tokens"] = [token for token in added if token not in SPECIAL_TOKENS]
         return rules | dict(do_lower_case=rules["normalizer.lowercase"],
                             strip_accents=rules["normalizer.strip_accents"])
-    except (AttributeError, KeyError):
+    except (AttributeError, KeyError, TypeError):
         raise UserError(f"{path} is damaged, or its tokenizer is not like BERT's") from None
 
 
@@ -1234,7 +1273,7 @@ BERT_VOCAB = dict(  # BERT's uncased vocabulary, which is ELECTRA's
     sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 )
 VOCAB_DOCUMENTS = 100_000  # documents used to train a vocabulary
-# BERT's normalizer makes words of these characters, of Chinese and Japanese kanji.
+# Chinese characters and kanji: BERT's normalizer makes each a word of its own.
 IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b73f"
                        "\U0002b740-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]")
 
@@ -1273,30 +1312,38 @@ def train_vocab(config, size, path, identities):
     """Train a vocabulary of at most `size` tokens on the beginning of the text, and write it to `path`.
 
     A text that has changed since it was identified is refused: `path` is named after it.
-
-    Ideographs are words of their own, so the trainer does not see them. The most frequent ones are added: as
-    many as there is room for, and at least as large a share of the vocabulary as of the text.
     """
     wordpiece = WordPiece(SPECIAL_TOKENS, config.do_lower_case, config.strip_accents)
     counts = Counter()  # of all characters
     # Letters, which take two tokens each (x and ##x), may fill half of the vocabulary.
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL_TOKENS, show_progress=False,
                                         limit_alphabet=max(1, size // 4))
-    wordpiece.tokenizer.train_from_iterator(lines_without_ideographs(config, wordpiece, counts), trainer)
+    lines = lines_without_ideographs(config, wordpiece, counts)  # fills `counts` as it is read
+    wordpiece.tokenizer.train_from_iterator(lines, trainer)
     ids = wordpiece.tokenizer.get_vocab()
-    ideographs = [character for character, _ in counts.most_common() if IDEOGRAPH.match(character)]
-    if len(ids) == len(SPECIAL_TOKENS) and not ideographs:
+    tokens = add_ideographs(sorted(ids, key=ids.get), counts, size)
+    if len(tokens) == len(SPECIAL_TOKENS):
         raise no_text(config)
-    share_of_text = sum(counts[character] for character in ideographs) / counts.total()
-    room = max(size - len(ids), int(share_of_text * (size - len(SPECIAL_TOKENS))))
-    kept = ideographs[:room]
-    tokens = sorted(ids, key=ids.get)[: size - len(kept)] + kept
     if len(tokens) < size:
         tqdm.write(f"the text yields a vocabulary of {len(tokens):,} and not {size:,}: it has no more pieces "
                    "of words", file=sys.stderr)
     if identify_text(find_files(config)) != identities:
         raise UserError(f"the text {CHANGED}")
-    write_sealed(path, vocab_file(tokens))
+    write_sealed(path, vocab_bytes(tokens))
+
+
+def add_ideographs(tokens, counts, size):
+    """A vocabulary of `size` tokens at most, with the most frequent ideographs at its end.
+
+    They are words of their own, so the trainer does not see them. There are as many as there is room for, and
+    at least as large a share of the vocabulary as of the text, whose characters `counts` has.
+    """
+    ideographs = [character for character, _ in counts.most_common() if IDEOGRAPH.match(character)]
+    share_of_text = sum(counts[character] for character in ideographs) / max(1, counts.total())
+    room = size - len(tokens)
+    fair_share = int(share_of_text * (size - len(SPECIAL_TOKENS)))
+    ideographs = ideographs[: max(room, fair_share)]
+    return tokens[: size - len(ideographs)] + ideographs
 
 
 def lines_without_ideographs(config, wordpiece, counts):
@@ -1425,7 +1472,7 @@ class WordPiece:
         settings = dict(tokenizer_class="ElectraTokenizer", do_lower_case=self.do_lower_case,
                         strip_accents=self.strip_accents, tokenize_chinese_chars=True,
                         model_max_length=max_length)
-        return {"vocab.txt": vocab_file(self.tokens),
+        return {"vocab.txt": vocab_bytes(self.tokens),
                 "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode()}
 
 
@@ -1438,7 +1485,7 @@ def unknown_warning(share):
             "characters (text without spaces); lines of vocab.txt that hold more than a token")
 
 
-def vocab_file(tokens):
+def vocab_bytes(tokens):
     """The content of a vocab.txt."""
     return "".join(f"{token}\n" for token in tokens).encode()
 
@@ -1449,7 +1496,7 @@ def vocab_file(tokens):
 TIMEOUT = 30  # seconds without an answer
 BACKOFF = 0.5  # seconds, doubled before each new attempt, at most a minute
 ATTEMPTS = 16  # in a row; they take ten minutes
-# Messages of OpenSSL, and those about a host that is not known. Without a network, look-ups fail otherwise.
+# Messages of OpenSSL, and those about a host that is not known. Without a network the message is another one.
 HOPELESS = re.compile("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|CERTIFICATE_VERIFY_FAILED|"
                       "Name or service not known|nodename nor servname provided")
 ATTEMPTS_WITHOUT_ANSWER = 7  # if the server has never answered; they take a minute

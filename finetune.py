@@ -69,7 +69,9 @@ class RecipeConfig(train.StepConfig):
     cache: Annotated[str, "folder for downloads"] = data.DataConfig.cache
     out: Annotated[str, "folder for results"] = "out/glue"
 
-    predicts_test_sets = False  # no field: FinetuneConfig has flags for it
+    @property
+    def predicts_test_sets(self):
+        return False  # FinetuneConfig has flags for it
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,8 @@ def fill_in_recipe(config, task, hidden_size):
     for size in train.SIZES.values():
         width = size.get("hidden_size", model.ElectraConfig.hidden_size)
         recipes[width] = size["finetuning"]
-    for width in sorted(recipes):
-        if width >= hidden_size:
-            break  # else it is wider than all sizes, and takes the values of the largest
+    not_narrower = [width for width in recipes if width >= hidden_size]
+    width = min(not_narrower, default=max(recipes))  # what is wider than all takes the values of the largest
     learning_rate, layerwise_lr_decay = recipes[width]
     return replace(config, learning_rate=config.learning_rate or learning_rate,
                    layerwise_lr_decay=config.layerwise_lr_decay or layerwise_lr_decay,
@@ -195,8 +196,7 @@ def run_and_record(experiment, seed, finetuner, splits):
 class Experiment:
     """A task, and everything that decides its results except the seed.
 
-    The methods from `read` to `saved_fields` are what a kind of task decides. Here they are for sentences;
-    extras/ has subclasses for questions and for words.
+    Subclasses in extras/, for questions and for words, override the methods from `read` to `saved_fields`.
     """
 
     def __init__(self, task, config, pretrained):
@@ -270,11 +270,11 @@ class Experiment:
 
     def run_name(self, seed):
         """The name of a seed's lock and predictions. Other settings have other names."""
-        return f"{self.task.name}-{seed}-{data.digest(self.settings())}"
+        return f"{self.task.name[:40]}-{seed}-{data.digest(self.settings())}"
 
     def network_path(self):
         """The folder of the best seed's network. Other settings have other folders."""
-        return self.folder / "networks" / f"{self.task.name}-{data.digest(self.settings())}"
+        return self.folder / "networks" / f"{self.task.name[:40]}-{data.digest(self.settings())}"
 
     def predictions_path(self, seed):
         tests = data.digest([self.sha256[split] for split in self.task.test_splits])
@@ -390,12 +390,12 @@ class Finetuner:
         with tqdm(total=total, desc=title, unit=" steps", leave=False, disable=None) as bar:
             for epoch in range(config.num_train_epochs):
                 order = data.rng(seed, f"{task.name} order", epoch).permutation(len(rows))
-                for _, numbers, ids in batches(rows, order, config.batch_size, config):
+                for _, device_indices, ids in batches(rows, order, config.batch_size, config):
                     lr = train.learning_rate(step, config.learning_rate, total,
                                              config.warmup_proportion * total)
                     for group in self.optimizer.param_groups:
                         group["lr"].fill_(lr * group["lr_scale"])  # a tensor, which the CUDA graph reads
-                    self.take_step(ids, labels[numbers])
+                    self.take_step(ids, labels[device_indices])
                     step += 1
                     bar.update()
         # The last step is scored: no best epoch is picked.
@@ -459,7 +459,7 @@ def num_steps(num_examples, batch_size, epochs):
 
 
 def batches(rows, order, size, config):
-    """Yield each batch: the numbers of its rows, on the host and on the device, and ids cut to the longest.
+    """Yield each batch: the indices of its rows, on the host and on the device, and ids cut to the longest.
 
     On a GPU the length is a multiple of 16, so that few shapes are captured.
     """
@@ -468,23 +468,23 @@ def batches(rows, order, size, config):
     device_order = torch.from_numpy(order).to(config.device)
     lengths = (rows != 0).sum(1)  # without the zeros that pad
     for start in range(0, len(order), size):
-        numbers = order[start : start + size]
-        device_numbers = device_order[start : start + size]
-        length = int(lengths[numbers].max())
+        indices = order[start : start + size]
+        device_indices = device_order[start : start + size]
+        length = int(lengths[indices].max())
         if config.device.startswith("cuda"):
             length = 16 * math.ceil(length / 16)
-        yield numbers, device_numbers, ids[device_numbers, :length]
+        yield indices, device_indices, ids[device_indices, :length]
 
 
 @torch.no_grad()
 def run_network(network, rows, config):
-    """Yield each batch's row numbers and output, without dropout. Rows of like length share a batch."""
+    """Yield each batch's row indices and output, without dropout. Rows of like length share a batch."""
     network.eval()
     order = np.argsort((rows != 0).sum(1), kind="stable")
-    for numbers, _, ids in batches(rows, order, EVAL_BATCH_SIZE, config):
+    for indices, _, ids in batches(rows, order, EVAL_BATCH_SIZE, config):
         with train.autocast(config):
             output = network(ids)
-        yield numbers, output
+        yield indices, output
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -585,7 +585,8 @@ def describe(experiment, split, examples, tokenized):
     if labels[0] is None:
         found = "no labels"
     elif task.is_regression:
-        low, high = (glue.unscale(label, task.label_range) for label in (min(labels), max(labels)))
+        low = glue.unscale(min(labels), task.label_range)
+        high = glue.unscale(max(labels), task.label_range)
         found = f"labels from {low:g} to {high:g}"
     else:
         found = count_labels(task.labels[label] for label in labels)
@@ -799,8 +800,9 @@ def save_network(experiment, seed, network):
                               experiment.config.max_length)
     with lock_outputs(experiment.folder, "network"):
         write()  # a plain encoder, until its config.json has the rest
-        fields = dict(head=type(network).__name__, run_name=experiment.run_name(seed),
-                      sha256=hash_network_files(folder), **experiment.saved_fields(seed))
+        sha256 = hash_network_files(folder)
+        fields = dict(head=type(network).__name__, run_name=experiment.run_name(seed), sha256=sha256,
+                      **experiment.saved_fields(seed))
         write(**fields)
         write(**fields, digest=digest_fields(data.read_json(folder / "config.json")))
 
@@ -920,6 +922,8 @@ def read_chunks(config, read_row):
     """Yield lists of what `read_row(row, where)` gives for each row of --predict-file."""
     if config.predict_file == "-":
         source = "standard input"
+        if not hasattr(sys.stdin, "buffer"):
+            raise data.UserError("standard input is closed or replaced; use --predict-file FILE")
         file = sys.stdin.buffer
     else:
         source = config.predict_file

@@ -43,7 +43,8 @@ class Task:
     num_train_epochs: int = 3  # [D32]
     both_orders: bool = False  # [D30] trained on both orders of the sentences
 
-    splits: ClassVar  # "train", then what begins with "dev", then test sets
+    # No field, but a property of subclasses: "train", then what begins with "dev", then test sets.
+    splits: ClassVar
     number_format: ClassVar = ".6g"  # of a regression's predictions
 
     @property
@@ -270,7 +271,10 @@ def read_mrpc(split, cache):
 
 @functools.cache  # a file is checked once, not for each of its splits
 def fetch_official(download, cache, flag="--glue-dir"):
-    """The path of an official file: downloaded, unless it is there, and checked. The flag replaces it."""
+    """The path of an official file: downloaded, unless it is there, and checked.
+
+    `flag` is the option that takes a copy of your own. Errors name it.
+    """
     address, size, sha256 = download
     path = Path(cache) / "glue" / address.rsplit("/", 1)[1]
     advice = f"put {path.name} into {path.parent}, or use {flag}"
@@ -339,7 +343,7 @@ def read_number(text, where):
         number = float(text)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number):
+    if not math.isfinite(number) or "_" in str(text):  # Python reads 1_0 as 10
         raise data.UserError(f"{where}: the label is {text!r} and not a number")
     return number
 
@@ -514,7 +518,7 @@ def read_lines(file, source):
     """Yield ("SOURCE, line N", text) for each line of a binary file."""
     for number, line in enumerate(file, 1):
         where = f"{source}, line {number}"
-        if number == 1 and b"\r" in line.rstrip(b"\r\n"):  # all lines are one
+        if number == 1 and b"\r" in line.rstrip(b"\r\n"):  # then all of the file is one line
             raise data.UserError(f"the lines of {source} end with CR; save it with line ends LF or CR LF")
         yield where, data.decode_utf8(line, where)
 

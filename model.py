@@ -476,7 +476,7 @@ def attention(query, key, value, attention_mask, dropout_prob):
     key_mask = attention_mask[:, None, None, :]  # (B, 1, 1, L), for all heads and queries
     if not dropout_prob or not is_eager_cpu(query):
         return F.scaled_dot_product_attention(query, key, value, key_mask, dropout_prob)
-    scores = query / math.sqrt(query.shape[3]) @ key.transpose(2, 3)  # (B, heads, L, L)
+    scores = (query / math.sqrt(query.shape[3])) @ key.transpose(2, 3)  # (B, heads, L, L)
     scores += torch.where(key_mask, 0.0, -math.inf).to(scores)
     return dropout(scores.softmax(-1), dropout_prob) @ value
 
@@ -565,7 +565,8 @@ def read_vocabulary(folder):
 def load_config(folder):
     """The ElectraConfig in a folder's config.json. Other fields are ignored.
 
-    It is compared with the size of the weights, since a network takes memory as soon as it is built.
+    A damaged one may describe a huge network. So it is compared with the size of the weights before a network
+    is built.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -590,11 +591,13 @@ def load_config(folder):
     return config
 
 
-MAX_PADDING = 1024  # rows that no token uses: a vocabulary may be padded to a multiple of 64 or the like
+# Rows that no token uses, since a vocabulary may be padded to a multiple of 64 or the like. More rows than
+# this, or than a quarter, are another vocabulary.
+MAX_PADDING = 1024
 
 
 def load_weights(network, folder, encoder_only=False):
-    """Fill a network or, with encoder_only, the `.encoder` of any module with a `.config`, from a folder.
+    """Fill a network from a folder or, with encoder_only, only its `.encoder`, as finetune.py needs it.
 
     Every tensor must be there, have its shape and be finite. Extra tensors are ignored, and so are the rows
     of a padded vocabulary. The numbers of layers and heads must agree.

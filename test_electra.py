@@ -1368,6 +1368,11 @@ def of_tokenizers(model="WordPiece", normalizer=None, pre_tokenizer=None, **opti
     (TOKENIZER, {"do_lower_case": "no"}, "do_lower_case is 'no'"),
     (TOKENIZER, {"do_lower_case": False, "strip_accents": True}, "accents are stripped only from lower"),
     (TOKENIZER, {"model_max_length": "512"}, "is damaged: model_max_length is '512'"),
+    (TOKENIZER, {"subword_tokenizer_type": "character"}, "subword_tokenizer_type is 'character'"),
+    (TOKENIZER, {"never_split": ["ba"]}, r"never_split is \['ba'\]"),
+    (TOKENIZER, {"mask_token": {"content": "<mask>"}}, r"mask_token is '<mask>' and not '\[MASK\]'"),
+    ("tokenizer.json", of_tokenizers(max_input_chars_per_word=3), "max_input_chars_per_word is 3"),
+    ("tokenizer.json", of_tokenizers() | {"added_tokens": [{"content": "ba do"}]}, "added_tokens is .'ba"),
     ("tokenizer.json", of_tokenizers("BPE", continuing_subword_prefix="##"), "model.type is 'BPE' and not"),
     ("tokenizer.json", of_tokenizers("WordLevel"), "model.type is 'WordLevel'"),
     ("tokenizer.json", of_tokenizers(continuing_subword_prefix="@@"), "continuing_subword_prefix is '@@'"),
@@ -1713,10 +1718,15 @@ def test_a_copy_of_the_text_and_another_path_to_it_find_the_cache(corpus, monkey
     whole = data.prepare(data_config(data=("text",))).folder
     calls = []
     watch(monkeypatch, data, "hash_files", calls.append)
-    shutil.copytree("text", "same times")
-    for path in "text/", "./text", str(corpus / "text"), "same times":
+    for path in "text/", "./text", str(corpus / "text"):
         assert find_cache(path) == whole and not calls
+    shutil.copytree("text", "same times")
+    assert find_cache("same times") == whole and len(calls) == 1
+    Path("same times/a.txt").write_bytes(b"ba du")
+    shutil.copystat("text/a.txt", "same times/a.txt")
+    assert find_cache("same times") != whole
     shutil.copytree("text", "copy", copy_function=shutil.copyfile)
+    calls.clear()
     assert find_cache("copy") == find_cache(str(corpus / "copy")) == whole and len(calls) == 2
     Path("copy").rename("renamed")
     assert find_cache("renamed") == whole

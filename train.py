@@ -174,11 +174,11 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
     saved_at = time.perf_counter()
     try:
         with stop_signals() as signals, progress_bar(config, first_step) as bar:
-            shards.signals = signals
+            shards.signals = signals  # a signal also ends waiting for text
             order = data.Order(shards, config.batch_size)
             while step < config.num_train_steps:
                 if any_rank(bool(signals)):
-                    raise data.Stopped("")
+                    raise data.Stopped("")  # caught below, where the run is saved
                 is_last = step + 1 == config.num_train_steps
                 is_evaluated = is_last or (step + 1) % config.eval_every == 0
 
@@ -190,7 +190,7 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
 
                 # Rows. This waits until the text is prepared that far, on all ranks.
                 epoch, rows = read_together(order.batch, step)
-                if is_evaluated and heldout is None:
+                if is_evaluated and heldout is None:  # before the step, since waiting may end the run
                     heldout = read_together(shards.heldout, HELDOUT_ROWS)
                     describe_heldout(heldout, electra.config)
 
@@ -240,7 +240,11 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
 
 
 class Stopwatch:
-    """Measures the seconds that a step takes, without what lies between a step's metrics and `restart`."""
+    """Measures the seconds that a step takes since the last `restart`.
+
+    The loop restarts it after logging, evaluating, saving and the first step, which compiles. So these do not
+    count.
+    """
 
     def __init__(self, step):
         self.restart(step)
@@ -446,7 +450,10 @@ class CudaGraphs:
         return results
 
     def capture(self, inputs):
-        """(inputs, replay), where replay() computes the function of what these inputs hold at that time."""
+        """Record the function on these tensors: (inputs, replay).
+
+        To call it, copy into the inputs and call replay().
+        """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             results = self.function(*inputs)
@@ -473,6 +480,8 @@ def start_ranks(config):
         dist.init_process_group(backend, timeout=RANK_TIMEOUT)
     except ValueError:  # a variable that torchrun sets is missing
         raise no_torchrun() from None
+    if RANK > 0:  # rank 0 talks for all; errors go to stderr
+        sys.stdout = open(os.devnull, "w")
 
 
 def no_torchrun():
@@ -505,7 +514,7 @@ def read_together(read, *args):
     if WORLD_SIZE == 1:
         return read(*args)
     message = None
-    if LOCAL_RANK == 0:
+    if LOCAL_RANK == 0:  # this may fail
         try:
             result = read(*args)
         except data.Stopped as error:
@@ -513,7 +522,7 @@ def read_together(read, *args):
     if any_rank(message is not None):
         messages = [each for each in from_all_ranks(message) if each]
         raise data.Stopped(messages[0] if messages else "")
-    if LOCAL_RANK > 0:
+    if LOCAL_RANK > 0:  # the rows are there now
         result = read(*args)
     return result
 
@@ -587,7 +596,7 @@ class Inputs(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a checkpoint says about its run. The step and the states of torch's objects stand beside it."""
+    """What a checkpoint records about its run. The step and the states of torch's objects stand beside it."""
 
     inputs: Inputs
     settings: dict  # by name: flags and fields of configs that decide the result
@@ -700,7 +709,7 @@ class RunFolder:
         if state is not None:
             step = state["step"]
             self.electra.load_state_dict(state["model"])
-            # Keep this run's groups. Their settings may be new, and their learning rates are on this device.
+            # Load the moments only. The groups stay, since their learning rates are tensors on this device.
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict(state["optimizer"] | dict(param_groups=groups))
             if state["scaler"] and self.scaler.is_enabled():
@@ -1030,7 +1039,7 @@ def main(argv=None):
     with lock_run(config):
         # The run, if there is one, and what it is made from.
         state = read_checkpoint(config)  # on rank 0
-        run = from_all_ranks(state and state["run"])[0]
+        run = from_all_ranks(None if state is None else state["run"])[0]
         inputs = find_inputs(run, config, data_config, electra_config)
         data_config, electra_config, wordpiece = apply_inputs(inputs, data_config, electra_config, typed)
         shards = data.GrowingShards(data_config, wordpiece)
@@ -1058,10 +1067,13 @@ def main(argv=None):
             del state  # it takes memory
             print(shards.describe())
             if not config.eval_only:
+                was_complete = shards.is_complete
                 warn_if_warmup_is_long(config)
                 folder.start(run, step)
                 train(config, electra, optimizer, scaler, shards, folder, step)
                 step = config.num_train_steps
+                if not was_complete:  # the whole text may deserve a warning that its beginning did not
+                    print(shards.describe())
             report(config, electra, shards, step)
 
     if WORLD_SIZE > 1:
@@ -1093,8 +1105,8 @@ SHAPE = ("embedding_size", "hidden_size", "num_hidden_layers", "num_attention_he
 def find_inputs(run, config, data_config, electra_config):
     """The Inputs of a run, from its checkpoint. For a new run, those that the flags name.
 
-    If the flags or, perhaps, a vocab.txt have changed, the flags count, and `RunFolder.check_settings` finds
-    what differs.
+    The checkpoint's count if --init and --vocab are as they were. Else `RunFolder.check_settings` finds what
+    differs. A vocab.txt is always read again, so that a change of it is found, too.
     """
     if run is not None and not Path(data_config.vocab).is_file():
         if (run.inputs.init, run.inputs.vocab) == (list(config.init), data_config.vocab):
@@ -1167,7 +1179,7 @@ def load_init(electra, config, data_config):
               "samples are easy to tell and teach the discriminator little")
     tables = []  # of embeddings, which both networks share
     for name in "generator", "discriminator":
-        if name in folders:
+        if name in folders:  # the discriminator last, so that its embeddings stay
             model.load_weights(networks[name], folders[name])
             tables.append(electra.generator.encoder.embeddings.word_embeddings.weight.clone())
     if not torch.equal(tables[0], tables[-1]):
@@ -1365,8 +1377,8 @@ def run_command(main):
 
 
 def set_up_output():
-    """Have any text printable, whatever the locale, and printed by rank 0 only. All ranks report errors."""
-    if sys.stdout is None or RANK > 0:  # None: it was closed
+    """Have any text printable, whatever the locale and even if the streams are closed."""
+    if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")

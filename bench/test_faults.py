@@ -480,6 +480,7 @@ def test_damaged_archives_are_refused_by_name(corpus):
     ("cola", b"<html>\n", "train.tsv has 0 rows and not 2"),
     ("sst2", b"<html>\n", "SST-2/train.tsv, line 1 has no column sentence; it was damaged or edited"),
     ("stsb", f"{STSB}\tscore\n{STSB_ROW}A\tB\tC\n".encode(), "line 2: the label is 'C' and not a number"),
+    ("stsb", f"{STSB}\tscore\n{STSB_ROW}A\tB\t1_0\n".encode(), "line 2: the label is '1_0' and not a number"),
 ])
 def test_damaged_glue_files_are_refused(name, content, message, corpus, monkeypatch):
     """A TSV that was cut, edited or replaced is named."""
@@ -767,6 +768,14 @@ def test_the_childs_own_sentence_stops_the_training_which_saves(streaming):
     with pytest.raises(UserError, match="cut.tar is damaged or cut short"):
         pretrain("--data cut.tar --num-train-steps 100000 --save-every 100000")
     assert torch.load("out/small/checkpoint.pt", weights_only=True)["step"] > 3
+
+
+def test_a_warning_about_the_end_of_a_growing_text_is_given(streaming, capsys):
+    """Its beginning is fine when training starts; what lies in later shards is described after it."""
+    Path("corpus.txt").write_text("ba do ku\n\n" * 3000 + "ж щ ю\n\n" * 9000)
+    pretrain("--num-train-steps 60")
+    first, second = re.findall(r"([0-9.]+)% of the rest are \[UNK\]", capsys.readouterr().out)
+    assert float(first) < 5 < float(second)
 
 
 def test_ctrl_c_while_text_is_waited_for_saves_at_once(streaming):
@@ -1292,6 +1301,20 @@ def test_a_damaged_config_of_a_saved_network_is_made_again(toy_glue):
             finetune.Predictor(path.parent)
         tune("--task wnli --save")
         assert path.read_bytes() == before
+
+
+def test_closed_standard_input_and_a_rank_of_a_scheduler(toy_glue, monkeypatch, capsys):
+    """Closed input is a sentence; RANK=1 without torchrun throws no predictions away."""
+    tune("--task wnli --save")
+    command = f"--model {find_network('wnli')} --device cpu --predict-file"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("sentence1\tsentence2\n"))
+    with pytest.raises(UserError, match="standard input is closed or replaced; use --predict-file FILE"):
+        finetune.main(f"{command} - --format tsv".split())
+    Path("new.tsv").write_text("sentence1\tsentence2\nba\tdo\n")
+    monkeypatch.setattr(train, "RANK", 1)
+    capsys.readouterr()
+    assert train.run_command(lambda: finetune.main(f"{command} new.tsv".split())) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_a_result_is_added_below_a_line_without_an_end(toy_glue):
