@@ -2381,6 +2381,7 @@ def test_compile_and_optimizer_flags_do_what_they_say(corpus, steps, monkeypatch
     """--compile compiles one graph; flags of Adam and of the shape reach the optimizer and the networks."""
     compiled, models = [], []
     monkeypatch.setattr(torch, "compile", lambda module, fullgraph: compiled.append(fullgraph) or module)
+    monkeypatch.setattr(train, "COMPILES_SINCE", "2.0")  # nothing is compiled here
     watch(monkeypatch, Electra, "forward", lambda self, *args: models.append(self))
     pretrain("--compile --layer-norm-eps 1e-3 --hidden-dropout-prob 0.3 --attention-probs-dropout-prob 0.4 "
              "--adam-beta1 0.8 --adam-beta2 0.95 --adam-epsilon 1e-4 --weight-decay 0.2 --num-train-steps 1")
