@@ -767,16 +767,16 @@ def is_saved(experiment, seed):
     folder = experiment.network_path()
     try:
         fields = read_saved_config(folder)
-    except (FileNotFoundError, data.UserError):  # there is none yet, or it is damaged
+    except data.UserError:  # it is damaged
         return False
     return (fields.get("run_name") == experiment.run_name(seed)
             and fields.get("sha256") == hash_network_files(folder))
 
 
 def read_saved_config(folder):
-    """The fields of a saved network's config.json, {} of another folder's. It has a digest, as results do."""
+    """The fields of a saved network's config.json, which has a digest, as results do. {} of other folders."""
     path = folder / "config.json"
-    fields = data.read_json(path)
+    fields = data.read_json(path) if path.is_file() else {}
     if "head" not in fields:
         return {}
     if fields.pop("digest", None) != digest_fields(fields):
@@ -803,8 +803,8 @@ def save_network(experiment, seed, network):
         sha256 = hash_network_files(folder)
         fields = dict(head=type(network).__name__, run_name=experiment.run_name(seed), sha256=sha256,
                       **experiment.saved_fields(seed))
-        write(**fields)
-        write(**fields, digest=digest_fields(data.read_json(folder / "config.json")))
+        config = json.loads(model.pretrained_files(network, **fields)["config.json"])
+        write(**fields, digest=digest_fields(config))
 
 
 def hash_network_files(folder):
@@ -839,7 +839,7 @@ class Saved(NamedTuple):
 def load_saved(folder, head):
     """What --save wrote to a folder for a network of the class that `head` names."""
     folder = Path(folder)
-    fields = read_saved_config(folder) if (folder / "config.json").is_file() else {}
+    fields = read_saved_config(folder)
     if fields.get("head") != head:
         raise data.UserError(f"{folder} has no {head}; --model takes what --save wrote in OUT/networks")
     for name, sha256 in hash_network_files(folder).items():
