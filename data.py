@@ -5,6 +5,7 @@
     documents        names -> files -> one string for each document
     workers          the next stage, on several cores
     rows             a document -> ids -> rows of two segments
+    WordPiece        lines -> ids, and back
     shards           rows <-> disk
     growing shards   a child process adds shards while this process trains
     order            (seed, step) -> the rows of a training step
@@ -685,6 +686,102 @@ def deal_out(lines, target, max_length, uniform):
     room = max(0, max_length - len(first) - 3)  # 0 also where `first` leaves no room for a second [SEP]
     second = second[:room]  # [D04] the overflow is dropped
     return first, second, length - len(first) - len(second)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# WordPiece: lines <-> ids
+
+NOT_PRINTABLE_ASCII = re.compile(r"[^ -~]+")
+
+
+class WordPiece:
+    """A vocabulary, `tokens` in the order of their ids, and the rules that turn text into ids.
+
+    A word is cut greedily: each token is the longest that fits, and inside a word tokens begin with ##. No
+    text becomes a special token: "[SEP]" is tokenized as "[", "sep" and "]".
+
+    >>> wordpiece = WordPiece([*SPECIAL_TOKENS, "p", "play", "##ing", "##in"])
+    >>> [wordpiece.tokens[number] for number in wordpiece.encode(["Playing"])[0]]
+    ['play', '##ing']
+    """
+
+    def __init__(self, tokens, do_lower_case=True, strip_accents=True):
+        self.tokens = tokens
+        self.do_lower_case = do_lower_case
+        self.strip_accents = do_lower_case and strip_accents
+        ids = {token: number for number, token in enumerate(tokens)}
+        self.cls_token_id = ids[CLS]
+        self.sep_token_id = ids[SEP]
+        self.mask_token_id = ids[MASK]
+        self.unk_token_id = ids[UNK]
+        self.sha256 = hashlib.sha256("\n".join(tokens).encode()).hexdigest()
+        # As in the official code, only words over 200 characters become [UNK] for their length.
+        self.tokenizer = Tokenizer(models.WordPiece(ids, unk_token=UNK, max_input_chars_per_word=200))
+        self.tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self.normalizer = normalizers.BertNormalizer(  # for `normalize`
+            lowercase=self.do_lower_case, strip_accents=self.strip_accents)
+
+    def encode(self, lines):
+        """A list of lines -> a list of lists of ids, without special tokens."""
+        texts = [self.normalize(line) for line in lines]
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def normalize(self, line):
+        """What `normalizer` makes of a line, a third faster: printable ASCII needs only lower-casing."""
+        line = NOT_PRINTABLE_ASCII.sub(lambda match: self.normalizer.normalize_str(match[0]), line)
+        if self.do_lower_case:
+            line = line.lower()
+        return line
+
+    def add_special_tokens(self, first, second):
+        """[CLS] first [SEP] second [SEP], or [CLS] first [SEP] if there is no second, as a list of ids."""
+        row = [self.cls_token_id, *first, self.sep_token_id]
+        if second:
+            row += [*second, self.sep_token_id]
+        return row
+
+    def unknown_share(self, rows):
+        """The share of [UNK] among the ids of text in rows, an array of ids."""
+        ids = rows[(rows != 0) & (rows != self.cls_token_id) & (rows != self.sep_token_id)]
+        if not len(ids):
+            return 0.0
+        return float(np.mean(ids == self.unk_token_id))
+
+    def cased_share(self):
+        """The share of tokens that lower-casing makes useless. [PAD] and its like do not count."""
+        if not self.do_lower_case:
+            return 0.0
+        is_useless = [token != token.lower() and not token.startswith("[") for token in self.tokens]
+        return sum(is_useless) / len(self.tokens)
+
+    def decode(self, ids):
+        """Readable text, with special tokens and without padding."""
+        words = [self.tokens[number] for number in ids if number != 0]  # 0 is [PAD]
+        return " ".join(words).replace(" ##", "")
+
+    def files(self, max_length):
+        """{name: bytes} of vocab.txt and tokenizer_config.json. `max_length` is the length trained on."""
+        # Without tokenizer_config.json, transformers always lower-cases and strips accents.
+        settings = dict(tokenizer_class="ElectraTokenizer", do_lower_case=self.do_lower_case,
+                        strip_accents=self.strip_accents, tokenize_chinese_chars=True,
+                        model_max_length=max_length)
+        return {"vocab.txt": vocab_bytes(self.tokens),
+                "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode()}
+
+
+def unknown_warning(share):
+    """A warning that names the usual causes of so many [UNK], or "" if they are at most 5 %."""
+    if share <= 0.05:
+        return ""
+    return (f"warning: {share:.0%} of the tokens are [UNK]. Usual causes: a vocabulary of another "
+            "language, case or accents; a vocabulary of another kind (\u2581, \u0120); words of over 200 "
+            "characters (text without spaces); lines of vocab.txt that hold more than a token")
+
+
+def vocab_bytes(tokens):
+    """The content of a vocab.txt."""
+    return "".join(f"{token}\n" for token in tokens).encode()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1395,99 +1492,6 @@ def parse_tokenizer(text, path):
     if not is_whole:
         raise UserError(f"{path} is not a WordPiece tokenizer, as ELECTRA's and BERT's are")
     return tokens
-
-
-NOT_PRINTABLE_ASCII = re.compile(r"[^ -~]+")
-
-
-class WordPiece:
-    """A vocabulary, `tokens` in the order of their ids, and the rules that turn text into ids.
-
-    A word is cut greedily: each token is the longest that fits, and inside a word tokens begin with ##. No
-    text becomes a special token: "[SEP]" is tokenized as "[", "sep" and "]".
-
-    >>> wordpiece = WordPiece([*SPECIAL_TOKENS, "p", "play", "##ing", "##in"])
-    >>> [wordpiece.tokens[number] for number in wordpiece.encode(["Playing"])[0]]
-    ['play', '##ing']
-    """
-
-    def __init__(self, tokens, do_lower_case=True, strip_accents=True):
-        self.tokens = tokens
-        self.do_lower_case = do_lower_case
-        self.strip_accents = do_lower_case and strip_accents
-        ids = {token: number for number, token in enumerate(tokens)}
-        self.cls_token_id = ids[CLS]
-        self.sep_token_id = ids[SEP]
-        self.mask_token_id = ids[MASK]
-        self.unk_token_id = ids[UNK]
-        self.sha256 = hashlib.sha256("\n".join(tokens).encode()).hexdigest()
-        # As in the official code, only words over 200 characters become [UNK] for their length.
-        self.tokenizer = Tokenizer(models.WordPiece(ids, unk_token=UNK, max_input_chars_per_word=200))
-        self.tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        self.normalizer = normalizers.BertNormalizer(  # for `normalize`
-            lowercase=self.do_lower_case, strip_accents=self.strip_accents)
-
-    def encode(self, lines):
-        """A list of lines -> a list of lists of ids, without special tokens."""
-        texts = [self.normalize(line) for line in lines]
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
-    def normalize(self, line):
-        """What `normalizer` makes of a line, a third faster: printable ASCII needs only lower-casing."""
-        line = NOT_PRINTABLE_ASCII.sub(lambda match: self.normalizer.normalize_str(match[0]), line)
-        if self.do_lower_case:
-            line = line.lower()
-        return line
-
-    def add_special_tokens(self, first, second):
-        """[CLS] first [SEP] second [SEP], or [CLS] first [SEP] if there is no second, as a list of ids."""
-        row = [self.cls_token_id, *first, self.sep_token_id]
-        if second:
-            row += [*second, self.sep_token_id]
-        return row
-
-    def unknown_share(self, rows):
-        """The share of [UNK] among the ids of text in rows, an array of ids."""
-        ids = rows[(rows != 0) & (rows != self.cls_token_id) & (rows != self.sep_token_id)]
-        if not len(ids):
-            return 0.0
-        return float(np.mean(ids == self.unk_token_id))
-
-    def cased_share(self):
-        """The share of tokens that lower-casing makes useless. [PAD] and its like do not count."""
-        if not self.do_lower_case:
-            return 0.0
-        is_useless = [token != token.lower() and not token.startswith("[") for token in self.tokens]
-        return sum(is_useless) / len(self.tokens)
-
-    def decode(self, ids):
-        """Readable text, with special tokens and without padding."""
-        words = [self.tokens[number] for number in ids if number != 0]  # 0 is [PAD]
-        return " ".join(words).replace(" ##", "")
-
-    def files(self, max_length):
-        """{name: bytes} of vocab.txt and tokenizer_config.json. `max_length` is the length trained on."""
-        # Without tokenizer_config.json, transformers always lower-cases and strips accents.
-        settings = dict(tokenizer_class="ElectraTokenizer", do_lower_case=self.do_lower_case,
-                        strip_accents=self.strip_accents, tokenize_chinese_chars=True,
-                        model_max_length=max_length)
-        return {"vocab.txt": vocab_bytes(self.tokens),
-                "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode()}
-
-
-def unknown_warning(share):
-    """A warning that names the usual causes of so many [UNK], or "" if they are at most 5 %."""
-    if share <= 0.05:
-        return ""
-    return (f"warning: {share:.0%} of the tokens are [UNK]. Usual causes: a vocabulary of another "
-            "language, case or accents; a vocabulary of another kind (\u2581, \u0120); words of over 200 "
-            "characters (text without spaces); lines of vocab.txt that hold more than a token")
-
-
-def vocab_bytes(tokens):
-    """The content of a vocab.txt."""
-    return "".join(f"{token}\n" for token in tokens).encode()
 
 
 # ------------------------------------------------------------------------------------------------------------
