@@ -24,7 +24,7 @@ from data import SPECIAL_TOKENS, WordPiece
 
 
 def make_finetuner(glue_dir, size, num_examples=None, **flags):
-    """A Finetuner of MRPC with random weights of a size, for an epoch, and what to train on."""
+    """A Finetuner of MRPC with random weights of a size, for an epoch, on its first examples."""
     config = train.resolve_device(finetune.FinetuneConfig(glue_dir=glue_dir, num_train_epochs=1, **flags))
     task = glue.TASKS["mrpc"]
     shape = train.make_config(model.ElectraConfig, train.SIZES[size])
@@ -36,7 +36,8 @@ def make_finetuner(glue_dir, size, num_examples=None, **flags):
                     max_position_embeddings=max(128, shape.max_position_embeddings))
     tokenized = finetune.tokenize_examples(examples[:num_examples], wordpiece, config.max_length)
     pretrained = finetune.Pretrained(Path("random"), shape, wordpiece, None, "random")
-    return finetune.Finetuner(finetune.Experiment(task, config, pretrained)), tokenized
+    experiment = finetune.Experiment(task, config, pretrained)
+    return finetune.Finetuner(experiment, dict(train=tokenized))
 
 
 def main():
@@ -48,7 +49,7 @@ def main():
     parser.add_argument("--json", help="file for the figures")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    finetuner, tokenized = make_finetuner(options.glue_dir, options.size, options.examples)
+    finetuner = make_finetuner(options.glue_dir, options.size, options.examples)
     config = finetuner.config
     inside = [0.0]
 
@@ -76,13 +77,14 @@ def main():
         return learning_rate(*args)
 
     train.learning_rate = mark
-    finetuner.run(0, {"train": tokenized})
+    finetuner.run(0)
+    num_examples = len(finetuner.splits["train"].rows)
     (began, inside_before), (ended, inside_after) = marks[0], marks[-1]
     seconds, steps = ended - began, len(marks) - 1
     outside = 1 - (inside_after - inside_before) / seconds
     figures = dict(device=config.device, dtype=config.dtype, size=options.size, steps=steps, outside=outside,
                    examples_per_second=steps * config.batch_size / seconds,
-                   epoch_seconds=seconds / steps * int(np.ceil(len(tokenized.rows) / config.batch_size)))
+                   epoch_seconds=seconds / steps * int(np.ceil(num_examples / config.batch_size)))
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
     print("{device}, {dtype}, {size}, {steps} steps: {examples_per_second:,.0f} examples/s; {outside:.1%} of "

@@ -173,15 +173,15 @@ def measure_variant(options, name):
 
 def mrpc_epochs(options):
     """Seconds of an epoch of MRPC, pairs in one order: with captures, and after them."""
-    finetuner, tokenized = finetuning_overhead.make_finetuner(
+    finetuner = finetuning_overhead.make_finetuner(
         options.glue_dir, options.size, device=options.device, dtype=options.dtype)
     seconds = []
     for seed in range(2):
         began = time.perf_counter()
-        finetuner.run(seed, {"train": tokenized})
+        finetuner.run(seed)
         step_against_transformers.synchronize(finetuner.config.device)
         seconds.append(time.perf_counter() - began)
-    steps = finetune.num_steps(len(tokenized.rows), finetuner.config.batch_size, 1)
+    steps = finetune.num_steps(len(finetuner.splits["train"].rows), finetuner.config.batch_size, 1)
     return dict(steps=steps, first=seconds[0], second=seconds[1])
 
 
