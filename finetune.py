@@ -12,6 +12,7 @@ gluebenchmark.com. --save keeps the best network of a task, and `Predictor` uses
 import train
 
 # isort: split
+import collections
 import hashlib
 import io
 import itertools
@@ -20,7 +21,6 @@ import math
 import re
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -128,11 +128,11 @@ def sweep_and_report(config, experiments):
 def sweep(experiments):
     """Fine-tune each task with each seed, and append a line to results.jsonl.
 
-    Seeds that are finished are skipped. Several processes may share a sweep: each skips what another is
+    Finished seeds are skipped. Several processes may share a sweep: each skips the seeds that others are
     working on.
     """
     for experiment in experiments:
-        finetuner = None  # made for the first seed that is to be run, and used for the others
+        finetuner = None  # made for the first seed that is not skipped
         for seed in range(experiment.config.seeds):
             with data.try_lock(experiment.folder / "locks" / experiment.run_name(seed)) as is_ours:
                 if not is_ours:  # another process is working on it
@@ -146,14 +146,14 @@ def sweep(experiments):
 
 def run_and_record(finetuner, seed):
     """Fine-tune a task with a seed, score it, and append its line to the results."""
-    experiment = finetuner.experiment
-    task = experiment.task
-    config = experiment.config
-    splits = finetuner.splits
     began = time.perf_counter()
     predictions = finetuner.run(seed)
     seconds = round(time.perf_counter() - began, 1)
 
+    experiment = finetuner.experiment
+    splits = finetuner.splits
+    task = experiment.task
+    config = experiment.config
     scores = experiment.score(predictions, splits)
     if experiment.test_splits:
         write_predictions(experiment, seed, predictions)
@@ -598,7 +598,8 @@ def describe(task, examples, lengths, max_length):
 
 def format_label_counts(labels):
     """How often each label occurs, the most frequent first: "0: 2,474, 1: 1,194"."""
-    return glue.join_few([f"{label}: {count:,}" for label, count in Counter(labels).most_common()])
+    counts = collections.Counter(labels).most_common()
+    return glue.join_few([f"{label}: {count:,}" for label, count in counts])
 
 
 def print_split(experiment, split, rows, found):
@@ -662,10 +663,7 @@ def format_table(results, tasks):
 
     `results` has the lines of results.jsonl by task and seed.
     """
-    scores = {}  # by task and metric: percentages, an array (seeds,)
-    for name in tasks:
-        if results[name]:
-            scores[name] = collect_scores(list(results[name].values()))
+    scores = {name: collect_scores(results[name]) for name in tasks if results[name]}
     has_averages = len(glue.TASKS.keys() & tasks) > 1
     width = max(10, *(len(task.title) + 1 for task in tasks.values()))
     lines = [f"{'':{width}}{'':22} seeds    mean     sd  median   best"]
@@ -697,9 +695,12 @@ def notes_on_constants(task, results):
 
 
 def collect_scores(results):
-    """The percentages of all seeds by metric, arrays (seeds,)."""
-    return {metric: 100 * np.array([result["metrics"][metric] for result in results])
-            for metric in results[0]["metrics"]}
+    """The percentages of a task's seeds by metric, arrays (seeds,)."""
+    scores = collections.defaultdict(list)
+    for result in results.values():
+        for metric, value in result["metrics"].items():
+            scores[metric].append(100 * value)
+    return {metric: np.array(values) for metric, values in scores.items()}
 
 
 def format_statistics(values):
@@ -782,7 +783,7 @@ def save_network(experiment, seed, network):
     """Write encoder, head, names of the labels and tokenizer to the network's folder.
 
     config.json is written last. It has the hashes of the other files and a digest of its own fields, so that
-    no kill or damage mixes two networks.
+    parts of two networks are never taken for one.
     """
     wordpiece = experiment.pretrained.wordpiece
     max_length = experiment.config.max_length
@@ -873,9 +874,9 @@ class Predictor:
 
     def predict(self, texts):
         """For each sentence or pair of sentences: (label, {label: probability}), or (number, {})."""
-        is_list = not isinstance(texts, str | dict)
+        is_one_text = isinstance(texts, str | dict)  # its letters or keys are no texts
         texts = list(texts)
-        if not is_list or not all(self.takes(text) for text in texts):
+        if is_one_text or not all(self.takes(text) for text in texts):
             kind = "texts" if self.num_sentences == 1 else "pairs"
             raise data.UserError("predict takes a list of texts, or of pairs of texts; this network takes "
                                  f"{kind}")
@@ -895,7 +896,7 @@ class Predictor:
         return predictions
 
     def takes(self, text):
-        """Whether it is a sentence or a list of as many sentences as the network takes."""
+        """Whether this is a sentence, or a list of as many sentences as the network takes."""
         sentences = [text] if isinstance(text, str) else text
         if not isinstance(sentences, list | tuple) or len(sentences) != self.num_sentences:
             return False
