@@ -129,6 +129,20 @@ def read_log(folder):
     return lines
 
 
+def compare(work, name):
+    """Whether cache, networks and log of a run are those of the undisturbed one, by what is compared."""
+    [whole_cache] = (work / "whole-cache").glob("openwebtext-*")
+    [cache] = (work / f"{name}-cache").glob("openwebtext-*")
+    whole = work / "whole-out/tiny"
+    out = work / f"{name}-out/tiny"
+    same = {"cache": read_files(cache) == read_files(whole_cache)}
+    for network in "discriminator", "generator":
+        weights = f"{network}/model.safetensors"
+        same[network] = (out / weights).read_bytes() == (whole / weights).read_bytes()
+    same["log"] = read_log(out) == read_log(whole)
+    return same
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--subsets", type=Path, required=True)
@@ -186,25 +200,19 @@ def main():
         time.sleep(chance.uniform(2.0, 9.0))
         if process.poll() is not None:
             sys.exit(f"the run ended after {killed} kills: raise --steps")
-        preparing = children(process.pid)
-        victim = chance.choice(["trainer", "its child"]) if preparing else "trainer"
-        os.kill(preparing[0] if victim == "its child" else process.pid, signal.SIGKILL)
+        victims = {"trainer": process.pid}
+        for child in children(process.pid)[:1]:  # it has one while it prepares text
+            victims["its child"] = child
+        victim = chance.choice(list(victims))
+        os.kill(victims[victim], signal.SIGKILL)
         killed[victim] += 1
         process.wait()
     hub.faults = 0
     run_to_the_end("killed")
     print(f"kills: {killed}, with {len(hub.happened)} faults besides", flush=True)
 
-    for name in ("faults", "killed"):
-        [one] = (work / "whole-cache").glob("openwebtext-*")
-        [other] = (work / f"{name}-cache").glob("openwebtext-*")
-        same = {"cache": read_files(one) == read_files(other)}
-        for network in ("discriminator", "generator"):
-            one = work / f"whole-out/tiny/{network}/model.safetensors"
-            other = work / f"{name}-out/tiny/{network}/model.safetensors"
-            same[network] = one.read_bytes() == other.read_bytes()
-        same["log"] = read_log(work / "whole-out/tiny") == read_log(work / f"{name}-out/tiny")
-        print(f"{name}: the same as undisturbed: {same}", flush=True)
+    for name in "faults", "killed":
+        print(f"{name}: the same as undisturbed: {compare(work, name)}", flush=True)
     shutil.rmtree(work)
 
 

@@ -843,7 +843,7 @@ def test_T05_labels_are_those_of_train_and_others_count_as_wrong(monkeypatch):
     tokenized = tagging.tokenize(dev, names, data.WordPiece(VOCAB), 8)
     logits = torch.zeros(1, 6, 3)
     logits[0, [1, 2, 3, 4], [0, 1, 2, 2]] = 1.0
-    monkeypatch.setattr(finetune, "run_network", lambda *_: [([0], logits)])
+    monkeypatch.setattr(finetune, "predict_batches", lambda *_: [([0], logits)])
     tags = tagging.predict_tags(None, tokenized, names, None)
     assert tags == [["B-NP", "E-NP", "O"]]
     assert tagging.f1(tags, [tags for _, tags in dev]) == pytest.approx(2 / 3)
