@@ -58,6 +58,7 @@ class Hub(http.server.ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def fault(self):
+        """The kind of fault that the next request meets, or None."""
         if self.faults <= 0:
             return None
         self.faults -= 1
@@ -201,8 +202,9 @@ def main():
         if process.poll() is not None:
             sys.exit(f"the run ended after {killed} kills: raise --steps")
         victims = {"trainer": process.pid}
-        for child in children(process.pid)[:1]:  # it has one while it prepares text
-            victims["its child"] = child
+        preparing = children(process.pid)  # one child, or none once the text is prepared
+        if preparing:
+            victims["its child"] = preparing[0]
         victim = chance.choice(list(victims))
         os.kill(victims[victim], signal.SIGKILL)
         killed[victim] += 1
