@@ -12,7 +12,7 @@ gluebenchmark.com. --save keeps the best network of a task, and `Predictor` uses
 import train
 
 # isort: split
-import functools
+import collections
 import hashlib
 import io
 import itertools
@@ -21,7 +21,6 @@ import math
 import re
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -69,10 +68,6 @@ class RecipeConfig(train.StepConfig):
     cache: Annotated[str, "folder for downloads"] = data.DataConfig.cache
     out: Annotated[str, "folder for results"] = "out/glue"
 
-    @property
-    def predicts_test_sets(self):
-        return False  # FinetuneConfig has flags for it
-
 
 @dataclass(frozen=True)
 class FinetuneConfig(RecipeConfig):
@@ -87,15 +82,6 @@ class FinetuneConfig(RecipeConfig):
     keep_predictions: Annotated[bool, "keep every seed's predictions of the test sets"] = False
     submit: Annotated[bool, "write the test predictions of the seeds with the best dev scores as files; "
                             "GLUE as a zip"] = False
-
-    @property
-    def predicts_test_sets(self):
-        return self.keep_predictions or self.submit
-
-
-# Flags that do not decide a result. (Of model, task and folders the content decides: see `settings`.)
-NOT_SETTINGS = {"task", "seeds", "model", "random_weights", "glue_dir", "keep_predictions", "submit", "save",
-                "predict_file", "format", "cache", "out", "device", "graph", "deterministic", "data_dir"}
 
 
 def fill_in_recipe(config, task, hidden_size):
@@ -119,7 +105,7 @@ def fill_in_recipe(config, task, hidden_size):
 # The sweep: all tasks with all seeds
 
 
-def run(config, experiments):
+def sweep_and_report(config, experiments):
     """Run the sweep, print the table, and save the best networks.
 
     Returns False, and saves none, if another process is still working on a seed.
@@ -142,11 +128,11 @@ def run(config, experiments):
 def sweep(experiments):
     """Fine-tune each task with each seed, and append a line to results.jsonl.
 
-    Seeds that are finished are skipped. Several processes may share a sweep: each skips what another is
+    Finished seeds are skipped. Several processes may share a sweep: each skips the seeds that others are
     working on.
     """
     for experiment in experiments:
-        finetuner = None  # made for the first seed that is to be run, and used for the others
+        finetuner = None  # made for the first seed that is not skipped
         for seed in range(experiment.config.seeds):
             with data.try_lock(experiment.folder / "locks" / experiment.run_name(seed)) as is_ours:
                 if not is_ours:  # another process is working on it
@@ -154,21 +140,22 @@ def sweep(experiments):
                 if seed in experiment.finished():  # perhaps another process has just finished it
                     continue
                 if finetuner is None:
-                    finetuner = Finetuner(experiment)
-                    splits = experiment.tokenize_splits()
-                run_and_record(experiment, seed, finetuner, splits)
+                    finetuner = Finetuner(experiment, experiment.tokenize_splits())
+                run_and_record(finetuner, seed)
 
 
-def run_and_record(experiment, seed, finetuner, splits):
+def run_and_record(finetuner, seed):
     """Fine-tune a task with a seed, score it, and append its line to the results."""
-    task = experiment.task
-    config = experiment.config
     began = time.perf_counter()
-    predictions = finetuner.run(seed, splits)
+    predictions = finetuner.run(seed)
     seconds = round(time.perf_counter() - began, 1)
 
+    experiment = finetuner.experiment
+    splits = finetuner.splits
+    task = experiment.task
+    config = experiment.config
     scores = experiment.score(predictions, splits)
-    if config.predicts_test_sets:
+    if experiment.test_splits:
         write_predictions(experiment, seed, predictions)
     append_result(experiment, dict(
         task=task.name,
@@ -192,17 +179,23 @@ def run_and_record(experiment, seed, finetuner, splits):
 # ------------------------------------------------------------------------------------------------------------
 # Experiments, and their results on disk
 
+# Flags that do not decide a result. (Of model, task and folders the content decides: see `settings`.)
+NOT_SETTINGS = {"task", "seeds", "model", "random_weights", "glue_dir", "keep_predictions", "submit", "save",
+                "predict_file", "format", "cache", "out", "device", "graph", "deterministic", "data_dir"}
+
 
 class Experiment:
     """A task, and everything that decides its results except the seed.
 
-    Subclasses in extras/, for questions and for words, override the methods from `read` to `saved_fields`.
+    `test_splits` are predicted, too. Subclasses in extras/, for questions and for words, override the methods
+    from `read` to `saved_fields`.
     """
 
-    def __init__(self, task, config, pretrained):
+    def __init__(self, task, config, pretrained, test_splits=()):
         self.task = task
         self.config = fill_in_recipe(config, task, pretrained.config.hidden_size)
         self.pretrained = pretrained
+        self.test_splits = test_splits
         # Everything is read here once, so that damage is reported now, not in the middle of the night.
         _, self.sha256 = self.read_splits()
 
@@ -211,10 +204,11 @@ class Experiment:
         return self.task.read(split, self.config.cache, self.config.glue_dir)
 
     def tokenize(self, split, examples):
-        """The Tokenized examples of a split, after one look at them."""
+        """The Tokenized examples of a split. A line about them is printed."""
         tokenized = tokenize_examples(examples, self.pretrained.wordpiece, self.config.max_length,
                                       both_orders=self.task.both_orders and split == "train")
-        describe(self, split, examples, tokenized)
+        found = describe(self.task, examples, tokenized.lengths, self.config.max_length)
+        print_split(self, split, tokenized.rows, found)
         return tokenized
 
     def new_network(self):
@@ -238,12 +232,9 @@ class Experiment:
 
     def read_splits(self):
         """The examples by split, and the SHA-256 of their files by split."""
-        splits = ["train", *self.task.dev_splits]
-        if self.config.predicts_test_sets:
-            splits += self.task.test_splits
         examples = {}
         sha256 = {}
-        for split in splits:
+        for split in ["train", *self.task.dev_splits, *self.test_splits]:
             examples[split], sha256[split] = self.read(split)
         return examples, sha256
 
@@ -277,26 +268,27 @@ class Experiment:
         return self.folder / "networks" / f"{self.task.name[:40]}-{data.digest(self.settings())}"
 
     def predictions_path(self, seed):
-        tests = data.digest([self.sha256[split] for split in self.task.test_splits])
-        return self.folder / "predictions" / f"{self.run_name(seed)}-{tests}.npz"
+        test_digest = data.digest([self.sha256[split] for split in self.test_splits])
+        return self.folder / "predictions" / f"{self.run_name(seed)}-{test_digest}.npz"
 
     def finished(self):
-        """The result of each finished seed, a line of results.jsonl, by seed.
+        """The result of each finished seed, a line of results.jsonl, by seed in ascending order.
 
         If test sets are to be predicted, a seed without these predictions is not finished.
         """
         settings = self.settings()
         results = {}
         for result in read_results(self.folder / "results.jsonl"):
-            seed = result["seed"]
-            if result["task"] != self.task.name or result["settings"] != settings:
-                continue  # of another experiment
-            if seed >= self.config.seeds:
-                continue  # of an earlier command with more seeds
-            if self.config.predicts_test_sets and not self.predictions_path(seed).exists():
+            if result["task"] == self.task.name and result["settings"] == settings:
+                results[result["seed"]] = result
+        finished = {}
+        for seed in range(self.config.seeds):  # an earlier command may have had more seeds
+            if seed not in results:
                 continue
-            results[seed] = result
-        return results
+            if self.test_splits and not self.predictions_path(seed).exists():
+                continue
+            finished[seed] = results[seed]
+        return finished
 
 
 def read_results(path):
@@ -334,7 +326,7 @@ def lock_outputs(folder, what):
 def write_predictions(experiment, seed, predictions):
     """Write a seed's predictions of the test sets."""
     content = io.BytesIO()
-    np.savez(content, **{split: predictions[split] for split in experiment.task.test_splits})
+    np.savez(content, **{split: predictions[split] for split in experiment.test_splits})
     data.write_sealed(experiment.predictions_path(seed), content.getvalue())
 
 
@@ -348,7 +340,7 @@ def best_seed(experiment):
     """The finished seed with the best dev score; of equal ones, the first."""
     results = experiment.finished()
     metric = experiment.task.metrics[0]
-    return max(sorted(results), key=lambda seed: results[seed]["metrics"][metric])
+    return max(results, key=lambda seed: results[seed]["metrics"][metric])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -356,51 +348,52 @@ def best_seed(experiment):
 
 
 class Finetuner:
-    """Fine-tunes a task. The network, its optimizer and its CUDA graphs are made once and serve all seeds."""
+    """Fine-tunes a task on its Tokenized `splits`.
 
-    def __init__(self, experiment):
+    The network, its optimizer and its CUDA graphs are made once and serve all seeds.
+    """
+
+    def __init__(self, experiment, splits):
         config = experiment.config
         self.experiment = experiment
         self.config = config
+        self.splits = splits
         self.network = self.pretrained_network().to(config.device)
         num_layers = experiment.pretrained.config.num_hidden_layers
         self.optimizer = train.build_optimizer(
             self.network.named_parameters(), config,
             lambda name: lr_scale(name, num_layers, config.layerwise_lr_decay))
-        device = torch.device(config.device).type
-        self.scaler = torch.amp.GradScaler(device, enabled=config.dtype == "fp16")
+        device_type = torch.device(config.device).type
+        self.scaler = torch.amp.GradScaler(device_type, enabled=config.dtype == "fp16")
         self.scaler_state = self.scaler.state_dict()  # with which each seed begins
         take_step = make_step(self.network, self.optimizer, self.scaler, config)
         self.take_step = train.CudaGraphs(take_step) if config.graph else take_step
 
-    def run(self, seed, splits):
-        """Train on splits["train"] and return the predictions of the other splits, NumPy arrays (N,).
-
-        `splits` has the Tokenized examples of each split.
-        """
+    def run(self, seed):
+        """Train on splits["train"] and return the predictions of the other splits, NumPy arrays (N,)."""
         task = self.experiment.task
         config = self.config
         self.reset(seed)
-        rows = splits["train"].rows
-        dtype = torch.float32 if task.is_regression else torch.long
-        labels = torch.tensor(splits["train"].labels, dtype=dtype, device=config.device)
+        rows = self.splits["train"].rows
+        dtype = np.float32 if task.is_regression else np.int64
+        labels = self.splits["train"].labels.astype(dtype)
         total = num_steps(len(rows), config.batch_size, config.num_train_epochs)
         step = 0
         title = f"{task.title}, seed {seed}"
         with tqdm(total=total, desc=title, unit=" steps", leave=False, disable=None) as bar:
             for epoch in range(config.num_train_epochs):
                 order = data.rng(seed, f"{task.name} order", epoch).permutation(len(rows))
-                for _, device_indices, ids in batches(rows, order, config.batch_size, config):
+                for indices, ids in batches(rows, order, config.batch_size, config):
                     lr = train.learning_rate(step, config.learning_rate, total,
                                              config.warmup_proportion * total)
                     for group in self.optimizer.param_groups:
                         group["lr"].fill_(lr * group["lr_scale"])  # a tensor, which the CUDA graph reads
-                    self.take_step(ids, labels[device_indices])
+                    self.take_step(ids, train.to_device(labels[indices], config.device))
                     step += 1
                     bar.update()
         # The last step is scored: no best epoch is picked.
         return {split: self.experiment.predict(self.network, tokenized)
-                for split, tokenized in splits.items() if split != "train"}
+                for split, tokenized in self.splits.items() if split != "train"}
 
     def reset(self, seed):
         """Go back to the pre-trained weights, a new head and empty moments, all in place."""
@@ -459,29 +452,30 @@ def num_steps(num_examples, batch_size, epochs):
 
 
 def batches(rows, order, size, config):
-    """Yield each batch: the indices of its rows, on the host and on the device, and ids cut to the longest.
+    """Yield the indices of each batch's rows, and their ids on the device, cut to the longest row.
 
     On a GPU the length is a multiple of 16, so that few shapes are captured.
     """
-    # All rows go to the device at once, and the host knows the lengths: no step waits for the device.
-    ids = torch.from_numpy(rows.astype(np.int32)).to(config.device)
-    device_order = torch.from_numpy(order).to(config.device)
-    lengths = (rows != 0).sum(1)  # without the zeros that pad
     for start in range(0, len(order), size):
         indices = order[start : start + size]
-        device_indices = device_order[start : start + size]
-        length = int(lengths[indices].max())
+        length = int(count_tokens(rows[indices]).max())
         if config.device.startswith("cuda"):
             length = 16 * math.ceil(length / 16)
-        yield indices, device_indices, ids[device_indices, :length]
+        ids = rows[indices, :length].astype(np.int32)
+        yield indices, train.to_device(ids, config.device)
+
+
+def count_tokens(rows):
+    """(N,): the tokens in each row, without the zeros that pad it."""
+    return (rows != 0).sum(1)
 
 
 @torch.no_grad()
-def run_network(network, rows, config):
+def predict_batches(network, rows, config):
     """Yield each batch's row indices and output, without dropout. Rows of like length share a batch."""
     network.eval()
-    order = np.argsort((rows != 0).sum(1), kind="stable")
-    for indices, _, ids in batches(rows, order, EVAL_BATCH_SIZE, config):
+    order = np.argsort(count_tokens(rows), kind="stable")
+    for indices, ids in batches(rows, order, EVAL_BATCH_SIZE, config):
         with train.autocast(config):
             output = network(ids)
         yield indices, output
@@ -502,7 +496,8 @@ class Classifier(nn.Module):
         self.config = config
         self.encoder = model.Encoder(config)
         self.dropout = nn.Dropout(HEAD_DROPOUT)
-        self.classifier = nn.Linear(config.hidden_size, len(labels) or 1)  # 1 in a regression: no labels
+        num_outputs = len(labels) or 1  # a regression has no labels
+        self.classifier = nn.Linear(config.hidden_size, num_outputs)
         model.glorot_uniform_(self.classifier)
 
     def forward(self, input_ids):
@@ -513,7 +508,7 @@ class Classifier(nn.Module):
         return model.in_fp32(self.classifier(self.dropout(hidden[:, 0])))
 
     def losses(self, input_ids, labels):
-        """(B,): cross-entropy or, in a regression, the squared error of the number itself. [D31]"""
+        """(B,): cross-entropy or, in a regression, the squared error of the output. [D31]"""
         logits = self(input_ids)
         if labels.is_floating_point():  # in a regression
             return (logits.squeeze(1) - labels) ** 2
@@ -522,9 +517,10 @@ class Classifier(nn.Module):
 
 def compute_logits(network, rows, config):
     """(N, num_outputs), in the order of the rows."""
-    order, logits = zip(*run_network(network, rows, config), strict=True)
-    in_file_order = np.argsort(np.concatenate(order))
-    return torch.cat(logits).cpu().numpy()[in_file_order]
+    logits = np.empty((len(rows), network.classifier.out_features), dtype=np.float32)
+    for indices, batch_logits in predict_batches(network, rows, config):
+        logits[indices] = batch_logits.cpu()
+    return logits
 
 
 def predict_rows(network, rows, task, config):
@@ -578,9 +574,8 @@ def truncate(first, second, length):
     return first, second
 
 
-def describe(experiment, split, examples, tokenized):
-    """Print a line about a split: labels, lengths, and how much of it the vocabulary lacks."""
-    task = experiment.task
+def describe(task, examples, lengths, max_length):
+    """What was found in a split, for `print_split`: its rows, labels, empty sentences and lengths."""
     labels = [example.label for example in examples]
     if labels[0] is None:
         found = "no labels"
@@ -589,18 +584,22 @@ def describe(experiment, split, examples, tokenized):
         high = glue.unscale(max(labels), task.label_range)
         found = f"labels from {low:g} to {high:g}"
     else:
-        found = count_labels(task.labels[label] for label in labels)
-    empty = sum(not text for example in examples for text in example[: len(task.sentences)])
-    if empty:
-        found += f"; empty sentences: {empty:,}"
-    cut = np.mean(tokenized.lengths > experiment.config.max_length)
-    print_split(experiment, split, tokenized.rows, f"{len(examples):,} rows; {found}; the longest has "
-                f"{tokenized.lengths.max():,} tokens, {cut:.1%} are cut")
+        found = format_label_counts(task.labels[label] for label in labels)
+    sentences = [example.first for example in examples]
+    if len(task.sentences) == 2:
+        sentences += [example.second for example in examples]
+    num_empty = sentences.count("")
+    if num_empty:
+        found += f"; empty sentences: {num_empty:,}"
+    share_cut = np.mean(lengths > max_length)
+    return (f"{len(examples):,} rows; {found}; the longest has {lengths.max():,} tokens, "
+            f"{share_cut:.1%} are cut")
 
 
-def count_labels(labels):
-    """How often each label occurs, as text, the most frequent first: "0: 2,474, 1: 1,194"."""
-    return glue.join_few([f"{label}: {count:,}" for label, count in Counter(labels).most_common()])
+def format_label_counts(labels):
+    """How often each label occurs, the most frequent first: "0: 2,474, 1: 1,194"."""
+    counts = collections.Counter(labels).most_common()
+    return glue.join_few([f"{label}: {count:,}" for label, count in counts])
 
 
 def print_split(experiment, split, rows, found):
@@ -664,24 +663,19 @@ def format_table(results, tasks):
 
     `results` has the lines of results.jsonl by task and seed.
     """
-    scores = {}  # by task and metric: percentages, an array (seeds,)
-    for name in tasks:
-        if results[name]:
-            scores[name] = collect_scores(list(results[name].values()))
-    with_averages = len(glue.TASKS.keys() & tasks) > 1
+    scores = {name: collect_scores(results[name]) for name in tasks if results[name]}
+    has_averages = len(glue.TASKS.keys() & tasks) > 1
     width = max(10, *(len(task.title) + 1 for task in tasks.values()))
-    lines = [f"{'':{width}}{'':22}{'seeds':>6}{'mean':>8}{'sd':>7}{'median':>8}{'best':>7}"]
+    lines = [f"{'':{width}}{'':22} seeds    mean     sd  median   best"]
     for name in scores:
+        task = tasks[name]
         for metric, values in scores[name].items():
-            is_averaged = name in glue.AVERAGED_BY_ELECTRA and metric == tasks[name].metrics[0]
-            shown = f"{metric}*" if with_averages and is_averaged else metric
-            lines.append(f"{tasks[name].title:{width}}{shown:22}{format_statistics(values)}")
+            is_averaged = name in glue.AVERAGED_BY_ELECTRA and metric == task.metrics[0]
+            star = "*" if has_averages and is_averaged else ""
+            lines.append(f"{task.title:{width}}{metric + star:22}{format_statistics(values)}")
     for name in scores:
-        constant = [str(seed) for seed, result in results[name].items() if result["is_constant"]]
-        if constant:
-            lines.append(f"{tasks[name].title}: seed {', '.join(constant)} gave every example the same "
-                         "answer; it counts, too. With little data, more --num-train-epochs help")
-    if with_averages:
+        lines += notes_on_constants(tasks[name], results[name])
+    if has_averages:
         lines.append("ELECTRA's average of 8 (* of each, no WNLI): "
                      + format_average(glue.average_of_8, glue.AVERAGED_BY_ELECTRA, scores))
         lines.append("GLUE's average of 9 (a task's metrics averaged first): "
@@ -691,10 +685,22 @@ def format_table(results, tasks):
     return "\n".join(lines)
 
 
+def notes_on_constants(task, results):
+    """A line about the seeds that gave every example the same answer, if there are any."""
+    seeds = [str(seed) for seed, result in results.items() if result["is_constant"]]
+    if not seeds:
+        return []
+    return [f"{task.title}: seed {', '.join(seeds)} gave every example the same answer; it counts, too. With "
+            "little data, more --num-train-epochs help"]
+
+
 def collect_scores(results):
-    """The percentages of all seeds by metric, arrays (seeds,)."""
-    return {metric: 100 * np.array([result["metrics"][metric] for result in results])
-            for metric in results[0]["metrics"]}
+    """The percentages of a task's seeds by metric, arrays (seeds,)."""
+    scores = collections.defaultdict(list)
+    for result in results.values():
+        for metric, value in result["metrics"].items():
+            scores[metric].append(100 * value)
+    return {metric: np.array(values) for metric, values in scores.items()}
 
 
 def format_statistics(values):
@@ -728,8 +734,10 @@ def submit(experiments, config):
         task = experiment.task
         seed = best_seed(experiment)
         best.append(f"{task.title} {seed}")
+        if not experiment.test_splits:  # a task of your own without one
+            continue
         predictions = read_predictions(experiment, seed)
-        for split in task.test_splits:
+        for split in experiment.test_splits:
             files[task.submission_name(split)] = glue.submission_file(task, predictions[split])
     tasks = {experiment.task.name for experiment in experiments}
     is_whole = tasks >= glue.TASKS.keys()
@@ -756,64 +764,59 @@ def save_best(experiments):
         seed = best_seed(experiment)
         folder = experiment.network_path()
         if not is_saved(experiment, seed):  # it finished under a command without --save or with more seeds
-            finetuner = Finetuner(experiment)
-            finetuner.run(seed, experiment.tokenize_splits())
+            finetuner = Finetuner(experiment, experiment.tokenize_splits())
+            finetuner.run(seed)
             save_network(experiment, seed, finetuner.network)
         print(f"{folder} holds the network of seed {seed}, {experiment.task.title}'s best on dev")
 
 
 def is_saved(experiment, seed):
     """Whether the folder of an experiment's network holds that of this seed, undamaged."""
-    folder = experiment.network_path()
     try:
-        fields = read_saved_config(folder)
+        fields = read_saved_config(experiment.network_path())
     except data.UserError:  # it is damaged
         return False
-    return (fields.get("run_name") == experiment.run_name(seed)
-            and fields.get("sha256") == hash_network_files(folder))
+    return fields.get("run_name") == experiment.run_name(seed)
+
+
+def save_network(experiment, seed, network):
+    """Write encoder, head, names of the labels and tokenizer to the network's folder.
+
+    config.json is written last. It has the hashes of the other files and a digest of its own fields, so that
+    parts of two networks are never taken for one.
+    """
+    wordpiece = experiment.pretrained.wordpiece
+    max_length = experiment.config.max_length
+    files = wordpiece.files(max_length) | model.pretrained_files(network)
+    del files["config.json"]
+    sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    fields = dict(head=type(network).__name__, run_name=experiment.run_name(seed), sha256=sha256,
+                  **experiment.saved_fields(seed))
+    config = json.loads(model.pretrained_files(network, **fields)["config.json"])
+    with lock_outputs(experiment.folder, "network"):
+        train.write_network(experiment.network_path(), network, wordpiece, max_length, **fields,
+                            digest=digest_fields(config))
 
 
 def read_saved_config(folder):
-    """The fields of a saved network's config.json, which has a digest, as results do. {} of other folders."""
+    """The fields of a saved network's config.json, after a check of all its files. {} of other folders."""
     path = folder / "config.json"
     fields = data.read_json(path) if path.is_file() else {}
     if "head" not in fields:
         return {}
+    advice = "is damaged, or of an earlier version; the command that saved it makes it again"
     if fields.pop("digest", None) != digest_fields(fields):
-        raise data.UserError(f"{path} is damaged; the command that saved it makes it again")
+        raise data.UserError(f"{path} {advice}")
+    for name, sha256 in fields["sha256"].items():
+        path = folder / name
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            raise data.UserError(f"{path} {advice}")
     return fields
 
 
 def digest_fields(fields):
     """A digest of fields in any order, since other programs may sort them."""
     return data.digest(json.dumps(fields, sort_keys=True))
-
-
-def save_network(experiment, seed, network):
-    """Write encoder, head, names of the labels and tokenizer to the network's folder.
-
-    config.json is written last and has the hashes of the other files, and a digest of its own fields: no kill
-    or damage mixes two networks.
-    """
-    folder = experiment.network_path()
-    write = functools.partial(train.write_network, folder, network, experiment.pretrained.wordpiece,
-                              experiment.config.max_length)
-    with lock_outputs(experiment.folder, "network"):
-        write()  # a plain encoder, until its config.json has the rest
-        sha256 = hash_network_files(folder)
-        fields = dict(head=type(network).__name__, run_name=experiment.run_name(seed), sha256=sha256,
-                      **experiment.saved_fields(seed))
-        config = json.loads(model.pretrained_files(network, **fields)["config.json"])
-        write(**fields, digest=digest_fields(config))
-
-
-def hash_network_files(folder):
-    """The SHA-256 by name of the files beside config.json, which has these hashes; None for a lacking one."""
-    hashes = {}
-    for name in train.NETWORK_FILES[1:]:
-        path = folder / name
-        hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-    return hashes
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -836,16 +839,12 @@ class Saved(NamedTuple):
         return network.to(device)
 
 
-def load_saved(folder, head):
-    """What --save wrote to a folder for a network of the class that `head` names."""
+def load_saved(folder, class_name):
+    """What --save wrote to a folder for a network of the named class."""
     folder = Path(folder)
     fields = read_saved_config(folder)
-    if fields.get("head") != head:
-        raise data.UserError(f"{folder} has no {head}; --model takes what --save wrote in OUT/networks")
-    for name, sha256 in hash_network_files(folder).items():
-        if sha256 != fields.get("sha256", {}).get(name):
-            raise data.UserError(f"{folder / name} is damaged, or of an earlier version; the command that "
-                                 "saved it makes it again")
+    if fields.get("head") != class_name:
+        raise data.UserError(f"{folder} has no {class_name}; --model takes what --save wrote in OUT/networks")
     id2label = fields.get("id2label", {})
     labels = [id2label[str(number)] for number in range(len(id2label))]  # the keys may have any order
     config = model.load_config(folder)
@@ -875,20 +874,15 @@ class Predictor:
 
     def predict(self, texts):
         """For each sentence or pair of sentences: (label, {label: probability}), or (number, {})."""
-        kind = "texts" if self.num_sentences == 1 else "pairs"
-        refusal = data.UserError("predict takes a list of texts, or of pairs of texts; this network takes "
+        is_one_text = isinstance(texts, str | dict)  # its letters or keys are no texts
+        texts = list(texts)
+        if is_one_text or not all(self.takes(text) for text in texts):
+            kind = "texts" if self.num_sentences == 1 else "pairs"
+            raise data.UserError("predict takes a list of texts, or of pairs of texts; this network takes "
                                  f"{kind}")
-        if isinstance(texts, str | dict):
-            raise refusal
-        examples = []
-        for text in texts:
-            sentences = [text] if isinstance(text, str) else text
-            is_right = isinstance(sentences, list | tuple) and len(sentences) == self.num_sentences
-            if not is_right or not all(isinstance(sentence, str) for sentence in sentences):
-                raise refusal
-            examples.append(glue.Example(*sentences))
-        if not examples:
+        if not texts:
             return []
+        examples = [glue.Example(text) if isinstance(text, str) else glue.Example(*text) for text in texts]
         rows = tokenize_examples(examples, self.wordpiece, self.max_length).rows
         if warning := data.unknown_warning(self.wordpiece.unknown_share(rows)):
             print(warning, file=sys.stderr)
@@ -900,6 +894,13 @@ class Predictor:
             label = self.labels[int(np.argmax(probabilities))]
             predictions.append((label, dict(zip(self.labels, probabilities, strict=True))))
         return predictions
+
+    def takes(self, text):
+        """Whether this is a sentence, or a list of as many sentences as the network takes."""
+        sentences = [text] if isinstance(text, str) else text
+        if not isinstance(sentences, list | tuple) or len(sentences) != self.num_sentences:
+            return False
+        return all(isinstance(sentence, str) for sentence in sentences)
 
 
 def predict_file(config):
@@ -947,8 +948,12 @@ def main(argv=None):
         return
     tasks = glue.find_tasks(config.task, config.regression)
     pretrained = load_pretrained(config)
-    experiments = [Experiment(task, config, pretrained) for task in tasks.values()]
-    is_finished = run(config, experiments)
+    predicts_test_sets = config.keep_predictions or config.submit
+    experiments = []
+    for task in tasks.values():
+        test_splits = task.test_splits if predicts_test_sets else ()
+        experiments.append(Experiment(task, config, pretrained, test_splits))
+    is_finished = sweep_and_report(config, experiments)
     if is_finished and config.submit:
         submit(experiments, config)
 

@@ -2929,7 +2929,7 @@ def test_a_network_is_kept_and_predicts(toy_glue, capsys, monkeypatch):
     scores = [read_results()["own-own", seed]["metrics"]["accuracy"] for seed in range(3)]
     assert set(read_results()["own-own", 0]["metrics"]) == {"accuracy", "macro f1", "matthews"}
     best, ran = int(np.argmax(scores)), []
-    watch(monkeypatch, finetune.Finetuner, "run", lambda finetuner, seed, *_: ran.append(seed))
+    watch(monkeypatch, finetune.Finetuner, "run", lambda finetuner, seed: ran.append(seed))
     tune(flags + "--save")  # only the best is run again, since it was not kept
     tune(flags + "--save")
     assert ran == [best] and scores[best] > 0.8
@@ -3060,7 +3060,7 @@ def test_own_numbers_are_scaled_by_their_range_and_back(toy_glue, capsys):
 
 
 def test_no_step_of_fine_tuning_waits_for_the_device(toy_glue, monkeypatch):
-    """Rows and labels are on the device; nothing in a step has a size or a branch that depends on them."""
+    """Nothing in a step has a size or a branch that depends on them."""
     steps = ExitStack()
     watch(monkeypatch, train, "learning_rate", lambda step, *_: step or steps.enter_context(NoSync()))
     watch(monkeypatch, finetune, "predict_rows", lambda *_: steps.close())
@@ -3068,8 +3068,7 @@ def test_no_step_of_fine_tuning_waits_for_the_device(toy_glue, monkeypatch):
                                      dtype="fp32", graph=False, learning_rate=1e-3, layerwise_lr_decay=0.8)
     experiment = finetune.Experiment(glue.TASKS["mrpc"], config, finetune.load_pretrained(config))
     with steps:
-        finetuner = finetune.Finetuner(experiment)
-        finetuner.run(0, experiment.tokenize_splits())
+        finetune.Finetuner(experiment, experiment.tokenize_splits()).run(0)
 
 
 def test_replayed_fine_tuning_is_plain_fine_tuning(toy_glue, monkeypatch, request):
@@ -3094,11 +3093,10 @@ def test_what_a_graph_reads_stays_where_it_is(toy_glue):
     config = finetune.FinetuneConfig(glue_dir="glue", max_length=32, num_train_epochs=1, device="cpu",
                                      dtype="fp32", graph=False, learning_rate=1e-3, layerwise_lr_decay=0.8)
     experiment = finetune.Experiment(glue.TASKS["mrpc"], config, finetune.load_pretrained(config))
-    splits = experiment.tokenize_splits()
-    finetuner = finetune.Finetuner(experiment)
+    finetuner = finetune.Finetuner(experiment, experiment.tokenize_splits())
     runs = []
     for seed in 0, 1:
-        finetuner.run(seed, splits)
+        finetuner.run(seed)
         rates = [group["lr"] for group in finetuner.optimizer.param_groups]
         state = [tensor for state in finetuner.optimizer.state.values() for tensor in state.values()]
         tensors = [*finetuner.network.parameters(), *state, *rates]

@@ -1,8 +1,9 @@
-"""An epoch of MRPC with random weights of small's shape: the share of it spent outside the network.
+"""How much of an epoch of fine-tuning is spent outside the network and the optimizer?
 
     python bench/finetuning_overhead.py --glue-dir GLUE [--examples 640] [--threads 1]
 
-Inside are forward, backward, clipping and the optimizer. On a GPU the host waits after each of them here.
+The epoch is MRPC's, with random weights of a size. Forward, backward, clipping and the optimizer are inside;
+on a GPU the host waits here after each of them. Figures: LOG.md, "Fine-tuning on a CPU".
 """
 
 import argparse
@@ -12,7 +13,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,19 +24,35 @@ from data import SPECIAL_TOKENS, WordPiece
 
 
 def make_finetuner(glue_dir, size, num_examples=None, **flags):
-    """A Finetuner of MRPC with random weights of a size, for an epoch, and what to train on."""
+    """A Finetuner of MRPC with random weights of a size, for an epoch, on its first examples."""
     config = train.resolve_device(finetune.FinetuneConfig(glue_dir=glue_dir, num_train_epochs=1, **flags))
     task = glue.TASKS["mrpc"]
     shape = train.make_config(model.ElectraConfig, train.SIZES[size])
     examples, _ = task.read("train", config.cache, glue_dir)
     # A vocabulary of the words that are there: rows are about as long as with BERT's.
-    words = {word for example in examples for word in " ".join(example[:2]).lower().split()}
+    words = {word for example in examples for word in f"{example.first} {example.second}".lower().split()}
     wordpiece = WordPiece([*SPECIAL_TOKENS, *sorted(words)])
     shape = replace(shape, sep_token_id=wordpiece.sep_token_id,
                     max_position_embeddings=max(128, shape.max_position_embeddings))
     tokenized = finetune.tokenize_examples(examples[:num_examples], wordpiece, config.max_length)
     pretrained = finetune.Pretrained(Path("random"), shape, wordpiece, None, "random")
-    return finetune.Finetuner(finetune.Experiment(task, config, pretrained)), tokenized
+    experiment = finetune.Experiment(task, config, pretrained)
+    return finetune.Finetuner(experiment, dict(train=tokenized))
+
+
+def time_calls(owner, name, device, seconds):
+    """Append to `seconds` how long each call of a function takes."""
+    function = getattr(owner, name)
+
+    def timed(*args, **kwargs):
+        began = time.perf_counter()
+        result = function(*args, **kwargs)
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+        return result
+
+    setattr(owner, name, timed)
 
 
 def main():
@@ -48,41 +64,30 @@ def main():
     parser.add_argument("--json", help="file for the figures")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    finetuner, tokenized = make_finetuner(options.glue_dir, options.size, options.examples)
+    finetuner = make_finetuner(options.glue_dir, options.size, options.examples)
     config = finetuner.config
-    inside = [0.0]
-
-    def watch(owner, name):
-        function = getattr(owner, name)
-
-        def timed(*args, **kwargs):
-            began = time.perf_counter()
-            result = function(*args, **kwargs)
-            if config.device.startswith("cuda"):
-                torch.cuda.synchronize()
-            inside[0] += time.perf_counter() - began
-            return result
-
-        setattr(owner, name, timed)
-
+    inside = []  # seconds of calls
     for owner, name in ((finetune.Classifier, "forward"), (torch.Tensor, "backward"),
                         (torch.nn.utils, "clip_grad_norm_"), (torch.optim.AdamW, "step")):
-        watch(owner, name)
-    marks = []  # when the first and the last step begin
+        time_calls(owner, name, config.device, inside)
+    step_begins = []  # (time, seconds inside so far)
     learning_rate = train.learning_rate
 
-    def mark(*args):
-        marks.append((time.perf_counter(), inside[0]))
+    def note_begin(*args):  # a step begins with its learning rate
+        step_begins.append((time.perf_counter(), sum(inside)))
         return learning_rate(*args)
 
-    train.learning_rate = mark
-    finetuner.run(0, {"train": tokenized})
-    (began, inside_before), (ended, inside_after) = marks[0], marks[-1]
-    seconds, steps = ended - began, len(marks) - 1
-    outside = 1 - (inside_after - inside_before) / seconds
-    figures = dict(device=config.device, dtype=config.dtype, size=options.size, steps=steps, outside=outside,
+    train.learning_rate = note_begin
+    finetuner.run(0)
+    first_time, first_inside = step_begins[0]
+    last_time, last_inside = step_begins[-1]
+    seconds = last_time - first_time
+    steps = len(step_begins) - 1  # the last one is not timed
+    num_examples = len(finetuner.splits["train"].rows)
+    figures = dict(device=config.device, dtype=config.dtype, size=options.size, steps=steps,
+                   outside=1 - (last_inside - first_inside) / seconds,
                    examples_per_second=steps * config.batch_size / seconds,
-                   epoch_seconds=seconds / steps * int(np.ceil(len(tokenized.rows) / config.batch_size)))
+                   epoch_seconds=seconds / steps * finetune.num_steps(num_examples, config.batch_size, 1))
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
     print("{device}, {dtype}, {size}, {steps} steps: {examples_per_second:,.0f} examples/s; {outside:.1%} of "

@@ -1,4 +1,4 @@
-"""Pictures of runs of train.py: learning curves on held-out text, or one sentence through both networks.
+"""What have runs of train.py learned? Curves on held-out text, or one sentence through both networks.
 
     python bench/plot.py out/small out/mlm/small [--official] [--out curves.png]
     python bench/plot.py out/tiny --sentence "Return the most common data point." [--out sentence.png]
@@ -48,10 +48,14 @@ def read_official():
     """The points of the published curve. It has no curve for what is missing in a row."""
     with open(OFFICIAL, newline="") as file:
         rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-    return [dict(row, tokens=row["step"] * OFFICIAL_TOKENS, auc=row.get("disc_auc")) for row in rows]
+    for row in rows:
+        row["tokens"] = row["step"] * OFFICIAL_TOKENS
+        row["auc"] = row.get("disc_auc")
+    return rows
 
 
 def draw(axis, lines, metric, **style):
+    """Draw a metric against the tokens so far. Evaluations that lack it are left out."""
     points = [(line["tokens"] / 1e6, line[metric]) for line in lines if line.get(metric) is not None]
     if points:
         axis.plot(*zip(*points, strict=True), **style)
@@ -75,7 +79,7 @@ def plot(runs, out, official=False):
 
 
 def plot_sentence(run, text, out, seed=0):
-    """A sentence as it was, masked, as the generator fills it in, and what the discriminator says of it."""
+    """Draw a sentence as it was, masked, as the generator fills it in, and what the discriminator says."""
     wordpiece, _ = data.read_tokenizer(Path(run) / "discriminator")
     electra = model.load_electra(Path(run) / "discriminator", Path(run) / "generator").eval()
     [ids] = wordpiece.encode([text])
@@ -91,9 +95,9 @@ def plot_sentence(run, text, out, seed=0):
             for row in (input_ids, masked_ids, output.corrupted_ids)]
     said = output.disc_logits[0, 1:-1].sigmoid().tolist()
     rows.append([f"{100 * probability:.0f} %" for probability in said])
-    chosen, replaced = chosen[1:-1].tolist(), output.is_replaced[0, 1:-1].tolist()
+    shades = [[0.0] * len(said), 0.35 * chosen[1:-1], 0.35 * output.is_replaced[0, 1:-1], said]
 
-    starts = [0.0]
+    starts = [0.0]  # of the columns
     for column in zip(*rows[:3], strict=True):
         starts.append(starts[-1] + max(4, *map(len, column)) + 1.6)
     figure, axis = plt.subplots(figsize=(12, 2.2), layout="constrained")
@@ -101,8 +105,9 @@ def plot_sentence(run, text, out, seed=0):
     for number, (name, row) in enumerate(zip(names, rows, strict=True)):
         axis.text(-2, -number, name, ha="right", va="center", fontsize=11, color="gray")
         for column, word in enumerate(row):
-            shade = [0, 0.35 * chosen[column], 0.35 * replaced[column], said[column]][number]
-            color = matplotlib.colormaps["Oranges" if number == 3 else "Blues"](0.8 * shade)
+            shade = float(shades[number][column])  # from 0 to 1
+            colormap = "Oranges" if name == "discriminator" else "Blues"
+            color = matplotlib.colormaps[colormap](0.8 * shade)
             box = dict(boxstyle="round,pad=0.25", facecolor=color if shade else "white", linewidth=0)
             middle = (starts[column] + starts[column + 1]) / 2
             axis.text(middle, -number, word, ha="center", va="center", fontsize=11, bbox=box)

@@ -1,4 +1,4 @@
-"""Record three pre-training steps of google-research/electra, for the test that ours are the same.
+"""What are three pre-training steps of google-research/electra? The record with which a test compares ours.
 
     git clone https://github.com/google-research/electra CLONE && git -C CLONE checkout 8a46635
     python bench/record_official_step.py CLONE OUT [--seed 0] [--replay official/official_step.npz]
@@ -17,7 +17,7 @@ The official model, masking, sampling and optimizer run as they are, with these 
 - Weights are scaled up and biases moved off zero, so that a mistake in any of them shows.
 
 --replay takes weights, ids, masks and samples from a record, computes the rest, and prints how far it is off.
-That was 0 with tensorflow-cpu 2.15.1 (Python 3.11), and at most 5e-7 of an array's largest value with
+It was 0 with tensorflow-cpu 2.15.1 (Python 3.11), and at most 5e-7 of an array's largest value with
 TensorFlow 1.15.5, which has tf.contrib (Python 3.7, protobuf 3.20.3), except for the key biases' gradients,
 which are rounding. Both on a CPU. Not run: a GPU, a TPU, the TPUEstimator and the TFRecord reader.
 """

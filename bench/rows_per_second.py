@@ -1,4 +1,4 @@
-"""How many rows a second text gives, and what limits that on many cores.
+"""How many rows does a text give in a second, and what limits that on many cores?
 
     python bench/rows_per_second.py --data PATH --vocab FILE [--workers 1] [--in-place] [--rounds 5]
 
@@ -12,7 +12,8 @@ Each round times, one after the other:
 - making rows alone, on one thread, which is what a worker does.
 
 Prints medians and, from the last two, the rate to expect when each process has a core. With --rounds 0 the
-text is only prepared, and the peak memory of this process and of its largest worker is printed.
+text is only prepared, and the peak memory of this process and of its largest worker is printed. Figures:
+LOG.md.
 """
 
 import argparse
@@ -94,11 +95,13 @@ def compare(config, options):
             pass
 
     def parent():
-        workers, run_worker = data.WORKERS, data.run_worker
+        workers = data.WORKERS
+        run_worker = data.run_worker
         data.WORKERS = 2
         data.run_worker = partial(answer_at_once, num_rows=rows // len(shard_texts))
         prepare()
-        data.WORKERS, data.run_worker = workers, run_worker
+        data.WORKERS = workers
+        data.run_worker = run_worker
 
     def build():
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -107,20 +110,22 @@ def compare(config, options):
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
 
     stages = tokenize, prepare, read, parent, build
-    walls, cpus = {stage: [] for stage in stages}, {stage: [] for stage in stages}
+    walls = {stage: [] for stage in stages}  # seconds
+    cpus = {stage: [] for stage in stages}
     for _ in range(options.rounds):
         for stage in stages:
-            began, cpu = time.perf_counter(), time.process_time()
+            wall_began = time.perf_counter()
+            cpu_began = time.process_time()
             stage()
-            walls[stage].append(time.perf_counter() - began)
-            cpus[stage].append(time.process_time() - cpu)
+            walls[stage].append(time.perf_counter() - wall_began)
+            cpus[stage].append(time.process_time() - cpu_began)
     wall = {stage: statistics.median(walls[stage]) for stage in stages}
     cpu = {stage: statistics.median(cpus[stage]) for stage in stages}
     ratio = statistics.median(t / p for t, p in zip(walls[tokenize], walls[prepare], strict=True))
-    where = f"{options.workers} {'threads' if options.in_place or options.workers == 1 else 'workers'}"
-    print(f"{megabytes:.0f} MB, {rows:,} rows, {len(shard_texts)} shards, {where}: encode_batch alone "
-          f"{megabytes / wall[tokenize]:.2f} MB/s, text to rows {megabytes / wall[prepare]:.2f} MB/s, ratio "
-          f"{ratio:.2f}; {rows / wall[prepare]:,.0f} rows/s")
+    kind = "threads" if options.in_place or options.workers == 1 else "workers"
+    print(f"{megabytes:.0f} MB, {rows:,} rows, {len(shard_texts)} shards, {options.workers} {kind}: "
+          f"encode_batch alone {megabytes / wall[tokenize]:.2f} MB/s, text to rows "
+          f"{megabytes / wall[prepare]:.2f} MB/s, ratio {ratio:.2f}; {rows / wall[prepare]:,.0f} rows/s")
     for stage, count in (read, len(shard_texts)), (parent, len(shard_texts)), (build, len(some)):
         print(f"{stage.__name__}: {1000 * wall[stage] / count:.0f} ms a shard, of which "
               f"{1000 * cpu[stage] / count:.0f} on the CPU")

@@ -1,15 +1,15 @@
-"""One pre-training step, ours against one made of transformers' modules, interleaved in one process.
+"""How fast is a pre-training step, compared with one made of transformers' modules?
 
     python bench/step_against_transformers.py [--size small] [--batch-size 32] [--dtype bf16] [--threads 2]
         [--rounds 5]
 
-Both steps read the same random rows, apply the same masks, and end with clipping and the fused AdamW. The
-other is built as replications of ELECTRA build it: ElectraForMaskedLM and ElectraForPreTraining with one
-embedding object and sdpa attention, logits at every position, Gumbel noise at the masked ones, each loss
-computed once.
+The two take turns in one process, read the same random rows, apply the same masks, and end with clipping and
+the fused AdamW. The other one is built as replications of ELECTRA build it: ElectraForMaskedLM and
+ElectraForPreTraining with one embedding object and sdpa attention, logits at every position, Gumbel noise at
+the masked ones, each loss computed once.
 
 Prints medians: tokens per second, their ratio, peak memory, the share of the machine's rate of multiplying
-matrices, and where the time of our step goes.
+matrices, and where the time of our step goes. Figures: LOG.md.
 """
 
 import argparse
@@ -161,20 +161,29 @@ def flops_per_token(config, length):
     return counter.get_total_flops() / length
 
 
+def kind_of(operation):
+    """The kind of work of an operation of the profiler."""
+    for kind, names in KINDS.items():
+        if any(name in operation for name in names):
+            return kind
+    return "the rest"
+
+
 def where_time_goes(step, device):
     """The share of each kind of work in the time of one step."""
     from torch.profiler import ProfilerActivity, profile
 
     is_cuda = device.startswith("cuda")
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_cuda) as profiler:
+    activities = [ProfilerActivity.CPU]
+    if is_cuda:
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler:
         step(10_000)
         synchronize(device)
     shares = dict.fromkeys([*KINDS, "the rest"], 0.0)
     for event in profiler.key_averages():
-        spent = event.self_device_time_total if is_cuda else event.self_cpu_time_total
-        key = event.key.lower()
-        kind = next((kind for kind, names in KINDS.items() if any(name in key for name in names)), "the rest")
-        shares[kind] += spent
+        kind = kind_of(event.key.lower())
+        shares[kind] += event.self_device_time_total if is_cuda else event.self_cpu_time_total
     total = sum(shares.values())
     return {kind: spent / total for kind, spent in shares.items()}
 
@@ -224,13 +233,12 @@ def measure(options):
     if options.only:
         memory = torch.cuda.max_memory_allocated() if is_cuda else resident_memory()
         return figures | dict(peak_memory=memory)
-    rate = figures["ours"] * flops_per_token(config, length)
     if len(kinds) == 2:
         figures["ratio"] = figures["ours"] / figures["transformers"]
+    flop_per_token = flops_per_token(config, length)
     peak = matmul_rate(recipe)
     return figures | dict(
-        flop_per_token=flops_per_token(config, length),
-        matmul_rate=peak, utilization=rate / peak,
+        flop_per_token=flop_per_token, matmul_rate=peak, utilization=figures["ours"] * flop_per_token / peak,
         shares=where_time_goes(steps["ours"], recipe.device),
         memory={kind: peak_memory(options, kind) for kind in kinds})
 

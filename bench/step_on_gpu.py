@@ -1,12 +1,12 @@
-"""What a GPU makes of a step: tokens/s, time on the host, memory and kernels of each way to run it.
+"""How fast is a pre-training step on a GPU: plain, compiled, as a CUDA graph, and in transformers?
 
     python bench/step_on_gpu.py [--size small] [--only "eager;eager, graph"] [--glue-dir GLUE] [--json FILE]
 
-All ways run in one process, which takes a few minutes, most of them for compiling. Each reads the recipe's
-batch, draws random numbers, sets rates and the seed, and ends with clipping and AdamW. `transformers` is the
-step of bench/step_against_transformers.py. With GLUE, a folder laid out as the official zips are, MRPC is
+Prints tokens/s, time on the host, memory and kernels of each variant. One process runs them all in a few
+minutes, most of them for compiling. Each step reads the recipe's batch, draws random numbers, sets rates and
+the seed, and ends with clipping and AdamW. With GLUE, a folder laid out as the official zips are, MRPC is
 fine-tuned for an epoch, twice: the first time includes captures. `--device cpu --batch-size 4` is a trial,
-without graphs.
+without graphs. Figures: LOG.md and bench/results/h100/steps.json.
 """
 
 import argparse
@@ -74,7 +74,10 @@ def make_step(config, shape, length, kind="ours", graph=False, compile=None, det
         train.compute_deterministically()
     rows = step_against_transformers.make_rows(shape, config.batch_size, length)
     torch.manual_seed(0)
-    network = model.Electra(shape) if kind == "ours" else step_against_transformers.TransformersElectra(shape)
+    if kind == "ours":
+        network = model.Electra(shape)
+    else:
+        network = step_against_transformers.TransformersElectra(shape)
     network = network.to(config.device).train()
     optimizer = train.build_optimizer(network.named_parameters(), config)
     config = replace(config, graph=graph, compile=False)
@@ -126,7 +129,8 @@ def warm_up(step, device):
 
 def measure(step, device, num_steps):
     """Seconds of a step, and of those on the host: medians of three timings."""
-    whole, host = [], []
+    whole = []
+    host = []
     for timing in range(3):
         began = time.perf_counter()
         for number in range(num_steps):
@@ -173,15 +177,15 @@ def measure_variant(options, name):
 
 def mrpc_epochs(options):
     """Seconds of an epoch of MRPC, pairs in one order: with captures, and after them."""
-    finetuner, tokenized = finetuning_overhead.make_finetuner(
+    finetuner = finetuning_overhead.make_finetuner(
         options.glue_dir, options.size, device=options.device, dtype=options.dtype)
     seconds = []
     for seed in range(2):
         began = time.perf_counter()
-        finetuner.run(seed, {"train": tokenized})
+        finetuner.run(seed)
         step_against_transformers.synchronize(finetuner.config.device)
         seconds.append(time.perf_counter() - began)
-    steps = finetune.num_steps(len(tokenized.rows), finetuner.config.batch_size, 1)
+    steps = finetune.num_steps(len(finetuner.splits["train"].rows), finetuner.config.batch_size, 1)
     return dict(steps=steps, first=seconds[0], second=seconds[1])
 
 
@@ -206,17 +210,19 @@ def main():
         torch.compiler.reset()
         gc.collect()
         try:
-            row = figures["variants"][name] = measure_variant(options, name)
+            row = measure_variant(options, name)
         except RuntimeError as error:  # one variant must not cost the others
             print(f"| {name} | failed: {type(error).__name__}: {str(error)[:300]} |", flush=True)
             continue
+        figures["variants"][name] = row
         print(f"| {name} | {row['ms']:.2f} | {row['host_ms']:.2f} | {row['kernel_ms']:.2f} "
               f"| {row['steps_per_second']:.1f} | {row['tokens_per_second']:,.0f} | {row['share']:.1%} "
               f"| {row.get('peak_GiB', 0):.2f} | {row['first_seconds']:.1f} s |", flush=True)
         if options.json:
             Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
     if options.glue_dir:
-        epochs = figures["mrpc"] = mrpc_epochs(options)
+        epochs = mrpc_epochs(options)
+        figures["mrpc"] = epochs
         print("MRPC, {steps} steps: {first:.2f} s with captures, {second:.2f} s after".format(**epochs))
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")

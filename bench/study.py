@@ -1,10 +1,10 @@
-"""ELECTRA's claim on a CPU: the figures of the README, in stages.
+"""Does ELECTRA learn more than masked language modelling from equal compute, on a CPU?
 
     python bench/study.py STAGE [--data TEXT] [--glue GLUE] [--jobs 2]
 
-TEXT is text in OpenWebText's nesting, one document per file; GLUE a folder laid out as the official zips are.
-A stage starts one process per job with one thread each, resumes where it was stopped, and leaves its figures
-in bench/results/STAGE.json. The stages, in order:
+TEXT is text in OpenWebText's nesting, one document per file. GLUE is a folder laid out as the official zips
+are. A stage starts one process per job, with one thread each, and resumes where it was stopped. Its figures
+are in bench/results/STAGE.json, README.md and LOG.md. The stages, in order:
 
 exercises  tiny with one line changed, three seeds each
 pilots     both arms of the claim with three learning rates each
@@ -39,7 +39,8 @@ from glue import TASKS
 HERE = Path(__file__).resolve().parent
 COMMIT = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=HERE,
                         capture_output=True, text=True).stdout.strip()
-OUT, RESULTS = Path("out/study"), HERE / "results"
+OUT = Path("out/study")
+RESULTS = HERE / "results"
 FILES = ("model.py", "data.py", "train.py", "glue.py", "finetune.py")
 # What README's exercises change: flags, or one line of a file.
 EXERCISES = {
@@ -56,12 +57,15 @@ SHAPE = dict(embedding_size=128, hidden_size=128, num_hidden_layers=2, num_atten
              intermediate_size=512, max_position_embeddings=64, hidden_dropout_prob=0.0,
              attention_probs_dropout_prob=0.0, initializer_range=0.07)
 GENERATOR_SIZE = 0.5  # the generator's share of the width; "mlm" has one of the full width
-VOCAB, LENGTH, BATCH = 4096, 64, 16
+VOCAB = 4096
+LENGTH = 64
+BATCH = 16
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 ARMS = ("electra", "mlm")
 NAMES = {"random": "no pre-training", "mlm": "MLM", "electra": "ELECTRA"}
 METRICS = ("mlm_loss", "unigram_entropy", "disc_loss", "all_original", "auc")  # in the tables
-PILOT_FLOPS, MAIN_FLOPS = 9e13, 4.5e14  # 20 and 100 minutes
+PILOT_FLOPS = 9e13  # 20 minutes
+MAIN_FLOPS = 4.5e14  # 100 minutes
 FINE_TUNED = {"cola": 5, "mrpc": 5, "stsb": 5, "sst2": 2}  # seeds
 
 
@@ -75,6 +79,7 @@ def run(command, folder=Path(".")):
 
 
 def run_all(jobs, commands):
+    """Call `run` with each of these tuples of arguments, `jobs` at a time."""
     with ThreadPoolExecutor(jobs) as pool:
         return list(pool.map(lambda command: run(*command), commands))
 
@@ -93,7 +98,9 @@ def write(stage, figures):
 
 def exercises(options):
     """tiny with one change each: held-out metrics of three seeds."""
-    commands, folders, cache = [], {}, (OUT / "cache").resolve()
+    commands = []
+    folders = {}  # by name and seed
+    cache = (OUT / "cache").resolve()
     for name, change in EXERCISES.items():
         copy = (OUT / "exercises" / name.replace(" ", "-")).resolve()
         copy.mkdir(parents=True, exist_ok=True)
@@ -165,8 +172,11 @@ def score(line):
 def best_rates():
     """The learning rate of each arm that was best in the pilots, on held-out text."""
     runs = json.loads((RESULTS / "pilots.json").read_text())["runs"].values()
-    return {arm: min((one for one in runs if one["arm"] == arm),
-                     key=lambda one: score(one["curve"][-1]))["learning_rate"] for arm in ARMS}
+    rates = {}
+    for arm in ARMS:
+        best = min((one for one in runs if one["arm"] == arm), key=lambda one: score(one["curve"][-1]))
+        rates[arm] = best["learning_rate"]
+    return rates
 
 
 def main_runs(options):
@@ -186,9 +196,11 @@ def fine_tune(options):
     commands = []
     for name, folder in models.items():
         for task, seeds in FINE_TUNED.items():
-            commands.append((f"{HERE.parent / 'finetune.py'} --task {task} --seeds {seeds} --model {folder} "
-                             f"--max-length {LENGTH} --glue-dir {options.glue} --out {OUT / 'glue' / name} "
-                             f"--dtype {options.dtype} " + "--random-weights" * (name == "random"),))
+            flags = (f"--task {task} --seeds {seeds} --model {folder} --max-length {LENGTH} "
+                     f"--glue-dir {options.glue} --out {OUT / 'glue' / name} --dtype {options.dtype}")
+            if name == "random":
+                flags += " --random-weights"
+            commands.append((f"{HERE.parent / 'finetune.py'} {flags}",))
     run_all(options.jobs, commands)
     figures = {}
     for name in models:
@@ -220,28 +232,49 @@ def print_table(corner, columns, rows):
 def report(options):
     found = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     if "exercises" in found:
-        print_table("changed", ["MLM loss", "AUC"], {
-            name: [", ".join(f"{line[metric]:.3f}" for line in found["exercises"][name] if metric in line)
-                   for metric in ("mlm_loss", "auc")] for name in EXERCISES})
+        report_exercises(found["exercises"])
     for stage in "pilots", "main", "sizes":
         if stage in found:
-            runs = found[stage]["runs"]
-            plot.plot({NAMES.get(name, name): one["curve"] for name, one in runs.items()},
-                      RESULTS / f"{stage}.png")
-            print_table(stage, ["steps", "tokens/s", *METRICS], {
-                name: [f"{one['steps']:,}", f"{one['tokens_per_second']:,}",
-                       *(f"{one['curve'][-1][metric]:.3f}" if metric in one["curve"][-1] else ""
-                         for metric in METRICS)]
-                for name, one in runs.items()})
+            report_claims(stage, found[stage]["runs"])
     if "glue" in found:
-        table = {column: scores for column, scores in found["glue"].items() if isinstance(scores, dict)}
-        columns = [f"{TASKS[column.split()[0]].title}, n = {len(scores['electra'])}"
-                   for column, scores in table.items()]
-        rows = {NAMES[name]: [format_mean(scores[name]) for scores in table.values()] for name in NAMES}
-        for one, other in [("electra", "mlm"), ("electra", "random"), ("mlm", "random")]:
-            rows[f"{NAMES[one]} − {NAMES[other]}"] = [format_difference(scores[one], scores[other])
-                                                      for scores in table.values()]
-        print_table("GLUE dev sets", columns, rows)
+        report_glue(found["glue"])
+
+
+def report_exercises(figures):
+    rows = {}
+    for name in EXERCISES:
+        rows[name] = []
+        for metric in "mlm_loss", "auc":
+            values = [f"{line[metric]:.3f}" for line in figures[name] if metric in line]
+            rows[name].append(", ".join(values))
+    print_table("changed", ["MLM loss", "AUC"], rows)
+
+
+def report_claims(stage, runs):
+    curves = {NAMES.get(name, name): one["curve"] for name, one in runs.items()}
+    plot.plot(curves, RESULTS / f"{stage}.png")
+    rows = {}
+    for name, one in runs.items():
+        last = one["curve"][-1]
+        rows[name] = [f"{one['steps']:,}", f"{one['tokens_per_second']:,}"]
+        for metric in METRICS:
+            rows[name].append(f"{last[metric]:.3f}" if metric in last else "")
+    print_table(stage, ["steps", "tokens/s", *METRICS], rows)
+
+
+def report_glue(figures):
+    table = {column: scores for column, scores in figures.items() if isinstance(scores, dict)}
+    columns = []
+    for column, scores in table.items():
+        task, _ = column.split()
+        columns.append(f"{TASKS[task].title}, n = {len(scores['electra'])}")
+    rows = {}
+    for name in NAMES:
+        rows[NAMES[name]] = [format_mean(scores[name]) for scores in table.values()]
+    for one, other in [("electra", "mlm"), ("electra", "random"), ("mlm", "random")]:
+        cells = [format_difference(scores[one], scores[other]) for scores in table.values()]
+        rows[f"{NAMES[one]} − {NAMES[other]}"] = cells
+    print_table("GLUE dev sets", columns, rows)
 
 
 STAGES = {"exercises": exercises, "pilots": pilots, "main": main_runs, "sizes": sizes, "glue": fine_tune,

@@ -1,12 +1,12 @@
-"""Pre-train from a server that fails, under kills, and compare with a run that nothing happened to.
+"""Does a run with a failing server and under kills end in the same bytes as one that nothing happened to?
 
     python bench/survives_faults.py --subsets DIR --vocab FILE [--files 2] [--faults 100] [--kills 20]
 
 DIR holds tars in OpenWebText's nesting (urlsf_subset00.tar, ...), and FILE is BERT's vocabulary. A server on
 the loopback interface hands them out under the paths of the hub, the first --files tars as they are and empty
-ones for the rest of the 21; HF_ENDPOINT points there, so that what runs is `--data openwebtext --vocab bert`.
+ones for the rest of the 21. HF_ENDPOINT points there, so that `--data openwebtext --vocab bert` is what runs.
 As on the hub, each request is redirected first. Prints how long after the first byte of the corpus the first
-batch reaches the step, and whether cache, weights and log are the same at the end.
+batch reaches the step, and whether cache, weights and log are the same at the end. Figures: LOG.md, "Kills".
 """
 
 import argparse
@@ -44,17 +44,21 @@ train.main(sys.argv[1:])
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Serves `bodies`, {file name: bytes}, with `faults` more requests going wrong in one way or another."""
+    """Serves `bodies`, {file name: bytes}. The next `faults` requests go wrong in one way or another."""
 
     daemon_threads = True
 
     def __init__(self, bodies, seed=0):
-        self.bodies, self.random = bodies, random.Random(seed)
-        self.faults, self.happened, self.first_byte = 0, [], None
+        self.bodies = bodies
+        self.random = random.Random(seed)
+        self.faults = 0  # how many more requests go wrong
+        self.happened = []  # the kinds of faults
+        self.first_byte = None  # when the first byte of the corpus was sent
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def fault(self):
+        """The kind of fault that the next request meets, or None."""
         if self.faults <= 0:
             return None
         self.faults -= 1
@@ -65,12 +69,18 @@ class Hub(http.server.ThreadingHTTPServer):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        path, hub = self.path.split("?")[0], self.server
+        hub = self.server
+        path, is_redirected, _ = self.path.partition("?")
         if path not in PATHS:
             return self.send_error(404)
-        fault = hub.fault() if "?" in self.path else None
-        if fault in ("429", "503", "loop") or "?" not in self.path:
-            self.send_response(302 if "?" not in self.path or fault == "loop" else int(fault))
+        fault = hub.fault() if is_redirected else None
+        status = 200
+        if not is_redirected or fault == "loop":
+            status = 302
+        elif fault in ("429", "503"):
+            status = int(fault)
+        if status != 200:
+            self.send_response(status)
             self.send_header("Location", self.path + "?at-the-cdn")
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -104,11 +114,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def children(pid):
+    """The ids of a process's children."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def contents(folder):
+def read_files(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def read_log(folder):
+    """The lines of a run's log, without the speed, which is never the same twice."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("tokens_per_second", None)
+    return lines
+
+
+def compare(work, name):
+    """Whether cache, networks and log of a run are those of the undisturbed one, by what is compared."""
+    [whole_cache] = (work / "whole-cache").glob("openwebtext-*")
+    [cache] = (work / f"{name}-cache").glob("openwebtext-*")
+    whole = work / "whole-out/tiny"
+    out = work / f"{name}-out/tiny"
+    same = {"cache": read_files(cache) == read_files(whole_cache)}
+    for network in "discriminator", "generator":
+        weights = f"{network}/model.safetensors"
+        same[network] = (out / weights).read_bytes() == (whole / weights).read_bytes()
+    same["log"] = read_log(out) == read_log(whole)
+    return same
 
 
 def main():
@@ -168,28 +201,20 @@ def main():
         time.sleep(chance.uniform(2.0, 9.0))
         if process.poll() is not None:
             sys.exit(f"the run ended after {killed} kills: raise --steps")
-        preparing = children(process.pid)
-        victim = chance.choice(["trainer", "its child"]) if preparing else "trainer"
-        os.kill(preparing[0] if victim == "its child" else process.pid, signal.SIGKILL)
+        victims = {"trainer": process.pid}
+        preparing = children(process.pid)  # one child, or none once the text is prepared
+        if preparing:
+            victims["its child"] = preparing[0]
+        victim = chance.choice(list(victims))
+        os.kill(victims[victim], signal.SIGKILL)
         killed[victim] += 1
         process.wait()
     hub.faults = 0
     run_to_the_end("killed")
     print(f"kills: {killed}, with {len(hub.happened)} faults besides", flush=True)
 
-    for name in ("faults", "killed"):
-        [one], [other] = (list((work / f"{run}-cache").glob("openwebtext-*")) for run in ("whole", name))
-        same = {"cache": contents(one) == contents(other)}
-        for network in ("discriminator", "generator"):
-            one, other = (work / f"{run}-out/tiny/{network}/model.safetensors" for run in ("whole", name))
-            same[network] = one.read_bytes() == other.read_bytes()
-        logs = [
-            [{key: value for key, value in json.loads(line).items() if key != "tokens_per_second"}
-             for line in (work / f"{run}-out/tiny/log.jsonl").read_text().splitlines()]
-            for run in ("whole", name)
-        ]
-        same["log"] = logs[0] == logs[1]
-        print(f"{name}: the same as undisturbed: {same}", flush=True)
+    for name in "faults", "killed":
+        print(f"{name}: the same as undisturbed: {compare(work, name)}", flush=True)
     shutil.rmtree(work)
 
 

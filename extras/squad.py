@@ -113,7 +113,7 @@ class Experiment(finetune.Experiment):
 
 def predict(network, tokenized, wordpiece, config):
     """The answers and the null score of each question, as `spans.find_answers` has them."""
-    order, outputs = zip(*finetune.run_network(network, tokenized.rows, config), strict=True)
+    order, outputs = zip(*finetune.predict_batches(network, tokenized.rows, config), strict=True)
     in_file_order = np.argsort(np.concatenate(order))
     fields = [torch.cat(field).cpu().numpy()[in_file_order] for field in zip(*outputs, strict=True)]
     if not all(np.isfinite(field).all() for field in fields):  # the sweep continues
@@ -295,7 +295,7 @@ def main(argv=None):
     title = f"own-{Path(config.data_dir).resolve().name}" if config.data_dir else f"SQuAD {config.version}"
     metrics = ("exact", "f1") if config.version == "1.1" else ("best exact", "best f1")
     task = Squad(title=title, metrics=metrics)
-    finetune.run(config, [Experiment(task, config, finetune.load_pretrained(config))])
+    finetune.sweep_and_report(config, [Experiment(task, config, finetune.load_pretrained(config))])
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class Experiment(finetune.Experiment):
 
     def tokenize(self, split, sentences):
         tokenized = tokenize(sentences, self.task.labels, self.pretrained.wordpiece, self.config.max_length)
-        found = finetune.count_labels(tag for _, tags in sentences for tag in tags)
+        found = finetune.format_label_counts(tag for _, tags in sentences for tag in tags)
         finetune.print_split(self, split, tokenized.rows, f"{len(sentences):,} sentences; {found}")
         return tokenized
 
@@ -258,8 +258,8 @@ class Tagger(finetune.Classifier):
 def predict_tags(network, tokenized, names, config):
     """The most likely tags of each sentence, a list of lists. [T14]"""
     classes = np.zeros_like(tokenized.labels)
-    for numbers, logits in finetune.run_network(network, tokenized.rows, config):
-        classes[numbers, : logits.shape[1]] = logits.argmax(2).cpu()
+    for indices, logits in finetune.predict_batches(network, tokenized.rows, config):
+        classes[indices, : logits.shape[1]] = logits.argmax(2).cpu()
     tags = (names[number] for number in classes[tokenized.labels != NO_WORD])
     return [list(itertools.islice(tags, len(words))) for words, _ in tokenized.sentences]
 
@@ -303,7 +303,8 @@ def main(argv=None):
     if config.predict_file:
         predict_file(config)
         return
-    finetune.run(config, [Experiment(find_task(config), config, finetune.load_pretrained(config))])
+    experiment = Experiment(find_task(config), config, finetune.load_pretrained(config))
+    finetune.sweep_and_report(config, [experiment])
 
 
 if __name__ == "__main__":

@@ -521,7 +521,7 @@ def ask(flags):
 def test_a_command_trains_scores_resumes_saves_and_predicts(own_questions, monkeypatch, capsys):
     """Finished seeds are not repeated. An answer's probability is a softmax over the n-best scores."""
     ran = []
-    watch(monkeypatch, finetune.Finetuner, "run", lambda finetuner, seed, splits: ran.append(seed))
+    watch(monkeypatch, finetune.Finetuner, "run", lambda finetuner, seed: ran.append(seed))
     ask("--seeds 1")
     ask("--seeds 2 --save")
     results = read_results("out/squad")
@@ -843,7 +843,7 @@ def test_T05_labels_are_those_of_train_and_others_count_as_wrong(monkeypatch):
     tokenized = tagging.tokenize(dev, names, data.WordPiece(VOCAB), 8)
     logits = torch.zeros(1, 6, 3)
     logits[0, [1, 2, 3, 4], [0, 1, 2, 2]] = 1.0
-    monkeypatch.setattr(finetune, "run_network", lambda *_: [([0], logits)])
+    monkeypatch.setattr(finetune, "predict_batches", lambda *_: [([0], logits)])
     tags = tagging.predict_tags(None, tokenized, names, None)
     assert tags == [["B-NP", "E-NP", "O"]]
     assert tagging.f1(tags, [tags for _, tags in dev]) == pytest.approx(2 / 3)
@@ -1017,7 +1017,7 @@ def tag(flags):
 def test_T14_a_command_trains_scores_resumes_saves_and_predicts(own_words, monkeypatch, capsys):
     """Words get their likeliest tags, also in sentences of several rows; finished seeds are not repeated."""
     ran = []
-    watch(monkeypatch, finetune.Finetuner, "run", lambda finetuner, seed, splits: ran.append(seed))
+    watch(monkeypatch, finetune.Finetuner, "run", lambda finetuner, seed: ran.append(seed))
     tag("--seeds 1")
     tag("--seeds 2 --save")
     assert ran == [0, 1, 0]  # both are perfect, and the first one's network had not been saved
