@@ -503,7 +503,7 @@ class Classifier(nn.Module):
         self.encoder = model.Encoder(config)
         self.dropout = nn.Dropout(HEAD_DROPOUT)
         self.classifier = nn.Linear(config.hidden_size, len(labels) or 1)  # 1 in a regression: no labels
-        model.glorot_uniform_(self.classifier)
+        model.init_glorot_uniform(self.classifier)
 
     def forward(self, input_ids):
         """(B, L) ids -> logits (B, num_outputs)."""
