@@ -234,7 +234,7 @@ class Experiment:
     def saved_fields(self, seed):
         """What `Predictor` needs to know of the seed's network, for config.json."""
         return dict(id2label=dict(enumerate(self.task.labels)), label_range=self.task.label_range,
-                    num_sentences=len(self.task.sentences))
+                    num_sentences=len(self.task.sentence_columns))
 
     def read_splits(self):
         """The examples by split, and the SHA-256 of their files by split."""
@@ -590,7 +590,7 @@ def describe(experiment, split, examples, tokenized):
         found = f"labels from {low:g} to {high:g}"
     else:
         found = count_labels(task.labels[label] for label in labels)
-    empty = sum(not text for example in examples for text in example[: len(task.sentences)])
+    empty = sum(not text for example in examples for text in example[: len(task.sentence_columns)])
     if empty:
         found += f"; empty sentences: {empty:,}"
     cut = np.mean(tokenized.lengths > experiment.config.max_length)

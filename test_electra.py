@@ -468,7 +468,7 @@ def toy_glue(corpus, monkeypatch):
     save_discriminator("out/small/discriminator")
     random_ = random.Random(0)
     for name, task in glue.TASKS.items():
-        columns = ["x0", task.label, "x2", *task.sentences]
+        columns = ["x0", task.label_column, "x2", *task.sentence_columns]
         for split in task.rows:
             # Test sets of different sizes, so that none can be taken for another.
             count = {"train": 48, "test_mismatched": 13, "diagnostic": 14}.get(split, 12)
@@ -477,7 +477,7 @@ def toy_glue(corpus, monkeypatch):
             rows = [] if name == "cola" and not is_test else [columns]
             for _ in range(count):
                 row, label = ["x"] * 3, random_.randrange(max(2, len(task.labels)))
-                for _ in task.sentences:
+                for _ in task.sentence_columns:
                     words = random_.choices(WORDS[8:], k=random_.randint(2, 9))
                     row.append(" ".join([*words, WORDS[label]]))
                 if not is_test:
