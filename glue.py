@@ -390,7 +390,8 @@ def own_task(folder, is_regression):
     first_seen = find_labels(raw, train)
     if is_regression:
         values = {read_number(text, where) for text, where in first_seen.items()}
-        label_fields = dict(labels=(), label_range=(min(values), max(values)), metrics=("spearman", "pearson"))
+        label_range = (min(values), max(values))
+        label_fields = dict(labels=(), label_range=label_range, metrics=("spearman", "pearson"))
     else:
         values = sort_classes(first_seen, title)
         label_fields = dict(labels=tuple(values), metrics=("accuracy", "macro f1", "matthews"))

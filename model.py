@@ -104,7 +104,7 @@ def check_ranges(config):
     """Check that the numbers of a config are in the ranges that annotate their fields."""
     for field in fields(config):
         annotation = get_args(field.type)
-        if len(annotation) < 4:  # not a number
+        if len(annotation) < 4:  # not a field of numbers
             continue
         kind, _, least, most = annotation
         value = getattr(config, field.name)
@@ -131,7 +131,7 @@ class Output(NamedTuple):
     positions: torch.Tensor  # (B, K) the predicted positions; 0 in spare slots
     is_used: torch.Tensor  # (B, K) bool, False for a spare slot
     corrupted_ids: torch.Tensor  # (B, L) the text with the samples in it
-    is_replaced: torch.Tensor  # (B, L) bool, where it differs
+    is_replaced: torch.Tensor  # (B, L) bool, where it differs from the original
     # None without a discriminator:
     disc_loss: torch.Tensor = None  # () the discriminator's part, before its weight
     disc_logits: torch.Tensor = None  # (B, L) above 0 for "replaced"
@@ -160,7 +160,7 @@ class Electra(nn.Module):
             uniforms = torch.rand(B, L + 2 * K, device=input_ids.device)
         if counts is None:
             counts = loss_counts(input_ids, self.config)
-        num_predicted, num_tokens = (counts + 1e-6).unbind()  # the official code's epsilon: never 0
+        num_predicted, num_tokens = (counts + 1e-6).unbind()  # not 0, thanks to the official code's epsilon
         # Computed once, from the original ids: a sampled [PAD] or [SEP] must not change them.
         attention_mask, token_type_ids = attention_mask_and_token_types(input_ids, self.config.sep_token_id)
 
@@ -238,10 +238,10 @@ def mask_tokens(input_ids, priorities, uniforms, config):
     """
     K = uniforms.shape[1]
     # [D09] Unlike the official code, positions are drawn without replacement.
-    positions = priorities.masked_fill(~selectable(input_ids, config), -1.0).topk(K).indices  # (B, K)
+    drawn = priorities.masked_fill(~selectable(input_ids, config), -1.0).topk(K).indices  # (B, K)
     slots = torch.arange(K, device=input_ids.device)
     is_used = slots < num_predictions(input_ids, config)[:, None]  # (B, K)
-    positions = torch.where(is_used, positions, 0)  # spare slots point at [CLS], and write it over itself
+    positions = torch.where(is_used, drawn, 0)  # spare slots point at [CLS], and write it over itself
 
     labels = input_ids.gather(1, positions)
     becomes_mask = is_used & (uniforms < 0.85)  # [D06] the others stay as they are
@@ -280,7 +280,7 @@ def sample(log_probs, uniforms):
     tensor([[1]])
     """
     cumulative = log_probs.exp().cumsum(-1)  # (B, K, V)
-    total = cumulative[..., -1:]  # 1, apart from rounding
+    total = cumulative[..., -1:]  # 1 up to rounding; no threshold may exceed it
     thresholds = uniforms[..., None] * total  # (B, K, 1)
     sampled = torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)
     return sampled.clamp(max=log_probs.shape[-1] - 1)  # NaN lands past the end; train.py reports it
@@ -393,7 +393,7 @@ class Embeddings(nn.Module):
 
     def forward(self, input_ids, token_type_ids):
         length = input_ids.shape[1]
-        max_length = len(self.position_embeddings.weight)
+        max_length = self.position_embeddings.num_embeddings
         if length > max_length:
             raise ModelError(f"a row of {length} tokens does not fit into the model's {max_length} positions")
         hidden = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)  # (B, L, E)
@@ -495,8 +495,8 @@ def is_eager_cpu(tensor):
 # ------------------------------------------------------------------------------------------------------------
 # Weights in and out, as HuggingFace folders
 
-# Of the parts of our names, between the dots:
-# encoder.layers.0.output_norm.weight -> electra.encoder.layer.0.output.LayerNorm.weight
+# HuggingFace's words for the parts of our names, so that encoder.layers.0.output_norm.weight becomes
+# electra.encoder.layer.0.output.LayerNorm.weight.
 HUGGINGFACE_NAMES = {
     "encoder": "electra",
     "norm": "LayerNorm",
@@ -516,10 +516,7 @@ HUGGINGFACE_NAMES = {
 
 
 def huggingface_tensors(network):
-    """The tensors of a network under HuggingFace's names.
-
-    They are views, so copying into one changes the network.
-    """
+    """The tensors of a network under HuggingFace's names. Copying into one of them changes the network."""
     tensors = {}
     for our_name, tensor in network.state_dict().items():
         name = ".".join(HUGGINGFACE_NAMES.get(part, part) for part in our_name.split("."))
@@ -557,10 +554,7 @@ def load_electra(discriminator_folder, generator_folder):
 
 
 def read_special_tokens(folder):
-    """The fields of ElectraConfig that a folder's vocabulary sets: its size and ids.
-
-    (data.py reads vocabularies, too, and checks more. This file imports none of ours.)
-    """
+    """The fields of ElectraConfig that a folder's vocabulary sets. (data.py, unknown here, checks more.)"""
     path = Path(folder) / "vocab.txt"
     with name_damage(folder, "a model folder with a vocabulary"):
         if path.is_file():
@@ -592,9 +586,9 @@ def load_config(folder):
 
 def check_size(config, folder):
     """Refuse a config of more parameters than the weights beside it: a damaged one may fill the memory."""
-    matrices = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size  # of a layer
+    layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size  # without biases
     tables = config.embedding_size * (config.vocab_size + config.max_position_embeddings)
-    parameters = config.num_hidden_layers * matrices + tables  # without biases
+    parameters = config.num_hidden_layers * layer + tables
     size = sum(path.stat().st_size for path in find_weights(folder))
     if 2 * parameters > size:  # a parameter has at least two bytes
         raise ModelError(f"{folder} is damaged or inconsistent: its config.json describes over "
