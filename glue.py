@@ -387,7 +387,8 @@ def own_task(folder, is_regression):
     title = f"own-{folder.resolve().name}"
     train = files["train"]
     raw = train.read_bytes()
-    first_seen = find_labels(raw, train)
+    rows = list(read_table(io.BytesIO(raw), train))
+    first_seen = find_labels(rows)
     if is_regression:
         values = {read_number(text, where) for text, where in first_seen.items()}
         label_range = (min(values), max(values))
@@ -397,7 +398,7 @@ def own_task(folder, is_regression):
         label_fields = dict(labels=tuple(values), metrics=("accuracy", "macro f1", "matthews"))
     if len(values) < 2:
         raise data.UserError(f"{train} needs at least two different labels")
-    where, first_row = next(read_table(io.BytesIO(raw), train))
+    where, first_row = rows[0]
     return OwnTask(title=title, files=files, sentence_columns=find_columns(first_row, where),
                    train_sha256=hashlib.sha256(raw).hexdigest(), **label_fields)
 
@@ -417,10 +418,10 @@ def find_own_files(folder):
     return files
 
 
-def find_labels(raw, source):
-    """The different labels in a file, as text, and where each first occurs."""
+def find_labels(rows):
+    """The different labels in the rows of a table, as text, and where each first occurs."""
     first_seen = {}
-    for where, row in read_table(io.BytesIO(raw), source):
+    for where, row in rows:
         first_seen.setdefault(read_cell(row, "label", where), where)
     return first_seen
 
@@ -501,7 +502,7 @@ def read_table(file, source, kind=""):
     kind = kind or Path(source).suffix.lower().removeprefix(".")
     lines = read_lines(file, source)
     if kind == "jsonl":
-        rows = parse_lines(lines)
+        rows = parse_json_lines(lines)
     elif kind == "csv":
         rows = name_fields(split_csv(lines, source))
     elif kind == "tsv":
@@ -524,7 +525,7 @@ def read_lines(file, source):
         yield where, data.decode_utf8(line, where)
 
 
-def parse_lines(lines):
+def parse_json_lines(lines):
     """Yield ("SOURCE, line N", {column: value}) for each line of JSON."""
     for where, line in lines:
         if not line.strip():
