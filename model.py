@@ -554,7 +554,7 @@ def load_electra(discriminator_folder, generator_folder):
 
 
 def read_special_tokens(folder):
-    """The fields of ElectraConfig that a folder's vocabulary sets. (data.py, unknown here, checks more.)"""
+    """The fields of ElectraConfig that a folder's vocabulary sets. (data.py reads more of it.)"""
     path = Path(folder) / "vocab.txt"
     with name_damage(folder, "a model folder with a vocabulary"):
         if path.is_file():
@@ -585,7 +585,7 @@ def load_config(folder):
 
 
 def check_size(config, folder):
-    """Refuse a config of more parameters than the weights beside it: a damaged one may fill the memory."""
+    """Refuse a config of more parameters than the folder's weights: a damaged one could fill the memory."""
     layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size  # without biases
     tables = config.embedding_size * (config.vocab_size + config.max_position_embeddings)
     parameters = config.num_hidden_layers * layer + tables
@@ -631,7 +631,7 @@ def load_weights(network, folder, encoder_only=False):
 def cut_padding(tensor, vocab_size, name):
     """A tensor without the rows that pad its vocabulary to a multiple of 64 or the like."""
     surplus = len(tensor) - vocab_size
-    if 0 < surplus <= min(1024, vocab_size // 4):  # more are another vocabulary
+    if 0 < surplus <= min(1024, vocab_size // 4):  # more rows would be another vocabulary
         print(f"the last {surplus} rows of {name} are padding, and are left out")
         return tensor[:vocab_size]
     return tensor
