@@ -228,7 +228,7 @@ class Experiment:
     def saved_fields(self, seed):
         """What `Predictor` needs to know of the seed's network, for config.json."""
         return dict(id2label=dict(enumerate(self.task.labels)), label_range=self.task.label_range,
-                    num_sentences=len(self.task.sentences))
+                    num_sentences=len(self.task.sentence_columns))
 
     def read_splits(self):
         """The examples by split, and the SHA-256 of their files by split."""
@@ -498,7 +498,7 @@ class Classifier(nn.Module):
         self.dropout = nn.Dropout(HEAD_DROPOUT)
         num_outputs = len(labels) or 1  # a regression has no labels
         self.classifier = nn.Linear(config.hidden_size, num_outputs)
-        model.glorot_uniform_(self.classifier)
+        model.init_glorot_uniform(self.classifier)
 
     def forward(self, input_ids):
         """(B, L) ids -> logits (B, num_outputs)."""
@@ -586,7 +586,7 @@ def describe(task, examples, lengths, max_length):
     else:
         found = format_label_counts(task.labels[label] for label in labels)
     sentences = [example.first for example in examples]
-    if len(task.sentences) == 2:
+    if len(task.sentence_columns) == 2:
         sentences += [example.second for example in examples]
     num_empty = sentences.count("")
     if num_empty:

@@ -34,7 +34,10 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What fine-tuning and scoring must know. A subclass has `splits`, and reads the examples."""
+    """What fine-tuning and scoring must know. A subclass has a property `splits`, and reads the examples.
+
+    The splits are "train", then those that begin with "dev", then test sets.
+    """
 
     title: str
     metrics: tuple  # names in METRICS; the first is the one that ELECTRA reports
@@ -43,8 +46,6 @@ class Task:
     num_train_epochs: int = 3  # [D32]
     both_orders: bool = False  # [D30] trained on both orders of the sentences
 
-    # No field, but a property of subclasses: "train", then what begins with "dev", then test sets.
-    splits: ClassVar
     number_format: ClassVar = ".6g"  # of a regression's predictions
 
     @property
@@ -70,8 +71,9 @@ class Task:
         return [split for split in self.splits if split != "train" and split not in self.dev_splits]
 
     def submission_name(self, split):
-        """The name of the file to submit for a test set."""
-        return f"{self.title}.tsv"
+        """The name of the file to submit for a test set. MNLI has three of them."""
+        of_mnli = dict(test_matched="MNLI-m.tsv", test_mismatched="MNLI-mm.tsv", diagnostic="AX.tsv")
+        return of_mnli.get(split, f"{self.title}.tsv")
 
     def score(self, predictions, labels):
         """Metrics by name from predictions and labels by split. MNLI has "mismatched accuracy" as well."""
@@ -89,9 +91,9 @@ class GlueTask(Task):
 
     download: tuple  # address, size in bytes and SHA-256
     rows: dict  # official number of rows of each split; the split is also the name of the file
-    sentences: tuple  # columns of the one or two sentences
-    label: str  # column of the label in train and dev
-    header: tuple = None  # columns of train and dev where these files do not name them
+    sentence_columns: tuple  # one or two
+    label_column: str  # of train and dev; a test set has no labels
+    header: tuple = None  # all columns of train and dev, if these files do not name them
 
     number_format: ClassVar = ".3f"
 
@@ -102,10 +104,6 @@ class GlueTask(Task):
     @property
     def splits(self):
         return tuple(self.rows)
-
-    def submission_name(self, split):
-        of_mnli = dict(test_matched="MNLI-m.tsv", test_mismatched="MNLI-mm.tsv", diagnostic="AX.tsv")
-        return of_mnli.get(split, super().submission_name(split))
 
     def read(self, split, cache, glue_dir=None):
         """The examples of a split, in file order, and the SHA-256 of its file.
@@ -126,7 +124,7 @@ TASKS = {
         download=(GLUE_URL + "CoLA.zip", 376_971,
                   "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
         rows=dict(train=8_551, dev=1_043, test=1_063),
-        sentences=("sentence",), label="label", header=("source", "label", "mark", "sentence"),
+        sentence_columns=("sentence",), label_column="label", header=("source", "label", "mark", "sentence"),
         metrics=("matthews",),
     ),
     "sst2": GlueTask(
@@ -134,7 +132,7 @@ TASKS = {
         download=(GLUE_URL + "SST-2.zip", 7_439_277,
                   "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
         rows=dict(train=67_349, dev=872, test=1_821),
-        sentences=("sentence",), label="label",
+        sentence_columns=("sentence",), label_column="label",
         metrics=("accuracy",),
     ),
     "mrpc": GlueTask(
@@ -142,7 +140,7 @@ TASKS = {
         download=(MSR_URL + "msr_paraphrase_train.txt", 1_047_044,
                   "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
         rows=dict(train=3_668, dev=408, test=1_725),
-        sentences=("#1 String", "#2 String"), label="Quality",
+        sentence_columns=("#1 String", "#2 String"), label_column="Quality",
         metrics=("accuracy", "f1"),
         both_orders=True,
     ),
@@ -151,7 +149,7 @@ TASKS = {
         download=(GLUE_URL + "STS-B.zip", 802_872,
                   "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),
         rows=dict(train=5_749, dev=1_500, test=1_379),
-        sentences=("sentence1", "sentence2"), label="score", labels=(), label_range=(0.0, 5.0),
+        sentence_columns=("sentence1", "sentence2"), label_column="score", labels=(), label_range=(0.0, 5.0),
         metrics=("spearman", "pearson"),
         num_train_epochs=10, both_orders=True,
     ),
@@ -160,7 +158,7 @@ TASKS = {
         download=(GLUE_URL + "QQP-clean.zip", 41_696_084,
                   "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
         rows=dict(train=363_846, dev=40_430, test=390_965),
-        sentences=("question1", "question2"), label="is_duplicate",
+        sentence_columns=("question1", "question2"), label_column="is_duplicate",
         metrics=("accuracy", "f1"),
     ),
     "mnli": GlueTask(  # its model also predicts the diagnostic set, which has no labels and no training set
@@ -169,7 +167,7 @@ TASKS = {
                   "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
         rows=dict(train=392_702, dev_matched=9_815, dev_mismatched=9_832, test_matched=9_796,
                   test_mismatched=9_847, diagnostic=1_104),
-        sentences=("sentence1", "sentence2"), label="gold_label", labels=THREE_WAY,
+        sentence_columns=("sentence1", "sentence2"), label_column="gold_label", labels=THREE_WAY,
         metrics=("accuracy",),
     ),
     "qnli": GlueTask(
@@ -177,7 +175,7 @@ TASKS = {
         download=(GLUE_URL + "QNLIv2.zip", 10_627_589,
                   "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
         rows=dict(train=104_743, dev=5_463, test=5_463),
-        sentences=("question", "sentence"), label="label", labels=TWO_WAY,
+        sentence_columns=("question", "sentence"), label_column="label", labels=TWO_WAY,
         metrics=("accuracy",),
     ),
     "rte": GlueTask(
@@ -185,7 +183,7 @@ TASKS = {
         download=(GLUE_URL + "RTE.zip", 697_150,
                   "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
         rows=dict(train=2_490, dev=277, test=3_000),
-        sentences=("sentence1", "sentence2"), label="label", labels=TWO_WAY,
+        sentence_columns=("sentence1", "sentence2"), label_column="label", labels=TWO_WAY,
         metrics=("accuracy",),
         num_train_epochs=10,
     ),
@@ -194,7 +192,7 @@ TASKS = {
         download=(GLUE_URL + "WNLI.zip", 28_999,
                   "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),
         rows=dict(train=635, dev=71, test=146),
-        sentences=("sentence1", "sentence2"), label="label",
+        sentence_columns=("sentence1", "sentence2"), label_column="label",
         metrics=("accuracy",),
     ),
 }
@@ -223,8 +221,9 @@ def find_tasks(names, is_regression=False):
                                  f"{', '.join(TASKS)}, all, and folders with train and dev as .tsv, .csv or "
                                  ".jsonl")
         for task in found:
-            if tasks.setdefault(task.name, task) != task:
+            if tasks.get(task.name, task) != task:
                 raise data.UserError(f"two tasks are called {task.title}; rename a folder")
+            tasks[task.name] = task
     return tasks
 
 
@@ -288,7 +287,7 @@ def parse_official(task, split, raw, source):
     Only "\\n" ends a line and only "\\t" a field. Quotes are characters like any other. Rows that lack fields
     are skipped: QQP has a few. The official number of rows shows that nothing else was lost.
     """
-    is_test = split in task.test_splits  # a test set has no labels, and always names its columns
+    is_test = split in task.test_splits  # a test set always names its columns
     lines = data.decode_utf8(raw, source).removesuffix("\n").split("\n")
     if task.header and not is_test:
         header = task.header
@@ -296,9 +295,9 @@ def parse_official(task, split, raw, source):
     else:
         header = lines.pop(0).split("\t")
         first_line = 2
-    columns = list(task.sentences)
+    columns = list(task.sentence_columns)
     if not is_test:
-        columns.append(task.label)
+        columns.append(task.label_column)
     for column in columns:
         if column not in header:
             raise data.UserError(f"{source}, line 1 has no column {column}; it was damaged or edited")
@@ -310,8 +309,10 @@ def parse_official(task, split, raw, source):
             skipped.append(number)
             continue
         row = dict(zip(header, fields, strict=True))
-        label = None if is_test else read_label(task, row[task.label], f"{source}, line {number}")
-        examples.append(Example(*[row[column] for column in task.sentences], label=label))
+        label = None
+        if not is_test:
+            label = read_label(task, row[task.label_column], f"{source}, line {number}")
+        examples.append(Example(*[row[column] for column in task.sentence_columns], label=label))
     if skipped:
         print(f"{source}: skipped {len(skipped)} rows that have not {len(header)} fields; the first is line "
               f"{skipped[0]}")
@@ -343,7 +344,7 @@ def read_number(text, where):
         number = float(text)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number) or "_" in str(text):  # Python reads 1_0 as 10
+    if not math.isfinite(number) or "_" in text:  # Python reads 1_0 as 10
         raise data.UserError(f"{where}: the label is {text!r} and not a number")
     return number
 
@@ -363,7 +364,7 @@ class OwnTask(Task):
     """A folder of your own files. Its title begins with "own-", so that no task of GLUE has it."""
 
     files: dict  # path by split
-    sentences: tuple  # SINGLE or PAIR, in all files
+    sentence_columns: tuple  # SINGLE or PAIR, in all files
     train_sha256: str  # of the file that the labels come from
 
     @property
@@ -386,25 +387,27 @@ def own_task(folder, is_regression):
     title = f"own-{folder.resolve().name}"
     train = files["train"]
     raw = train.read_bytes()
-    first_seen = find_labels(raw, train)
+    rows = list(read_table(io.BytesIO(raw), train))
+    first_seen = find_labels(rows)
     if is_regression:
-        labels = sorted({read_number(text, where) for text, where in first_seen.items()})
-        kind = dict(labels=(), label_range=(labels[0], labels[-1]), metrics=("spearman", "pearson"))
+        values = {read_number(text, where) for text, where in first_seen.items()}
+        label_range = (min(values), max(values))
+        label_fields = dict(labels=(), label_range=label_range, metrics=("spearman", "pearson"))
     else:
-        labels = sort_classes(first_seen, title)
-        kind = dict(labels=tuple(labels), metrics=("accuracy", "macro f1", "matthews"))
-    if len(labels) < 2:
+        values = sort_classes(first_seen, title)
+        label_fields = dict(labels=tuple(values), metrics=("accuracy", "macro f1", "matthews"))
+    if len(values) < 2:
         raise data.UserError(f"{train} needs at least two different labels")
-    where, first_row = next(read_table(io.BytesIO(raw), train))
-    return OwnTask(title=title, files=files, sentences=find_columns(first_row, where),
-                   train_sha256=hashlib.sha256(raw).hexdigest(), **kind)
+    where, first_row = rows[0]
+    return OwnTask(title=title, files=files, sentence_columns=find_columns(first_row, where),
+                   train_sha256=hashlib.sha256(raw).hexdigest(), **label_fields)
 
 
 def find_own_files(folder):
     """The file of each split in a folder."""
     files = {}
     for split in ("train", "dev", "test"):
-        paths = [folder / f"{split}.{kind}" for kind in ("tsv", "csv", "jsonl")]
+        paths = [folder / f"{split}.{ending}" for ending in ("tsv", "csv", "jsonl")]
         found = [path for path in paths if path.is_file()]
         if len(found) > 1:
             raise data.UserError(f"there are {found[0]} and {found[1]}; keep one of them")
@@ -415,10 +418,10 @@ def find_own_files(folder):
     return files
 
 
-def find_labels(raw, source):
-    """The different labels in a file, as text, and where each first occurs."""
+def find_labels(rows):
+    """The different labels in the rows of a table, as text, and where each first occurs."""
     first_seen = {}
-    for where, row in read_table(io.BytesIO(raw), source):
+    for where, row in rows:
         first_seen.setdefault(read_cell(row, "label", where), where)
     return first_seen
 
@@ -427,22 +430,21 @@ NUMBER = re.compile(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?")
 
 
 def sort_classes(first_seen, title):
-    """The names of the classes in order, after a check. `first_seen` is what `find_labels` found."""
+    """The names of the classes: numbers by value, words by letters. `first_seen` is from `find_labels`."""
     for text, where in first_seen.items():
         if not text or re.search(r"[\t\r\n]", text):
             raise data.UserError(f"{where}: the label is {text!r}; it must be a word, without tab or line "
                                  "break")
     classes = sorted(first_seen, key=class_order)
-    if all(map(NUMBER.fullmatch, classes)) and any("." in text for text in classes):
-        print(f"{title}: labels such as {classes[0]} are names of classes; --regression makes them numbers")
+    decimals = [text for text in classes if "." in text and NUMBER.fullmatch(text)]
+    if decimals:
+        print(f"{title}: labels such as {decimals[0]} are names of classes; --regression makes them numbers")
     return classes
 
 
 def class_order(text):
-    """The key that sorts numbers by value and words by letters."""
-    if NUMBER.fullmatch(text):
-        return float(text), text
-    return 0, text
+    value = float(text) if NUMBER.fullmatch(text) else 0
+    return value, text
 
 
 def parse_own(task, split, raw, source):
@@ -452,12 +454,12 @@ def parse_own(task, split, raw, source):
         label = None
         if split not in task.test_splits:
             label = read_label(task, read_cell(row, "label", where), where)
-        examples.append(Example(*read_sentences(row, task.sentences, where), label=label))
+        examples.append(Example(*read_sentences(row, task.sentence_columns, where), label=label))
     return examples
 
 
 def read_sentences(row, columns, where):
-    """The one or two sentences of a row. They must be in these columns: no table or task mixes the two."""
+    """The one or two sentences of a row, which must have exactly these columns, as all rows of its task."""
     found = find_columns(row, where)
     if found != columns:
         raise data.UserError(f"{where} has {' and '.join(found)}; it should have {' and '.join(columns)}")
@@ -494,15 +496,15 @@ def read_cell(row, column, where):
 def read_table(file, source, kind=""):
     """Yield ("SOURCE, line N", {column: value}) for each row of a binary file.
 
-    `kind` is tsv, csv or jsonl; without it the name's ending says it. Each line, or row of CSV, is a row: an
-    empty one is an empty cell if there is one column, and else an error.
+    `kind` is tsv, csv or jsonl; by default it is the ending of the file's name. No line is skipped: an empty
+    one is an empty cell in a table of one column, and otherwise an error.
     """
     kind = kind or Path(source).suffix.lower().removeprefix(".")
     lines = read_lines(file, source)
     if kind == "jsonl":
-        rows = parse_lines(lines)
+        rows = parse_json_lines(lines)
     elif kind == "csv":
-        rows = name_fields(split_csv((line for _, line in lines), source))
+        rows = name_fields(split_csv(lines, source))
     elif kind == "tsv":
         rows = name_fields(split_tsv(lines))
     else:
@@ -518,12 +520,12 @@ def read_lines(file, source):
     """Yield ("SOURCE, line N", text) for each line of a binary file."""
     for number, line in enumerate(file, 1):
         where = f"{source}, line {number}"
-        if number == 1 and b"\r" in line.rstrip(b"\r\n"):  # then all of the file is one line
+        if number == 1 and b"\r" in line.rstrip(b"\r\n"):  # Python does not end a line there
             raise data.UserError(f"the lines of {source} end with CR; save it with line ends LF or CR LF")
         yield where, data.decode_utf8(line, where)
 
 
-def parse_lines(lines):
+def parse_json_lines(lines):
     """Yield ("SOURCE, line N", {column: value}) for each line of JSON."""
     for where, line in lines:
         if not line.strip():
@@ -535,7 +537,7 @@ def split_tsv(lines):
     """Yield ("SOURCE, line N", fields) for each line. Quotes are characters like any other."""
     for where, line in lines:
         fields = line.rstrip("\r\n").split("\t")
-        # In a table of several columns, the number of fields shows that a cell was cut.
+        # In a table of several columns, `name_fields` sees that fields are missing.
         if len(fields) == 1 and line.startswith('"') and line.count('"') % 2:
             raise data.UserError(f"{where} opens a quote and does not close it; cells of several lines need "
                                  "a .csv or .jsonl file")
@@ -543,9 +545,9 @@ def split_tsv(lines):
 
 
 def split_csv(lines, source):
-    """Yield ("SOURCE, line N", fields) for each row, N its first line: quoted fields may have more."""
+    """Yield ("SOURCE, line N", fields) for each row. N is its first line: quoted fields may have several."""
     csv.field_size_limit(sys.maxsize)  # the default is 131,072 characters
-    reader = csv.reader(lines, strict=True)
+    reader = csv.reader((line for _, line in lines), strict=True)
     first_line = 1
     try:
         for fields in reader:
@@ -558,7 +560,7 @@ def split_csv(lines, source):
 
 def name_fields(rows):
     """Yield ("SOURCE, line N", {column: field}) for each row but the first, which names the columns."""
-    first_where, header = next(rows, ("", []))
+    first_where, header = next(rows, ("", []))  # an empty file has no columns and no rows
     header = [name.strip() for name in header]
     named = [name for name in header if name]  # spreadsheets append empty columns
     if len(set(named)) < len(named):
@@ -610,15 +612,13 @@ def f1(predictions, labels, positive=1):
 
 
 def matthews(predictions, labels):
-    """Matthews' correlation for any number of classes: Pearson's of one-hot predictions and labels."""
+    """Matthews' correlation for any number of classes, known as R_K (Gorodkin, 2004)."""
     num_classes = 1 + max(predictions.max(), labels.max())
     predicted = np.bincount(predictions, minlength=num_classes) / len(predictions)  # share of each class
     actual = np.bincount(labels, minlength=num_classes) / len(labels)
-    # The covariances of the columns, summed: mean products minus products of means. Two one-hot rows have the
-    # product 1 if they agree and else 0, so the mean product is the accuracy.
-    covariance = np.mean(predictions == labels) - predicted @ actual
+    chance = predicted @ actual  # the accuracy if labels and predictions were independent
     norm = np.sqrt((1 - predicted @ predicted) * (1 - actual @ actual))
-    return float(covariance / norm) if norm else 0.0
+    return float((accuracy(predictions, labels) - chance) / norm) if norm else 0.0
 
 
 def spearman(predictions, labels):
@@ -633,7 +633,8 @@ def tied_ranks(values):
     """
     _, place, ties = np.unique(values, return_inverse=True, return_counts=True)
     last_rank = np.cumsum(ties)  # of each distinct value
-    return (last_rank - (ties - 1) / 2)[place]
+    mean_rank = last_rank - (ties - 1) / 2
+    return mean_rank[place]
 
 
 def pearson(predictions, labels):
@@ -653,11 +654,12 @@ METRICS = {"accuracy": accuracy, "f1": f1, "macro f1": macro_f1, "matthews": mat
 def submission_file(task, predictions):
     """The text of a file to submit."""
     if task.is_regression:
-        numbers = unscale(np.clip(predictions, 0, 1), task.label_range)  # [D31]
-        values = [f"{number:{task.number_format}}" for number in numbers + 0.0]  # + 0.0 turns -0.0 into 0.0
+        numbers = unscale(np.clip(predictions, 0, 1), task.label_range) + 0.0  # [D31] + 0.0: no "-0.000"
+        values = [f"{number:{task.number_format}}" for number in numbers]
     else:
-        values = [task.labels[int(label)] for label in predictions]
-    return "index\tprediction\n" + "".join(f"{index}\t{value}\n" for index, value in enumerate(values))
+        values = [task.labels[int(number)] for number in predictions]
+    lines = [f"{index}\t{value}\n" for index, value in enumerate(values)]
+    return "".join(["index\tprediction\n", *lines])
 
 
 def write_submission(path, files):

@@ -38,19 +38,18 @@ from torch import nn
 
 
 class ModelError(ValueError):
-    """A shape or a model folder that the user can correct. The message is a sentence."""
+    """A mistake in a shape or in a model folder. The message is a sentence that says what to correct."""
 
 
 @dataclass(frozen=True)
 class ElectraConfig:
     """The shape of a network, under HuggingFace's names, and the objective. The defaults are those of small.
 
-    The shape is the discriminator's; `generator_config` derives the generator's. A field that is annotated
-    with a text is a flag of train.py: the text is its help. The two numbers are the least and the greatest
-    value allowed.
+    The shape is the discriminator's; `generator_config` derives the generator's. A field with a text is a
+    flag of train.py, and the text is its help. The two numbers are the least and the greatest value allowed.
     """
 
-    vocab_size: Annotated[int, "", 1, 65_535] = 30522
+    vocab_size: Annotated[int, "", 1, 65_535] = 30522  # data.py stores ids in 16 bits
     embedding_size: Annotated[int, "width of the embeddings, which both networks share", 1, 65_536] = 128
     hidden_size: Annotated[int, "width of the discriminator", 1, 65_536] = 256
     num_hidden_layers: Annotated[int, "layers of either network", 1, 1000] = 12
@@ -105,12 +104,13 @@ def check_ranges(config):
     """Check that the numbers of a config are in the ranges that annotate their fields."""
     for field in fields(config):
         annotation = get_args(field.type)
-        if len(annotation) < 4:  # not a number
+        if len(annotation) < 4:  # not a field of numbers
             continue
         kind, _, least, most = annotation
-        number = getattr(config, field.name)
-        if type(number) not in (int, kind) or not least <= number <= most:  # nor a bool, nor NaN
-            raise ModelError(f"{field.name} is {number}; it must be between {least} and {most} "
+        value = getattr(config, field.name)
+        is_number = type(value) in (int, kind)  # a bool is none, although isinstance says so
+        if not (is_number and least <= value <= most):  # NaN is in no range
+            raise ModelError(f"{field.name} is {value}; it must be between {least} and {most} "
                              f"({kind.__name__})")
 
 
@@ -131,7 +131,7 @@ class Output(NamedTuple):
     positions: torch.Tensor  # (B, K) the predicted positions; 0 in spare slots
     is_used: torch.Tensor  # (B, K) bool, False for a spare slot
     corrupted_ids: torch.Tensor  # (B, L) the text with the samples in it
-    is_replaced: torch.Tensor  # (B, L) bool, where it differs
+    is_replaced: torch.Tensor  # (B, L) bool, where it differs from the original
     # None without a discriminator:
     disc_loss: torch.Tensor = None  # () the discriminator's part, before its weight
     disc_logits: torch.Tensor = None  # (B, L) above 0 for "replaced"
@@ -160,27 +160,28 @@ class Electra(nn.Module):
             uniforms = torch.rand(B, L + 2 * K, device=input_ids.device)
         if counts is None:
             counts = loss_counts(input_ids, self.config)
-        num_predicted, num_tokens = (counts + 1e-6).unbind()  # never 0: the official code's epsilon
+        num_predicted, num_tokens = (counts + 1e-6).unbind()  # not 0, thanks to the official code's epsilon
         # Computed once, from the original ids: a sampled [PAD] or [SEP] must not change them.
         attention_mask, token_type_ids = attention_mask_and_token_types(input_ids, self.config.sep_token_id)
 
         # [D10] The mask is drawn anew at every step.
         priorities, mask_uniforms, sample_uniforms = uniforms.split([L, K, K], dim=1)
-        positions, is_used, masked_ids = mask_tokens(input_ids, priorities, mask_uniforms, self.config)
-        labels = input_ids.gather(1, positions)  # (B, K)
+        positions, is_used, labels, masked_ids = mask_tokens(
+            input_ids, priorities, mask_uniforms, self.config)
 
         # One pass of the generator, with dropout, serves its loss and the samples.
         mlm_logits = self.generator(masked_ids, attention_mask, token_type_ids, positions)  # (B, K, V)
-        log_probs = mlm_logits.log_softmax(-1)  # for the cross-entropy, and for the samples
+        log_probs = mlm_logits.log_softmax(-1)
         mlm_losses = -log_probs.gather(2, labels[..., None]).squeeze(2)  # (B, K) cross-entropy
+        mlm_loss = (mlm_losses * is_used).sum() / num_predicted
 
         sampled = sample(log_probs.detach(), sample_uniforms)  # (B, K) [D11] no argmax, no gradient
-        corrupted_ids = corrupt(input_ids, positions, is_used, sampled)  # (B, L)
+        corrupted_ids = corrupt(input_ids, positions, is_used, labels, sampled)  # (B, L)
         is_replaced = corrupted_ids != input_ids  # [D13] a correct guess counts as original
 
-        mlm_loss = (mlm_losses * is_used).sum() / num_predicted
+        # The baseline, a masked language model, has no discriminator.
         loss = mlm_loss
-        disc_loss = None  # without a discriminator this is the baseline, a masked language model
+        disc_loss = None
         disc_logits = None
         if self.discriminator is not None:
             disc_logits = self.discriminator(corrupted_ids, attention_mask, token_type_ids)  # (B, L)
@@ -188,6 +189,7 @@ class Electra(nn.Module):
             disc_losses = F.binary_cross_entropy_with_logits(disc_logits, targets, reduction="none")  # (B, L)
             disc_loss = (disc_losses * attention_mask).sum() / num_tokens  # [D14] [CLS] and [SEP] too
             loss = mlm_loss + self.config.discriminator_weight * disc_loss  # [D15]
+            # Only `loss` keeps its graph.
             disc_loss = disc_loss.detach()
             disc_logits = disc_logits.detach()
 
@@ -223,29 +225,29 @@ def attention_mask_and_token_types(input_ids, sep_token_id):
 
 
 def mask_tokens(input_ids, priorities, uniforms, config):
-    """Choose what to predict, and mask it: positions (B, K), is_used (B, K) and masked ids (B, L).
+    """Choose what to predict, and mask it: positions, is_used, labels (B, K) and masked ids (B, L).
 
     A row has K slots, and uses the first `num_predictions` of them. The tokens with the highest of the random
-    `priorities` (B, L) are predicted. `uniforms` (B, K) decide between [MASK] and staying visible. Here two
-    of five tokens are predicted, and the second stays visible:
+    `priorities` (B, L) are predicted; the labels are these tokens. `uniforms` (B, K) decide between [MASK]
+    and staying visible. Here two of five tokens are predicted, and the second stays visible:
 
     >>> ids = torch.tensor([[101, 5, 6, 7, 102]])
     >>> priorities = torch.tensor([[0.9, 0.1, 0.8, 0.5, 0.9]])
     >>> mask_tokens(ids, priorities, torch.tensor([[0.2, 0.95]]), ElectraConfig(mask_prob=0.4))
-    (tensor([[2, 3]]), tensor([[True, True]]), tensor([[101,   5, 103,   7, 102]]))
+    (tensor([[2, 3]]), tensor([[True, True]]), tensor([[6, 7]]), tensor([[101,   5, 103,   7, 102]]))
     """
-    K = config.num_slots(input_ids.shape[1])
+    K = uniforms.shape[1]
     # [D09] Unlike the official code, positions are drawn without replacement.
-    positions = priorities.masked_fill(~selectable(input_ids, config), -1.0).topk(K).indices  # (B, K)
+    drawn = priorities.masked_fill(~selectable(input_ids, config), -1.0).topk(K).indices  # (B, K)
     slots = torch.arange(K, device=input_ids.device)
     is_used = slots < num_predictions(input_ids, config)[:, None]  # (B, K)
-    positions = torch.where(is_used, positions, 0)  # spare slots point at [CLS], and write it over itself
+    positions = torch.where(is_used, drawn, 0)  # spare slots point at [CLS], and write it over itself
 
-    original = input_ids.gather(1, positions)
+    labels = input_ids.gather(1, positions)
     becomes_mask = is_used & (uniforms < 0.85)  # [D06] the others stay as they are
-    shown = torch.where(becomes_mask, config.mask_token_id, original)
+    shown = torch.where(becomes_mask, config.mask_token_id, labels)
     masked_ids = input_ids.scatter(1, positions, shown)
-    return positions, is_used, masked_ids
+    return positions, is_used, labels, masked_ids
 
 
 def num_predictions(input_ids, config):
@@ -253,46 +255,48 @@ def num_predictions(input_ids, config):
 
     `mask_prob` of the row's tokens, at least 1 and at most K, and never more than are selectable.
     """
+    K = config.num_slots(input_ids.shape[1])
     lengths = (input_ids != 0).sum(1)
-    wanted = torch.round(lengths.float() * config.mask_prob).long()  # [D08] rounds half to even
-    wanted = wanted.clamp(1, config.num_slots(input_ids.shape[1]))
+    wanted = torch.round(lengths.float() * config.mask_prob).long().clamp(1, K)  # rounds half to even
     return torch.minimum(wanted, selectable(input_ids, config).sum(1))
 
 
 def selectable(input_ids, config):
-    """The tokens that may be masked, (B, L) bool: all but special tokens and padding. [D07]"""
-    is_special = (input_ids == config.cls_token_id) | (input_ids == config.sep_token_id)
-    return (input_ids != 0) & ~is_special & (input_ids != config.mask_token_id)  # [UNK] may be masked
+    """The tokens that may be predicted, (B, L) bool: all but [CLS], [SEP], [MASK] and padding. [D07]"""
+    is_cls = input_ids == config.cls_token_id
+    is_sep = input_ids == config.sep_token_id
+    is_mask = input_ids == config.mask_token_id
+    is_padding = input_ids == 0
+    return ~(is_cls | is_sep | is_mask | is_padding)
 
 
-@torch.no_grad()
 def sample(log_probs, uniforms):
     """Draw from log-probabilities (B, K, V), one token for each of uniforms (B, K): (B, K) int64.
 
     The token drawn is the first whose cumulative probability exceeds the uniform number. (The official code
-    adds Gumbel noise to all B x K x V logits instead, and takes the largest: the same distribution.)
+    adds Gumbel noise to all B x K x V logits instead, and takes the largest. The distribution is the same.)
 
     >>> sample(torch.tensor([[[0.2, 0.5, 0.3]]]).log(), torch.tensor([[0.6]]))  # 0.2 <= 0.6 < 0.2 + 0.5
     tensor([[1]])
     """
     cumulative = log_probs.exp().cumsum(-1)  # (B, K, V)
-    total = cumulative[..., -1:]  # 1 up to rounding, which is divided out
-    thresholds = (uniforms[..., None] * total).to(cumulative.dtype)  # (B, K, 1)
+    total = cumulative[..., -1:]  # 1 up to rounding; no threshold may exceed it
+    thresholds = uniforms[..., None] * total  # (B, K, 1)
     sampled = torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)
     return sampled.clamp(max=log_probs.shape[-1] - 1)  # NaN lands past the end; train.py reports it
 
 
-def corrupt(input_ids, positions, is_used, sampled):
+def corrupt(input_ids, positions, is_used, labels, sampled):
     """Replace every predicted token of the original text, not of the masked one, by its sample: (B, L). [D12]
 
     >>> ids = torch.tensor([[101, 5, 6, 102]])
     >>> positions = torch.tensor([[2, 0]])
-    >>> is_used = torch.tensor([[True, False]])
-    >>> corrupt(ids, positions, is_used, sampled=torch.tensor([[9, 8]]))
+    >>> is_used = torch.tensor([[True, False]])  # the second slot is spare
+    >>> labels = torch.tensor([[6, 101]])
+    >>> corrupt(ids, positions, is_used, labels, sampled=torch.tensor([[9, 8]]))
     tensor([[101,   5,   9, 102]])
     """
-    original = input_ids.gather(1, positions)
-    return input_ids.scatter(1, positions, torch.where(is_used, sampled, original))
+    return input_ids.scatter(1, positions, torch.where(is_used, sampled, labels))
 
 
 def loss_counts(input_ids, config):
@@ -321,7 +325,7 @@ class Generator(nn.Module):
         self.mlm_dense = nn.Linear(config.hidden_size, config.embedding_size)
         self.mlm_norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
         self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
-        truncated_normal_(self.mlm_dense, config)
+        init_truncated_normal(self.mlm_dense, config)
 
     def forward(self, input_ids, attention_mask, token_type_ids, positions):
         """Logits over the vocabulary at `positions` (B, K) only: (B, K, V). [D19]"""
@@ -343,8 +347,8 @@ class Discriminator(nn.Module):
         self.encoder = Encoder(config, embeddings)
         self.disc_dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.disc_output = nn.Linear(config.hidden_size, 1)
-        truncated_normal_(self.disc_dense, config)
-        glorot_uniform_(self.disc_output)
+        init_truncated_normal(self.disc_dense, config)
+        init_glorot_uniform(self.disc_output)
 
     def forward(self, input_ids, attention_mask, token_type_ids):
         """Logits (B, L), above 0 for "replaced". [D20]"""
@@ -361,7 +365,7 @@ class Encoder(nn.Module):
         self.embeddings_project = None
         if config.embedding_size != config.hidden_size:
             self.embeddings_project = nn.Linear(config.embedding_size, config.hidden_size)  # [D17]
-            glorot_uniform_(self.embeddings_project)
+            init_glorot_uniform(self.embeddings_project)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, input_ids, attention_mask, token_type_ids):
@@ -385,11 +389,11 @@ class Embeddings(nn.Module):
         self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
         self.dropout_prob = config.hidden_dropout_prob
         for table in (self.word_embeddings, self.position_embeddings, self.token_type_embeddings):
-            truncated_normal_(table, config)  # [PAD]'s row too, unlike with torch's padding_idx
+            init_truncated_normal(table, config)  # [PAD]'s row too, unlike with torch's padding_idx
 
     def forward(self, input_ids, token_type_ids):
         length = input_ids.shape[1]
-        max_length = len(self.position_embeddings.weight)
+        max_length = self.position_embeddings.num_embeddings
         if length > max_length:
             raise ModelError(f"a row of {length} tokens does not fit into the model's {max_length} positions")
         hidden = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)  # (B, L, E)
@@ -413,7 +417,7 @@ class Layer(nn.Module):
         self.dropout_prob = config.hidden_dropout_prob
         self.attention_dropout_prob = config.attention_probs_dropout_prob
         for linear in (self.query_key_value, self.attention_output, self.intermediate, self.output):
-            truncated_normal_(linear, config)
+            init_truncated_normal(linear, config)
 
     def forward(self, hidden, attention_mask):
         """`attention_mask` (B, L) says which positions may be attended to. Padding itself still attends."""
@@ -437,10 +441,10 @@ def in_fp32(logits):
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def truncated_normal_(module, config):
-    """Normal with standard deviation `initializer_range`, cut off at two deviations. [D21]
+def init_truncated_normal(module, config):
+    """Draw weights from a normal distribution, cut off at two standard deviations; biases are 0. [D21]
 
-    The cut leaves 0.88 of the deviation.
+    The cut leaves 0.88 of the standard deviation.
     """
     std = config.initializer_range
     nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
@@ -448,8 +452,8 @@ def truncated_normal_(module, config):
         nn.init.zeros_(module.bias)
 
 
-def glorot_uniform_(linear):
-    """TensorFlow's default initializer, used where the official code names none. [D21]"""
+def init_glorot_uniform(linear):
+    """Draw weights from Glorot's uniform distribution, TensorFlow's default; biases are 0. [D21]"""
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
 
@@ -461,20 +465,22 @@ def glorot_uniform_(linear):
 
 def dropout(hidden, prob):
     """F.dropout, made faster on a CPU."""
-    if not prob or not is_eager_cpu(hidden):
+    if prob == 0 or not is_eager_cpu(hidden):
         return F.dropout(hidden, prob)
     # One random int64 gives four int16, uniform in [-2^15, 2^15). Each decides about one element.
-    random_int64 = torch.empty(hidden.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+    random_int64 = torch.empty(hidden.numel() // 4 + 1, dtype=torch.int64)
+    random_int64.random_(-(2**63), None)  # None: up to the greatest int64
     random_int16 = random_int64.view(torch.int16)[: hidden.numel()].view(hidden.shape)
     threshold = round(prob * 2**16) - 2**15  # a share `prob` of the int16 lies below
-    is_kept = (random_int16 >= threshold).to(hidden.dtype)
-    return hidden * is_kept.mul_(1 / (1 - prob))
+    is_kept = random_int16 >= threshold
+    scale = is_kept.to(hidden.dtype).mul_(1 / (1 - prob))  # in place, for speed
+    return hidden * scale
 
 
 def attention(query, key, value, attention_mask, dropout_prob):
     """softmax(query key^T / sqrt(H / heads)) value, with dropout on the softmax."""
     key_mask = attention_mask[:, None, None, :]  # (B, 1, 1, L), for all heads and queries
-    if not dropout_prob or not is_eager_cpu(query):
+    if dropout_prob == 0 or not is_eager_cpu(query):
         return F.scaled_dot_product_attention(query, key, value, key_mask, dropout_prob)
     scores = (query / math.sqrt(query.shape[3])) @ key.transpose(2, 3)  # (B, heads, L, L)
     scores += torch.where(key_mask, 0.0, -math.inf).to(scores)
@@ -489,8 +495,8 @@ def is_eager_cpu(tensor):
 # ------------------------------------------------------------------------------------------------------------
 # Weights in and out, as HuggingFace folders
 
-# Of the parts of our names, between the dots:
-# encoder.layers.0.output_norm.weight -> electra.encoder.layer.0.output.LayerNorm.weight
+# HuggingFace's words for the parts of our names, so that encoder.layers.0.output_norm.weight becomes
+# electra.encoder.layer.0.output.LayerNorm.weight.
 HUGGINGFACE_NAMES = {
     "encoder": "electra",
     "norm": "LayerNorm",
@@ -510,13 +516,10 @@ HUGGINGFACE_NAMES = {
 
 
 def huggingface_tensors(network):
-    """The tensors of a network under HuggingFace's names.
-
-    They are views, so copying into one changes the network.
-    """
+    """The tensors of a network under HuggingFace's names. Copying into one of them changes the network."""
     tensors = {}
-    for name, tensor in network.state_dict().items():
-        name = ".".join(HUGGINGFACE_NAMES.get(part, part) for part in name.split("."))
+    for our_name, tensor in network.state_dict().items():
+        name = ".".join(HUGGINGFACE_NAMES.get(part, part) for part in our_name.split("."))
         if "attention.self." in name:  # one matrix here, three there
             for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 tensors[name.replace("self.", f"self.{part}.")] = rows
@@ -528,7 +531,7 @@ def huggingface_tensors(network):
 def pretrained_files(network, **more):
     """{name: bytes} of the files with a network's weights and config (plus `more`), for transformers to load.
 
-    config.json comes last, since a folder that has it counts as complete.
+    config.json is the last to be written, since a folder that has it counts as complete.
     """
     config = asdict(network.config) | {
         "model_type": "electra", "architectures": [network.architecture], "hidden_act": "gelu",
@@ -543,110 +546,112 @@ def load_electra(discriminator_folder, generator_folder):
     """An Electra from the folders of its two networks, with the special tokens of their vocabulary."""
     config = load_config(discriminator_folder)
     generator_size = load_config(generator_folder).hidden_size / config.hidden_size
-    with damage_named(discriminator_folder, "a model folder with a vocabulary"):
-        ids = read_vocabulary(discriminator_folder)
-        config = replace(config, vocab_size=1 + max(ids.values()), cls_token_id=ids["[CLS]"],
-                         sep_token_id=ids["[SEP]"], mask_token_id=ids["[MASK]"])
-    electra = Electra(replace(config, generator_size=generator_size))
+    tokens = read_special_tokens(discriminator_folder)
+    electra = Electra(replace(config, generator_size=generator_size, **tokens))
     load_weights(electra.generator, generator_folder)
     load_weights(electra.discriminator, discriminator_folder)  # also the embeddings, which they share
     return electra
 
 
-def read_vocabulary(folder):
-    """{token: id} of a folder's vocab.txt or else its tokenizer.json. (data.py checks more.)"""
+def read_special_tokens(folder):
+    """The fields of ElectraConfig that a folder's vocabulary sets. (data.py reads more of it.)"""
     path = Path(folder) / "vocab.txt"
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-        return {line.strip(): number for number, line in enumerate(lines)}
-    return json.loads(path.with_name("tokenizer.json").read_bytes())["model"]["vocab"]
+    with name_damage(folder, "a model folder with a vocabulary"):
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+            ids = {line.strip(): number for number, line in enumerate(lines)}
+        else:
+            ids = json.loads(path.with_name("tokenizer.json").read_bytes())["model"]["vocab"]
+        return dict(vocab_size=1 + max(ids.values()), cls_token_id=ids["[CLS]"], sep_token_id=ids["[SEP]"],
+                    mask_token_id=ids["[MASK]"])
 
 
 def load_config(folder):
-    """The ElectraConfig in a folder's config.json. Other fields are ignored.
-
-    A damaged one may describe a huge network. So it is compared with the size of the weights before a network
-    is built.
-    """
+    """The ElectraConfig in a folder's config.json. Other fields are ignored."""
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ModelError(f"{folder} is not a model folder: it has no config.json")
-    with damage_named(path, "the config of a model that can be loaded"):
-        content = dict(json.loads(path.read_bytes()))
+    with name_damage(path, "the config of a model"):
+        content = json.loads(path.read_bytes())
         kind = content.get("model_type")
         activation = content.get("hidden_act", "gelu")
         positions = content.get("position_embedding_type", "absolute")
-        if (kind, activation, positions) != ("electra", "gelu", "absolute"):
-            raise ValueError(f"it describes a model of type {kind!r} with activation {activation!r} and "
-                             f"{positions!r} positions, and not 'electra' with 'gelu' and 'absolute' ones")
-        names = {field.name for field in fields(ElectraConfig)}
+    if (kind, activation, positions) != ("electra", "gelu", "absolute"):
+        raise ModelError(f"{path} describes a model of type {kind!r} with activation {activation!r} and "
+                         f"{positions!r} positions, and not 'electra' with 'gelu' and 'absolute' ones")
+    names = {field.name for field in fields(ElectraConfig)}
+    with name_damage(path, "the config of a model"):
         config = ElectraConfig(**{name: value for name, value in content.items() if name in names})
-    matrices = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size  # of a layer
-    tables = config.embedding_size * (config.vocab_size + config.max_position_embeddings)
-    parameters = config.num_hidden_layers * matrices + tables  # without biases
-    size = sum(file.stat().st_size for file in find_weights(folder))
-    if 2 * parameters > size:  # a parameter has at least two bytes
-        raise ModelError(f"{folder} is damaged or inconsistent: its config.json describes over "
-                         f"{parameters:,} parameters, and its weights have {size:,} bytes")
+    check_size(config, folder)
     return config
 
 
-# Rows that no token uses, since a vocabulary may be padded to a multiple of 64 or the like. More rows than
-# this, or than a quarter, are another vocabulary.
-MAX_PADDING = 1024
+def check_size(config, folder):
+    """Refuse a config of more parameters than the folder's weights: a damaged one could fill the memory."""
+    layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size  # without biases
+    tables = config.embedding_size * (config.vocab_size + config.max_position_embeddings)
+    parameters = config.num_hidden_layers * layer + tables
+    size = sum(path.stat().st_size for path in find_weights(folder))
+    if 2 * parameters > size:  # a parameter has at least two bytes
+        raise ModelError(f"{folder} is damaged or inconsistent: its config.json describes over "
+                         f"{parameters:,} parameters, and its weights have {size:,} bytes")
 
 
 def load_weights(network, folder, encoder_only=False):
-    """Fill a network from a folder or, with encoder_only, only its `.encoder`, as finetune.py needs it.
+    """Copy a folder's weights into a network or, with encoder_only, into its `.encoder` alone.
 
-    Every tensor must be there, have its shape and be finite. Extra tensors are ignored, and so are the rows
-    of a padded vocabulary. The numbers of layers and heads must agree.
+    Every tensor must be there, have its shape and be finite. Extra tensors are ignored. The numbers of layers
+    and heads must agree.
     """
+    misfit = f"{folder} does not fit this {type(network).__name__}"
     config = load_config(folder)
     for name in ("num_hidden_layers", "num_attention_heads"):  # tensors do not show these
         found = getattr(config, name)
         expected = getattr(network.config, name)
         if found != expected:
-            raise ModelError(f"{folder} does not fit this {type(network).__name__}: {name} is {found}, and "
-                             f"should be {expected}")
-    tensors, path = read_weights(folder)
+            raise ModelError(f"{misfit}: {name} is {found}, and should be {expected}")
+    tensors = read_weights(folder)
     if encoder_only and not any(name.startswith("electra.") for name in tensors):
         # transformers' AutoModel saves an encoder without this prefix.
         tensors = {f"electra.{name}": tensor for name, tensor in tensors.items()}
     for name, ours in huggingface_tensors(network).items():
         if encoder_only and not name.startswith("electra."):
             continue
-        misfit = f"{path} does not fit this {type(network).__name__}: {name}"
         if name not in tensors:
-            raise ModelError(f"{misfit} is missing")
+            raise ModelError(f"{misfit}: {name} is missing")
         theirs = tensors[name]
         if name.endswith(("word_embeddings.weight", "lm_head.bias")):
-            surplus = len(theirs) - len(ours)
-            if 0 < surplus <= min(MAX_PADDING, len(ours) // 4):
-                print(f"{path}: the last {surplus} rows of {name} are padding, and are left out")
-                theirs = theirs[: len(ours)]
+            theirs = cut_padding(theirs, len(ours), f"{name} in {folder}")
         if theirs.shape != ours.shape:
-            raise ModelError(f"{misfit} has shape {list(theirs.shape)}, and should have {list(ours.shape)}")
+            raise ModelError(f"{misfit}: {name} has shape {list(theirs.shape)}, and should have "
+                             f"{list(ours.shape)}")
         if not theirs.isfinite().all():
-            raise ModelError(f"{path} is not usable: {name} is not finite")
+            raise ModelError(f"{folder} is not usable: {name} is not finite")
         ours.copy_(theirs)
 
 
+def cut_padding(tensor, vocab_size, name):
+    """A tensor without the rows that pad its vocabulary to a multiple of 64 or the like."""
+    surplus = len(tensor) - vocab_size
+    if 0 < surplus <= min(1024, vocab_size // 4):  # more rows would be another vocabulary
+        print(f"the last {surplus} rows of {name} are padding, and are left out")
+        return tensor[:vocab_size]
+    return tensor
+
+
 def read_weights(folder):
-    """The tensors of a HuggingFace folder by name, fp32 on the CPU, and the path of their last file."""
+    """The tensors of a HuggingFace folder by name, fp32 on the CPU."""
     tensors = {}
     for path in find_weights(folder):
-        with damage_named(path, "a file of weights"):
+        with name_damage(path, "a file of weights"):
             if path.suffix == ".safetensors":
                 found = read_safetensors(path)
             else:
                 found = torch.load(path, map_location="cpu", weights_only=True)
             for name, tensor in found.items():
-                if torch.is_tensor(tensor) and tensor.is_floating_point():  # no position_ids
-                    # TensorFlow's names of a LayerNorm's parameters stand in old files.
+                if torch.is_tensor(tensor) and tensor.is_floating_point():  # position_ids are not
+                    # Old files have TensorFlow's names for a LayerNorm's parameters.
                     name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
                     tensors[name] = tensor.float()
-    return tensors, path
+    return tensors
 
 
 def find_weights(folder):
@@ -658,7 +663,7 @@ def find_weights(folder):
     path = Path(folder) / "model.safetensors.index.json"
     if not path.is_file():
         raise ModelError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
-    with damage_named(path, "a list of files of weights"):
+    with name_damage(path, "a list of files of weights"):
         names = json.loads(path.read_bytes())["weight_map"].values()
         return [path.with_name(name) for name in sorted(set(names))]
 
@@ -669,13 +674,13 @@ DAMAGE = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError
 
 
 @contextmanager
-def damage_named(path, kind):
-    """Turn what a damaged file raises while it is read into a sentence that names the file."""
+def name_damage(path, expected):
+    """Turn an error that a damaged file causes into a sentence that names the file and what it should be."""
     try:
         yield
     except DAMAGE as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ModelError(f"{path} is damaged, or not {kind} ({reason})") from None
+        raise ModelError(f"{path} is damaged, or not {expected} ({reason})") from None
 
 
 # The package safetensors is not needed, since its format is simple: the header's length in 8 bytes,
@@ -687,12 +692,12 @@ def to_safetensors(tensors):
     """The bytes of a file with fp32 tensors by name."""
     header = {}
     parts = []
-    end = 0
+    start = 0
     for name, tensor in tensors.items():
-        start = end
-        end += 4 * tensor.numel()
+        end = start + 4 * tensor.numel()
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
         parts.append(np.ascontiguousarray(tensor.numpy(), dtype="<f4"))
+        start = end
     data = b"".join(parts)
     header["__metadata__"] = {"format": "pt", "sha256": hashlib.sha256(data).hexdigest()}
     text = json.dumps(header).encode()
@@ -701,7 +706,7 @@ def to_safetensors(tensors):
 
 
 def read_safetensors(path):
-    """Read tensors by name. Those of other types are left out, since no network here has any."""
+    """The tensors in a file, by name. Those of other types are left out, since no network here has any."""
     content = path.read_bytes()
     begin = 8 + struct.unpack_from("<Q", content)[0]
     header = json.loads(content[8:begin])

@@ -122,7 +122,8 @@ def run_mask(input_ids, config=CONFIG, seed=0):
     L = input_ids.shape[1]
     K = config.num_slots(L)
     priorities, uniforms, _ = make_uniforms(input_ids, config, seed).split([L, K, K], dim=1)
-    return model.mask_tokens(input_ids, priorities, uniforms, config)
+    positions, is_used, _, masked_ids = model.mask_tokens(input_ids, priorities, uniforms, config)
+    return positions, is_used, masked_ids
 
 
 def always_sample(electra, token):
@@ -467,7 +468,7 @@ def toy_glue(corpus, monkeypatch):
     save_discriminator("out/small/discriminator")
     random_ = random.Random(0)
     for name, task in glue.TASKS.items():
-        columns = ["x0", task.label, "x2", *task.sentences]
+        columns = ["x0", task.label_column, "x2", *task.sentence_columns]
         for split in task.rows:
             # Test sets of different sizes, so that none can be taken for another.
             count = {"train": 48, "test_mismatched": 13, "diagnostic": 14}.get(split, 12)
@@ -476,7 +477,7 @@ def toy_glue(corpus, monkeypatch):
             rows = [] if name == "cola" and not is_test else [columns]
             for _ in range(count):
                 row, label = ["x"] * 3, random_.randrange(max(2, len(task.labels)))
-                for _ in task.sentences:
+                for _ in task.sentence_columns:
                     words = random_.choices(WORDS[8:], k=random_.randint(2, 9))
                     row.append(" ".join([*words, WORDS[label]]))
                 if not is_test:
@@ -696,7 +697,8 @@ def test_official_step_is_reproduced(monkeypatch):
         step_record = {key.removeprefix(f"{step}|"): torch.from_numpy(record[key])
                        for key in record if key.startswith(f"{step}|")}
         positions, corrupted = step_record["positions"].long(), step_record["corrupted_ids"].long()
-        draws = positions, step_record["weights"] > 0, step_record["masked_ids"].long()
+        draws = (positions, step_record["weights"] > 0, input_ids.gather(1, positions),
+                 step_record["masked_ids"].long())
         sampled = corrupted.gather(1, positions)
         monkeypatch.setattr(model, "mask_tokens", lambda *args, draws=draws: draws)
         monkeypatch.setattr(model, "sample", lambda *args, sampled=sampled: sampled)
@@ -900,7 +902,8 @@ def test_D11_one_generator_pass_serves_the_loss_and_the_samples():
     electra.generator.register_forward_hook(lambda module, inputs, logits: passes.append(logits))
     output, [logits] = run_electra(electra, ids), passes
     sampled = model.sample(logits, make_uniforms(ids)[:, -CONFIG.num_slots(32) :])
-    corrupted = model.corrupt(ids, output.positions, output.is_used, sampled)
+    labels = ids.gather(1, output.positions)
+    corrupted = model.corrupt(ids, output.positions, output.is_used, labels, sampled)
     assert torch.equal(output.corrupted_ids, corrupted)
 
 
@@ -1167,7 +1170,7 @@ def test_D27_D29_D33_fine_tuning_starts_from_the_folders_encoder_clips_and_decay
     watch(monkeypatch, finetune.Classifier, "forward", lambda network, *args: starts.append(
         network.encoder.layers[1].output.weight.detach().clone()))
     tune("--task cola --max-grad-norm 0.5 --weight-decay 0.2")
-    tensors, _ = model.read_weights("out/small/discriminator")
+    tensors = model.read_weights("out/small/discriminator")
     assert torch.equal(starts[0], tensors["electra.encoder.layer.1.output.dense.weight"])
     assert [step.norm for step in steps] == pytest.approx([0.5] * 6, rel=1e-3)
     assert {group["weight_decay"] for group in steps[0].groups} == {0.2, 0.0}
@@ -2083,7 +2086,7 @@ def test_weights_are_read_in_every_form_that_libraries_write(tmp_path):
     files = model.pretrained_files(network)
     write_files(tmp_path, files)
     tensors = {}
-    for name, tensor in model.read_weights(tmp_path)[0].items():
+    for name, tensor in model.read_weights(tmp_path).items():
         tensors[name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")] = tensor
     assert sum("gamma" in name for name in tensors) == 5
     names = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(tensors)}
@@ -2168,7 +2171,7 @@ def test_networks_can_be_used_before_a_run_ends(corpus, monkeypatch):
 
     def look(folder, *_):
         if (network := folder.path / "discriminator").exists():
-            saved.append(model.read_weights(network)[0]["electra.embeddings.word_embeddings.weight"])
+            saved.append(model.read_weights(network)["electra.embeddings.word_embeddings.weight"])
 
     watch(monkeypatch, train.RunFolder, "save", look)
     pretrain("--num-train-steps 40")
@@ -2205,11 +2208,11 @@ def test_a_run_starts_from_weights(corpus, capsys):
     flags = shape.sub("", ARGUMENTS) + "--batch-size 4 --num-train-steps 3 --learning-rate 0 "
     small = Path("out/small")
     shutil.copytree(small / "discriminator", "alone")
-    before = {name: model.read_weights(small / name)[0] for name in ("discriminator", "generator")}
+    before = {name: model.read_weights(small / name) for name in ("discriminator", "generator")}
 
     def assert_starts_from(out, networks):
         for name in networks:
-            after = model.read_weights(f"{out}/small/{name}")[0]
+            after = model.read_weights(f"{out}/small/{name}")
             assert after.keys() == before[name].keys()
             assert all(torch.equal(after[key], before[name][key]) for key in after if "predictions" in key)
 
@@ -2232,7 +2235,7 @@ def test_a_run_starts_from_weights(corpus, capsys):
     assert "different embeddings; the discriminator's are used" in capsys.readouterr().out
     table = "electra.embeddings.word_embeddings.weight"
     for name in before:
-        after = model.read_weights(f"mixed/small/{name}")[0]
+        after = model.read_weights(f"mixed/small/{name}")
         assert torch.equal(after[table], before["discriminator"][table])
     for more, message in [
         ("--hidden-size 32 --vocab vocab.txt", "--init prescribes hidden_size, vocab; leave these flags out"),
@@ -2936,7 +2939,7 @@ def test_a_network_is_kept_and_predicts(toy_glue, capsys, monkeypatch):
     folder = find_network("own-own")
     assert f"{folder} holds the network of seed {best}, own-own's best on dev" in capsys.readouterr().out
     tune(flags + "--save --out other")
-    kept = [model.read_weights(find_network("own-own", out))[0]["classifier.weight"]
+    kept = [model.read_weights(find_network("own-own", out))["classifier.weight"]
             for out in ("out/glue", "other")]
     assert torch.equal(*kept) and ran == [best, 0, 1, 2]
 
@@ -3084,7 +3087,7 @@ def test_replayed_fine_tuning_is_plain_fine_tuning(toy_glue, monkeypatch, reques
     assert Recorded.replays == sum(max(0, count - train.WARM_UP_CALLS) for count in counts)
     plain, replayed = (read_results(out) for out in ("plain", "replayed"))
     assert plain == replayed
-    plain, replayed = (model.read_weights(find_network("mrpc", out))[0] for out in ("plain", "replayed"))
+    plain, replayed = (model.read_weights(find_network("mrpc", out)) for out in ("plain", "replayed"))
     assert all(torch.equal(plain[name], replayed[name]) for name in plain)
 
 
@@ -3114,7 +3117,7 @@ def test_fine_tuning_replays_the_plain_steps(toy_glue):
     tune(flags + "graph")
     plain, graph = (read_results(out) for out in ("plain", "graph"))
     assert {key: plain[key]["metrics"] for key in plain} == {key: graph[key]["metrics"] for key in graph}
-    plain, graph = (model.read_weights(find_network("mrpc", out))[0] for out in ("plain", "graph"))
+    plain, graph = (model.read_weights(find_network("mrpc", out)) for out in ("plain", "graph"))
     assert all(torch.equal(plain[name], graph[name]) for name in plain)
 
 

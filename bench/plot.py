@@ -88,7 +88,7 @@ def plot_sentence(run, text, out, seed=0):
     K = electra.config.num_slots(L)
     uniforms = torch.rand(1, L + 2 * K, generator=torch.Generator().manual_seed(seed))
     priorities, mask_uniforms, _ = uniforms.split([L, K, K], dim=1)
-    _, _, masked_ids = model.mask_tokens(input_ids, priorities, mask_uniforms, electra.config)
+    *_, masked_ids = model.mask_tokens(input_ids, priorities, mask_uniforms, electra.config)
     output = electra(input_ids, uniforms)
     chosen = torch.zeros_like(input_ids).scatter(1, output.positions, output.is_used.long())[0].bool()
     rows = [[wordpiece.tokens[number] for number in row[0][1:-1].tolist()]

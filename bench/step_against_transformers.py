@@ -86,7 +86,7 @@ class TransformersElectra(torch.nn.Module):
         K = self.config.num_slots(L)
         priorities, mask_uniforms, _ = uniforms.split([L, K, K], dim=1)
         attention_mask, types = model.attention_mask_and_token_types(input_ids, self.config.sep_token_id)
-        positions, is_used, masked_ids = model.mask_tokens(
+        positions, is_used, tokens, masked_ids = model.mask_tokens(
             input_ids, priorities, mask_uniforms, self.config)
         is_masked = torch.zeros_like(attention_mask).scatter(1, positions, is_used)
         logits = self.generator(masked_ids, attention_mask, types).logits  # (B, L, V)
@@ -96,7 +96,7 @@ class TransformersElectra(torch.nn.Module):
             chosen = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1])).float()
             gumbel = -torch.log(-torch.log(torch.rand_like(chosen).clamp(1e-9, 1 - 1e-7)))
             sampled = (chosen + gumbel).argmax(-1)
-        corrupted = model.corrupt(input_ids, positions, is_used, sampled)
+        corrupted = model.corrupt(input_ids, positions, is_used, tokens, sampled)
         disc_logits = self.discriminator(corrupted, attention_mask, types).logits.float()
         losses = F.binary_cross_entropy_with_logits(
             disc_logits, (corrupted != input_ids).float(), reduction="none")

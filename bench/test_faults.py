@@ -694,7 +694,7 @@ def test_a_header_of_weights_that_lies_is_refused(tmp_path, change):
     header["electra.embeddings.word_embeddings.weight"] |= change
     text = json.dumps(header).encode()
     write_files(tmp_path, files | {WEIGHTS: struct.pack("<Q", len(text)) + text + files[WEIGHTS][8 + size :]})
-    with pytest.raises(ModelError, match=f"{tmp_path}/{WEIGHTS} (is damaged|does not fit)"):
+    with pytest.raises(ModelError, match=f"{tmp_path}.* (is damaged|does not fit)"):
         model.load_weights(model.Discriminator(CONFIG), tmp_path)
 
 

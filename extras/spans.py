@@ -177,7 +177,7 @@ class QuestionAnswerer(nn.Module):
         self.null_hidden = nn.Linear(2 * H, HEAD_WIDTH)
         self.null = nn.Linear(HEAD_WIDTH, 1)
         for linear in (self.start, self.end_hidden, self.end, self.null_hidden, self.null):
-            model.glorot_uniform_(linear)  # [Q24]
+            model.init_glorot_uniform(linear)  # [Q24]
 
     def forward(self, input_ids):
         """Rows (B, L) -> an Output."""

@@ -603,7 +603,7 @@ def test_replayed_steps_are_plain_steps(own_questions, monkeypatch):
     ask("--seeds 2 --num-train-epochs 6 --save --out replayed")
     assert Recorded.replays > Recorded.captures > 0
     assert read_results("plain") == read_results("replayed")
-    plain, replayed = (model.read_weights(find_network("own-own", out))[0] for out in ("plain", "replayed"))
+    plain, replayed = (model.read_weights(find_network("own-own", out)) for out in ("plain", "replayed"))
     assert all(torch.equal(plain[name], replayed[name]) for name in plain)
 
 
