@@ -1187,6 +1187,7 @@ def rng(seed, purpose, *numbers):
 # ------------------------------------------------------------------------------------------------------------
 # Model folders: a path, a run of train.py, or a name on the hub
 
+
 def find_model(name, cache, network=None):
     """The folder of a model. `name` is that folder, a run of train.py, or OWNER/NAME on the hub.
 

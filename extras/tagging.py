@@ -105,12 +105,13 @@ class Experiment(finetune.Experiment):
 
 def find_task(config):
     """The Task of a command. Its labels are those of train. [T05]"""
-    folder = Path(config.task)
-    title = f"own-{folder.resolve().name}"
     if config.task == "chunking":
         title = "chunking"
         folder = Path(config.cache, "conll2000")
         data.make_once(folder / "test.txt", lambda: download(folder))
+    else:
+        folder = Path(config.task)
+        title = f"own-{folder.resolve().name}"
     sentences = {}
     for split in "train", "dev", "test":
         path = folder / f"{split}.txt"
@@ -174,12 +175,15 @@ def find_spans(tags, official=False):
     """
     spans = []
     for index, (before, tag) in enumerate(itertools.pairwise(["O", *tags])):
-        continues = before[0] in "BI" and tag[0] in "IE" and before[2:] == tag[2:]
         if official:  # neither an E nor a change of type ends a span
             continues = before != "O" and tag[0] in "IE"
-        first = spans.pop()[0] if continues else index  # a longer span takes the place of the last one
-        if tag != "O":
-            spans.append((first, index, tag[2:]))
+        else:
+            continues = before[0] in "BI" and tag[0] in "IE" and before[2:] == tag[2:]
+        if continues:
+            first, _, _ = spans.pop()
+            spans.append((first, index, tag[2:]))  # one word longer
+        elif tag != "O":
+            spans.append((index, index, tag[2:]))
     return spans
 
 
@@ -258,9 +262,9 @@ class Tagger(finetune.Classifier):
 def predict_tags(network, tokenized, names, config):
     """The most likely tags of each sentence, a list of lists. [T14]"""
     classes = np.zeros_like(tokenized.labels)
-    for numbers, logits in finetune.run_network(network, tokenized.rows, config):
-        classes[numbers, : logits.shape[1]] = logits.argmax(2).cpu()
-    tags = (names[number] for number in classes[tokenized.labels != NO_WORD])
+    for indices, logits in finetune.run_network(network, tokenized.rows, config):
+        classes[indices, : logits.shape[1]] = logits.argmax(2).cpu()
+    tags = (names[number] for number in classes[tokenized.labels != NO_WORD])  # of all words, in their order
     return [list(itertools.islice(tags, len(words))) for words, _ in tokenized.sentences]
 
 
@@ -293,7 +297,9 @@ def predict_file(config):
         tokenized = tokenize(sentences, saved.labels, saved.wordpiece, saved.max_length)
         predicted = predict_tags(network, tokenized, saved.labels, config)
         for (words, _), tags in zip(sentences, predicted, strict=True):
-            print(*(f"{word} {tag}\n" for word, tag in zip(words, tags, strict=True)), sep="")
+            for word, tag in zip(words, tags, strict=True):
+                print(word, tag)
+            print()
 
 
 def main(argv=None):
