@@ -1191,7 +1191,7 @@ def rng(seed, purpose, *numbers):
 def find_model(name, cache, network=None):
     """The folder of a model. `name` is that folder, a run of train.py, or OWNER/NAME on the hub.
 
-    `network`, discriminator or generator, is one of a run; by default the one that fine-tuning takes.
+    `network`, discriminator or generator, picks one of a run; by default it is the one to fine-tune.
     """
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -1226,7 +1226,7 @@ def find_snapshot(name):
 
 
 def trained_network(folder):
-    """The network of a run of train.py, or of a step-N in it, that fine-tuning takes.
+    """Which network of a run of train.py, or of a step-N in it, is the one to fine-tune.
 
     The objective decides, whichever networks are there: a generator never replaces a discriminator.
     """
@@ -1268,10 +1268,10 @@ def download_model(name, folder):
 
 
 def read_tokenizer(folder):
-    """(WordPiece, max_length or None) of a model folder: vocabulary, case, accents, the length trained on.
+    """(WordPiece, max_length or None) of a model folder. max_length is the length trained on.
 
-    tokenizer.json holds all of it except the length. vocab.txt and tokenizer_config.json hold it, too, or a
-    part. Files that disagree are refused: other libraries may follow the other one.
+    The vocabulary and the rules for case and accents stand in vocab.txt and tokenizer_config.json, in
+    tokenizer.json, or in both. Files that disagree are refused: other libraries may follow the other one.
     """
     vocab_path = find_vocab(folder)
     tokens = read_vocab(vocab_path)
@@ -1290,7 +1290,7 @@ def read_tokenizer(folder):
     return wordpiece, rules["model_max_length"]
 
 
-# What the files of a model folder may say about its tokenizer. None stands for null and for no entry.
+# What the files of a model folder may say about its tokenizer. None is null, or no entry.
 RULES = {
     "tokenizer_config.json": {
         # The last two classes leave all rules to tokenizer.json.
@@ -1509,7 +1509,7 @@ TIMEOUT = 30  # seconds without an answer
 BACKOFF = 0.5  # seconds, doubled before each new attempt, at most a minute
 ATTEMPTS = 16  # in a row; they take ten minutes
 ATTEMPTS_WITHOUT_ANSWER = 7  # if the server has never answered; they take a minute
-# Messages of OpenSSL, and of look-ups of an unknown host. Without a network, look-ups fail with another one.
+# Of OpenSSL, and of the look-up of an unknown host. Without a network, a look-up has another message.
 LASTING_ERRORS = re.compile("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|CERTIFICATE_VERIFY_FAILED|"
                             "Name or service not known|nodename nor servname provided")
 
@@ -1574,13 +1574,12 @@ def fetch(address, advice="use --data PATH or --data python-docs"):
     """Yield the bytes at an address. A dropped connection resumes at the byte where it broke off."""
     name = without_secrets(address)
     url = url_of(address)
-    headers = request_headers(url, name, advice)
     position = 0
     length = None  # of the whole file, as far as it is known
     failures = 0  # in a row
     while position != length:
         try:
-            with request(url, headers, position, name, advice) as response:
+            with request(url, position, name, advice) as response:
                 check_status(response, name, advice)
                 answer = describe_answer(response)
                 if position == 0:
@@ -1603,24 +1602,22 @@ def fetch(address, advice="use --data PATH or --data python-docs"):
             wait_or_give_up(error, failures, name, position, advice)
 
 
-def request_headers(url, name, advice):
-    """The headers of a request. Where HF_HUB_OFFLINE forbids one to the hub, raises UserError."""
+def request(url, position, name, advice):
+    """Ask a server for the bytes from a position on. The body of its answer is yet to be read.
+
+    A malformed address, and one on the hub while HF_HUB_OFFLINE is set, raise UserError.
+    """
     headers = {"Accept-Encoding": "identity"}
+    if position > 0:
+        headers["Range"] = f"bytes={position}-"
     if url.startswith(f"{hub()}/"):
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "TRUE", "YES"):
             raise UserError(f"{name} is not read, because HF_HUB_OFFLINE is set; unset it, or {advice}")
         if os.environ.get("HF_TOKEN"):  # requests drops it when another host is redirected to
             headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN'].strip()}"
-    return headers
-
-
-def request(url, headers, position, name, advice):
-    """The answer of a server that is asked for the bytes from a position on. Its body is yet to be read."""
-    if position > 0:
-        headers = headers | {"Range": f"bytes={position}-"}
     try:
         return requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
-    except ValueError:  # requests raises it for a malformed address
+    except ValueError:  # the address is malformed
         raise UserError(f"{name} is not the address of a server; {advice}") from None
 
 
@@ -1726,9 +1723,9 @@ def without_secrets(name):
         return name
     authority = re.split("[/?#]", rest)[0]  # USER:PASSWORD@HOST:PORT
     user, at, host = authority.rpartition("@")
-    if re.fullmatch(r"(\[.*\]|[^:]*)(:\d*)?", host):
+    if re.fullmatch(r"(\[.*\]|[^:]*)(:\d*)?", host):  # HOST or HOST:PORT
         rest = rest.removeprefix(user + at)
-    else:  # it was cut in a password with / ? or #
+    else:  # the authority was cut inside a password with / ? or #
         rest = rest.rpartition("@")[2]
     return f"{scheme}://" + re.split("[?#]", rest)[0]
 
