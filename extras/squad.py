@@ -134,8 +134,7 @@ def read_questions(raw, source, version, wordpiece, is_training):
     """
     questions = []
     misplaced = []
-    for name, entry, context in list_questions(raw, source, wordpiece):
-        where = f"{source}, question {name}"
+    for name, where, entry, context in list_questions(raw, source, wordpiece):
         [pieces] = wordpiece.encode([read_field(entry, "question", str, where)])
         answers = [] if entry.get("is_impossible") else read_field(entry, "answers", list, where)
         texts = [read_field(answer, "text", str, where) for answer in answers]
@@ -158,7 +157,7 @@ def read_questions(raw, source, version, wordpiece, is_training):
 
 
 def list_questions(raw, source, wordpiece):
-    """Yield the id, the JSON object and the Context of each question in a file."""
+    """Yield (id, where it stands, JSON object, Context) of each question in a file."""
     where = source
     content = data.parse_json(data.decode_utf8(raw, source), source)
     for article in read_field(content, "data", list, where):
@@ -167,7 +166,7 @@ def list_questions(raw, source, wordpiece):
             for entry in read_field(paragraph, "qas", list, where):
                 name = str(read_field(entry, "id", str | int, where))
                 where = f"{source}, question {name}"
-                yield name, entry, context
+                yield name, where, entry, context
 
 
 def read_field(entry, name, kind, where):
@@ -216,6 +215,7 @@ def best_threshold(gains, null_scores, is_official=False):
     (0.5, -3.0)
     """
     order = np.argsort(null_scores, kind="stable")
+    # The first entries are those if no question is answered, the next if only the first in this order is.
     totals = np.append(0.0, gains[order]).cumsum()
     thresholds = np.append(0.0, null_scores[order])
     if not is_official:
