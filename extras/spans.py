@@ -105,8 +105,10 @@ def find_sublist(wanted, items):
     >>> find_sublist([1895], [7, 1895, 8, 1943, 9]), find_sublist([1895], [1896])
     (1, None)
     """
-    size = len(wanted)
-    return next((place for place in range(len(items)) if items[place : place + size] == wanted), None)
+    for place in range(len(items)):
+        if items[place : place + len(wanted)] == wanted:
+            return place
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------

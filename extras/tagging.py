@@ -29,8 +29,10 @@ import glue
 import model
 
 CONLL2000 = "https://www.clips.uantwerpen.be/conll2000/chunking/"
-SHA256 = {"train.txt": "82033cd7a72b209923a98007793e8f9de3abc1c8b79d646c50648eb949b87cea",  # unpacked [T01]
-          "test.txt": "73b7b1e565fa75a1e22fe52ecdf41b6624d6f59dacb591d44252bf4d692b1628"}
+SHA256 = {  # of the unpacked files [T01]
+    "train.txt": "82033cd7a72b209923a98007793e8f9de3abc1c8b79d646c50648eb949b87cea",
+    "test.txt": "73b7b1e565fa75a1e22fe52ecdf41b6624d6f59dacb591d44252bf4d692b1628",
+}
 WORD = re.compile(r"[^ \t\r\n]+")  # a no-break space is part of a word
 NO_WORD = -100  # the class of a token that does not begin a word
 
@@ -149,20 +151,24 @@ def parse(raw, source):
     [(('It', 'is', 'so'), ['S-NP', 'S-VP', 'S-ADVP']), (('No', 'good'), ['B-NP', 'E-NP'])]
     """
     sentences = []
-    pairs = []
+    words = []
+    tags = []
+    lines = data.decode_utf8(raw, source).split("\n")
     # Unlike in the official code, a last sentence without an empty line after it is not lost.
-    for number, line in enumerate([*data.decode_utf8(raw, source).split("\n"), ""], 1):
+    lines.append("")
+    for number, line in enumerate(lines, 1):
         columns = WORD.findall(line)
         if columns and columns[0] != "-DOCSTART-":
             if len(columns) == 1 or not re.fullmatch("O|[BIES]-.+", columns[-1]):
                 raise data.UserError(f"{source}, line {number} needs a word, and last a tag: O, or B-, I-, "
                                      f"E- or S- with a type, as B-NP; it is {line.strip()[:80]!r}")
-            pairs.append((columns[0], columns[-1]))
-        elif pairs:
-            words, tags = zip(*pairs, strict=True)
+            words.append(columns[0])
+            tags.append(columns[-1])
+        elif words:
             # By conlleval's rules. The official code makes one VP of B-NP I-VP.
-            sentences.append((words, to_bioes(find_spans(tags), len(tags))))
-            pairs = []
+            sentences.append((tuple(words), to_bioes(find_spans(tags), len(tags))))
+            words = []
+            tags = []
     return sentences
 
 
