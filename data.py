@@ -1334,8 +1334,9 @@ def read_rules(path):
         if rule not in possible:
             raise lacks_rule(path, f"{name} is {rule!r:.80} and not {possible[0]!r}")
     for token in content.get("added_tokens") or []:
-        if find_entry(token, "content") not in SPECIAL_TOKENS:
-            raise lacks_rule(path, f"added_tokens has {token!r:.80}")
+        added = find_entry(token, "content")
+        if added not in SPECIAL_TOKENS:
+            raise lacks_rule(path, f"added_tokens has {added!r:.80}")
     if path.name == "tokenizer_config.json":
         rules = content
     else:
