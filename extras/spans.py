@@ -53,7 +53,7 @@ class Tokenized(NamedTuple):
     """Questions as the network takes them, and what leads from its output back to the text."""
 
     rows: np.ndarray  # uint16 (N, max_length), zero-padded
-    labels: np.ndarray  # (N, 3)
+    labels: np.ndarray  # (N, 3): start, end, 1 if the context has no answer
     questions: list
     windows: list  # the Windows of each question, one for a row
 
