@@ -50,7 +50,7 @@ from collections import Counter, deque
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import requests
@@ -1187,25 +1187,19 @@ def rng(seed, purpose, *numbers):
 # ------------------------------------------------------------------------------------------------------------
 # Model folders: a path, a run of train.py, or a name on the hub
 
-WEIGHTS = "model.safetensors"
-SHARD_INDEX = "model.safetensors.index.json"  # names the files of a model whose weights are in several
-OLD_WEIGHTS = "pytorch_model.bin"
-VOCABS = "vocab.txt", "tokenizer.json"  # either is enough
-
 
 def find_model(name, cache, network=None):
-    """The folder of a model: NAME; of a run, NAME/discriminator or NAME/generator; else from the hub.
+    """The folder of a model. `name` is that folder, a run of train.py, or OWNER/NAME on the hub.
 
-    `network` is discriminator or generator. By default it is the one that the run trains for fine-tuning.
+    `network`, discriminator or generator, picks one of a run; by default it is the one to fine-tune.
     """
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         folder = folder / (network or trained_network(folder))
     if (folder / "config.json").is_file():
         return folder
-    is_hub_name = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name) is not None  # OWNER/NAME
     is_local = name.startswith("out/") or Path(name).exists()  # out/: a run that is yet to be made
-    if is_local or not is_hub_name:
+    if is_local or not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name):
         place = without_secrets(name) if is_address(name) else folder
         raise UserError(f"there is no model in {place}; pre-train one with `python train.py --size small`, "
                         "or give google/electra-small-discriminator or another name on the hub")
@@ -1224,140 +1218,161 @@ def find_snapshot(name):
     with suppress(OSError, ValueError):  # it is not there, or damaged
         snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
         files = {path.name for path in snapshot.iterdir() if path.exists()}  # links may lead nowhere
-        is_whole = "tokenizer.json" in files or {"vocab.txt", "tokenizer_config.json"} <= files
-        if is_whole and "config.json" in files and files & {WEIGHTS, OLD_WEIGHTS}:
+        has_tokenizer = "tokenizer.json" in files or {"vocab.txt", "tokenizer_config.json"} <= files
+        has_weights = "model.safetensors" in files or "pytorch_model.bin" in files
+        if has_tokenizer and has_weights and "config.json" in files:
             return snapshot
     return None
 
 
 def trained_network(folder):
-    """The network that a run of train.py, or a step-N in it, trains for fine-tuning.
+    """Which network of a run of train.py, or of a step-N in it, is the one to fine-tune.
 
-    The objective decides. What happens to be there does not: a generator never replaces a discriminator.
+    The objective decides, whichever networks are there: a generator never replaces a discriminator.
     """
     run = folder.parent if folder.name.startswith("step-") else folder
     log = run / "log.jsonl"
-    with suppress(FileNotFoundError), open(log, "rb") as file:
-        first_line = parse_json(file.readline(), log)
-        if first_line.get("settings", {}).get("objective") == "mlm":
+    if log.is_file():
+        with open(log, "rb") as file:
+            settings = parse_json(file.readline(), log).get("settings", {})
+        if settings.get("objective") == "mlm":
             return "generator"
     return "discriminator"
 
 
 def download_model(name, folder):
     """Download a model from the hub. config.json comes last and marks a complete download."""
-    advice = f"check the name: there is no folder {name} here either"
 
-    def get(*files):
-        """Download the first of these files that the hub has."""
-        for file in files:
-            try:
-                download(folder / file, f"hub:/{name}/resolve/main/{file}", advice)
-                return file
-            except NotFound:
-                if file == files[-1]:
-                    raise
+    def get(file):
+        download(folder / file, f"hub:/{name}/resolve/main/{file}",
+                 advice=f"check the name: there is no folder {name} here either")
 
-    for file in *VOCABS, "tokenizer_config.json":
-        with suppress(NotFound):
+    def get_if_there(file):
+        try:
             get(file)
-    if get(WEIGHTS, SHARD_INDEX, OLD_WEIGHTS) == SHARD_INDEX:
-        index = (folder / SHARD_INDEX).read_text("utf-8", "replace")
-        for file in sorted(set(re.findall(r'"([\w.-]+\.safetensors)"', index))):  # names, and never paths
-            get(file)
+        except NotFound:
+            return False
+        return True
+
+    for file in "vocab.txt", "tokenizer.json", "tokenizer_config.json":
+        get_if_there(file)
+    if not get_if_there("model.safetensors"):
+        index = "model.safetensors.index.json"  # names the files of a model whose weights are in several
+        if get_if_there(index):
+            content = (folder / index).read_text("utf-8", "replace")
+            for file in sorted(set(re.findall(r'"([\w.-]+\.safetensors)"', content))):  # names, never paths
+                get(file)
+        else:
+            get("pytorch_model.bin")
     get("config.json")
 
 
 def read_tokenizer(folder):
-    """(WordPiece, max_length or None) of a model folder: vocabulary, case, accents, the length trained on.
+    """(WordPiece, max_length or None) of a model folder. max_length is the length trained on.
 
-    Files that disagree are refused: other libraries may follow the other one.
+    The vocabulary and the rules for case and accents stand in vocab.txt and tokenizer_config.json, in
+    tokenizer.json, or in both. Files that disagree are refused: other libraries may follow the other one.
     """
-    config_path = Path(folder, "tokenizer_config.json")
-    json_path = Path(folder, "tokenizer.json")
     vocab_path = find_vocab(folder)
     tokens = read_vocab(vocab_path)
-    settings = read_rules(config_path)
-    rules = settings | read_rules(json_path)
-    do_lower_case = rules.get("do_lower_case") is not False
-    strip_accents = rules.get("strip_accents") is not False  # if it is lower-cased, as in BERT
-    wordpiece = WordPiece(tokens, do_lower_case, strip_accents)
-    if json_path.is_file() and read_vocab(json_path) != tokens:
+    json_path = Path(folder, "tokenizer.json")
+    config_path = Path(folder, "tokenizer_config.json")
+    config_rules = read_rules(config_path)
+    json_rules = read_rules(json_path)
+    if json_rules and read_vocab(json_path) != tokens:
         raise UserError(f"{vocab_path} and {json_path} hold different vocabularies; delete the wrong one")
-    for name in "do_lower_case", "strip_accents":
-        if settings.get(name) not in (getattr(wordpiece, name), None):
+    for name, rule in json_rules.items():
+        if config_rules.get(name, rule) != rule:
             raise UserError(f"{config_path} and {json_path} disagree about {name}; correct the wrong one")
-    return wordpiece, rules.get("model_max_length")
+    defaults = dict(do_lower_case=True, strip_accents=True, model_max_length=None)
+    rules = defaults | config_rules | json_rules
+    wordpiece = WordPiece(tokens, rules["do_lower_case"], rules["strip_accents"])
+    return wordpiece, rules["model_max_length"]
 
 
-# What the files of a model folder may say about its tokenizer; no entry and null mean the first value.
+# What the files of a model folder may say about its tokenizer. None is null, or no entry.
 RULES = {
-    # tokenizer_config.json. The last two classes leave all rules to tokenizer.json.
-    "tokenizer_class": ["ElectraTokenizer", "ElectraTokenizerFast", "BertTokenizer", "BertTokenizerFast",
-                        "PreTrainedTokenizerFast", "TokenizersBackend"],
-    "do_lower_case": [True, False],
-    "strip_accents": [True, False],
-    "do_basic_tokenize": [True],
-    "word_tokenizer_type": ["basic"],
-    "subword_tokenizer_type": ["wordpiece"],
-    "wordpieces_prefix": ["##"],
-    "tokenize_chinese_chars": [True],
-    "never_split": [[]],
-    "unk_token": [UNK],
-    "mask_token": [MASK],
-    # tokenizer.json
-    "model.type": ["WordPiece"],
-    "model.continuing_subword_prefix": ["##"],
-    "model.unk_token": [UNK],
-    "model.max_input_chars_per_word": [200, 100],  # 100 is transformers', and 200 the official code's
-    "added_tokens": [[]],  # without special tokens
-    "normalizer.type": ["BertNormalizer"],
-    "normalizer.clean_text": [True],
-    "normalizer.handle_chinese_chars": [True],
-    "pre_tokenizer.type": ["BertPreTokenizer"],
+    "tokenizer_config.json": {
+        # The last two classes leave all rules to tokenizer.json.
+        "tokenizer_class": ["ElectraTokenizer", "ElectraTokenizerFast", "BertTokenizer", "BertTokenizerFast",
+                            "PreTrainedTokenizerFast", "TokenizersBackend", None],
+        "do_lower_case": [True, False, None],
+        "strip_accents": [True, False, None],
+        "do_basic_tokenize": [True, None],
+        "word_tokenizer_type": ["basic", None],
+        "subword_tokenizer_type": ["wordpiece", None],
+        "wordpieces_prefix": ["##", None],
+        "tokenize_chinese_chars": [True, None],
+        "never_split": [[], None],
+        "unk_token": [UNK, None],
+        "mask_token": [MASK, None],
+    },
+    "tokenizer.json": {
+        "model.type": ["WordPiece", None],
+        "model.continuing_subword_prefix": ["##", None],
+        "model.unk_token": [UNK, None],
+        "model.max_input_chars_per_word": [200, 100, None],  # transformers has 100, the official code 200
+        "normalizer.type": ["BertNormalizer"],
+        "normalizer.clean_text": [True, None],
+        "normalizer.handle_chinese_chars": [True, None],
+        "normalizer.lowercase": [True, False],
+        "normalizer.strip_accents": [True, False, None],
+        "pre_tokenizer.type": ["BertPreTokenizer"],
+    },
 }
 
 
 def read_rules(path):
-    """What a file of a model folder says about its tokenizer, by the names of RULES. Empty without a file."""
+    """do_lower_case, strip_accents and model_max_length as far as a file of a model folder states them."""
     if not path.is_file():
         return {}
-    rules = read_json(path)
-    if path.name == "tokenizer.json":
-        rules = flatten(rules, path)
-    lacking = f"{path} asks for a rule that this tokenizer lacks"
-    for name, possible in RULES.items():
-        rule = rules.get(name)
+    content = read_json(path)
+    for name, possible in RULES[path.name].items():
+        rule = find_entry(content, name)
         if isinstance(rule, dict):  # a token with its properties
             rule = rule.get("content")
-        if rule not in [*possible, None]:
-            raise UserError(f"{lacking}: {name} is {rule!r:.80} and not {possible[0]!r}")
+        if rule not in possible:
+            raise lacks_rule(path, f"{name} is {rule!r:.80} and not {possible[0]!r}")
+    for token in content.get("added_tokens") or []:
+        added = find_entry(token, "content")
+        if added not in SPECIAL_TOKENS:
+            raise lacks_rule(path, f"added_tokens has {added!r:.80}")
+    if path.name == "tokenizer_config.json":
+        rules = content
+    else:
+        do_lower_case = content["normalizer"]["lowercase"]
+        strip_accents = content["normalizer"].get("strip_accents")
+        if strip_accents is None:  # accents go with the capitals
+            strip_accents = do_lower_case
+        rules = dict(do_lower_case=do_lower_case, strip_accents=strip_accents)
     if rules.get("strip_accents") and rules.get("do_lower_case") is False:
-        raise UserError(f"{lacking}: accents are stripped only from lower-cased text")
+        raise lacks_rule(path, "accents are stripped only from lower-cased text")
     if not isinstance(rules.get("model_max_length"), int | float | None):
         raise UserError(f"{path} is damaged: model_max_length is {rules['model_max_length']!r}")
-    return rules
+    names = "do_lower_case", "strip_accents", "model_max_length"
+    return {name: rules[name] for name in names if rules.get(name) is not None}
 
 
-def flatten(content, path):
-    """The rules in the content of a tokenizer.json, by the names of RULES."""
-    rules = {}
-    try:
-        for part in "model", "normalizer", "pre_tokenizer":
-            rules |= {f"{part}.{name}": value for name, value in content[part].items()}
-        added = [token["content"] for token in content.get("added_tokens", [])]
-        rules["added_tokens"] = [token for token in added if token not in SPECIAL_TOKENS]
-        return rules | dict(do_lower_case=rules["normalizer.lowercase"],
-                            strip_accents=rules["normalizer.strip_accents"])
-    except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged, or its tokenizer is not like BERT's") from None
+def find_entry(content, name):
+    """The entry of nested JSON objects at a dotted name, or None.
+
+    >>> find_entry({"model": {"type": "BPE"}}, "model.type")
+    'BPE'
+    """
+    for key in name.split("."):
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
+def lacks_rule(path, rule):
+    return UserError(f"{path} asks for a rule that this tokenizer lacks: {rule}")
 
 
 def find_vocab(folder):
     """The vocabulary of a model folder: vocab.txt or, as transformers now writes, tokenizer.json."""
-    for name in VOCABS:
-        if Path(folder, name).is_file():
-            return Path(folder, name)
+    for path in Path(folder, "vocab.txt"), Path(folder, "tokenizer.json"):
+        if path.is_file():
+            return path
     raise UserError(f"{folder} is not a model folder: it has neither vocab.txt nor tokenizer.json")
 
 
@@ -1388,9 +1403,9 @@ def load_vocab(config):
         advice = "use --vocab FILE, or --vocab train:8192 for one trained on your text"
         download_once(path, **BERT_VOCAB, advice=advice)
         return read_vocab(path)
-    match = re.fullmatch(r"train:(\d+)", config.vocab)
     if is_address(config.vocab):
         raise UserError(f"{without_secrets(config.vocab)} is an address; --vocab takes a file: download it")
+    match = re.fullmatch(r"train:(\d+)", config.vocab)
     if not match:
         return read_vocab(Path(config.vocab))
     size = int(match[1])
@@ -1482,16 +1497,10 @@ def parse_vocab(raw, path):
 
 def parse_tokenizer(text, path):
     """The tokens in the content of a tokenizer.json, in the order of their ids."""
-    content = parse_json(text, path)
-    try:
-        ids = content["model"]["vocab"]
-        tokens = sorted(ids, key=ids.get)
-        is_whole = sorted(ids.values()) == list(range(len(ids)))
-    except (AttributeError, KeyError, TypeError):
-        is_whole = False
-    if not is_whole:
+    ids = find_entry(parse_json(text, path), "model.vocab")
+    if not isinstance(ids, dict) or set(ids.values()) != set(range(len(ids))):
         raise UserError(f"{path} is not a WordPiece tokenizer, as ELECTRA's and BERT's are")
-    return tokens
+    return sorted(ids, key=ids.get)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1500,10 +1509,10 @@ def parse_tokenizer(text, path):
 TIMEOUT = 30  # seconds without an answer
 BACKOFF = 0.5  # seconds, doubled before each new attempt, at most a minute
 ATTEMPTS = 16  # in a row; they take ten minutes
-# Messages of OpenSSL, and those about a host that is not known. Without a network the message is another one.
-HOPELESS = re.compile("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|CERTIFICATE_VERIFY_FAILED|"
-                      "Name or service not known|nodename nor servname provided")
 ATTEMPTS_WITHOUT_ANSWER = 7  # if the server has never answered; they take a minute
+# Of OpenSSL, and of the look-up of an unknown host. Without a network, a look-up has another message.
+LASTING_ERRORS = re.compile("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|CERTIFICATE_VERIFY_FAILED|"
+                            "Name or service not known|nodename nor servname provided")
 
 
 def open_source(name):
@@ -1566,27 +1575,19 @@ def fetch(address, advice="use --data PATH or --data python-docs"):
     """Yield the bytes at an address. A dropped connection resumes at the byte where it broke off."""
     name = without_secrets(address)
     url = url_of(address)
-    headers = request_headers(url, name, advice)
     position = 0
-    length = None  # of the whole; None if the server does not say
+    length = None  # of the whole file, as far as it is known
     failures = 0  # in a row
     while position != length:
-        if position:
-            headers["Range"] = f"bytes={position}-"
         try:
-            with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+            with request(url, position, name, advice) as response:
                 check_status(response, name, advice)
-                begin, total, found = describe_answer(response)
+                answer = describe_answer(response)
                 if position == 0:
-                    length = total
-                    version = found
-                elif length is None:  # a first answer in chunks had none
-                    length = total
-                is_unknown = position > 0 and version == ""
-                if (begin, total, found) != (position, length, version) or is_unknown:
-                    raise UserError(f"{name} cannot be resumed at byte {position:,}: it has changed, or the "
-                                    "server cannot send a part or does not say whether it has changed; "
-                                    "download it and use --data PATH")
+                    first = answer
+                else:
+                    check_resumed(answer, first, position, name, advice)
+                length = answer.length
                 for chunk in response.iter_content(1 << 14):
                     position += len(chunk)
                     if length is not None and position > length:
@@ -1597,43 +1598,34 @@ def fetch(address, advice="use --data PATH or --data python-docs"):
                     return
                 if position != length:
                     raise requests.ConnectionError("the body ended early")
-        except UserError:  # UserError is a ValueError, too, and passes
-            raise
-        except ValueError:  # requests raises it for a malformed address
-            raise UserError(f"{name} is not the address of a server; {advice}") from None
         except requests.RequestException as error:
             failures += 1
             wait_or_give_up(error, failures, name, position, advice)
 
 
-def request_headers(url, name, advice):
-    """The headers of a request. Where HF_HUB_OFFLINE forbids one to the hub, raises UserError."""
+def request(url, position, name, advice):
+    """Ask a server for the bytes from a position on. The body of its answer is yet to be read.
+
+    A malformed address, and one on the hub while HF_HUB_OFFLINE is set, raise UserError.
+    """
     headers = {"Accept-Encoding": "identity"}
+    if position > 0:
+        headers["Range"] = f"bytes={position}-"
     if url.startswith(f"{hub()}/"):
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "TRUE", "YES"):
             raise UserError(f"{name} is not read, because HF_HUB_OFFLINE is set; unset it, or {advice}")
         if os.environ.get("HF_TOKEN"):  # requests drops it when another host is redirected to
             headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN'].strip()}"
-    return headers
-
-
-def describe_answer(response):
-    """(First byte, length of the whole, version) of an answer: a part or the whole. None is unknown."""
-    headers = response.headers
-    version = headers.get("ETag") or headers.get("Last-Modified") or ""
-    if response.status_code == 206:
-        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
-        if not match:
-            return None, None, version
-        return int(match[1]), int(match[2]), version
-    if "Content-Length" not in headers:
-        return 0, None, version
-    return 0, int(headers["Content-Length"]), version
+    try:
+        return requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+    except ValueError:  # the address is malformed
+        raise UserError(f"{name} is not the address of a server; {advice}") from None
 
 
 def check_status(response, name, advice):
-    """Raise requests.HTTPError if it is worth another attempt, and UserError if it is not."""
+    """Raise requests.HTTPError if an answer is worth another attempt, and UserError if it is useless."""
     status = response.status_code
+    headers = response.headers
     if status == 429 or status >= 500:
         response.raise_for_status()
     message = f"{name} answers {status} {response.reason}; {advice}"
@@ -1641,28 +1633,64 @@ def check_status(response, name, advice):
         raise NotFound(message)
     if status not in (200, 206):
         raise UserError(message)
-    for header, pattern in ("Content-Encoding", "identity"), ("Content-Length", "[0-9]+"):
-        value = response.headers.get(header)
-        if value is not None and not re.fullmatch(pattern, value):  # then a cut could not be noticed
-            raise UserError(f"{name} answers with {header} {value!r:.40}; {advice}")
-    is_chunked = response.headers.get("Transfer-Encoding") == "chunked"  # then urllib3 looks for the end
-    if status == 200 and not is_chunked and "Content-Length" not in response.headers:
+    encoding = headers.get("Content-Encoding", "identity")
+    if encoding != "identity":  # then bytes are not counted as they are in the file
+        raise UserError(f"{name} answers with Content-Encoding {encoding!r:.40}; {advice}")
+    if status == 200 and not is_chunked(response) and not headers.get("Content-Length", "").isdecimal():
+        # A body that is cut short would look whole.
         raise UserError(f"{name} does not say how long it is; {advice}")
+
+
+def is_chunked(response):
+    """Whether the body comes in chunks, whose end urllib3 checks."""
+    return response.headers.get("Transfer-Encoding") == "chunked"
+
+
+class Answer(NamedTuple):
+    """What the headers of an answer say. None is unknown."""
+
+    begin: int | None  # the position of its first byte in the file
+    length: int | None  # of the whole file
+    version: str | None
+
+
+def describe_answer(response):
+    headers = response.headers
+    version = headers.get("ETag") or headers.get("Last-Modified")
+    if response.status_code == 206:
+        part = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
+        if part is None:
+            return Answer(None, None, version)
+        return Answer(int(part[1]), int(part[2]), version)
+    if is_chunked(response):
+        return Answer(0, None, version)
+    return Answer(0, int(headers["Content-Length"]), version)
+
+
+def check_resumed(answer, first, position, name, advice):
+    """Raise UserError unless an answer continues the first one at a position."""
+    if answer.begin != position:
+        reason = "the server does not send the rest"
+    elif first.version is None:
+        reason = "the server does not say whether it has changed"
+    elif answer.version != first.version or first.length not in (answer.length, None):
+        reason = "it has changed"
+    else:
+        return
+    raise UserError(f"{name} cannot be resumed at byte {position:,}: {reason}; {advice}")
 
 
 def wait_or_give_up(error, failures, name, position, advice):
     """Wait before the next attempt. Raises UserError after too many failures in a row."""
-    is_hopeless = isinstance(error, requests.TooManyRedirects) or HOPELESS.search(str(error))
-    if is_hopeless and position == 0:
-        raise UserError(f"{name} cannot be read: {type(error).__name__}; check the address, or "
-                        f"{advice}") from None
+    reason = type(error).__name__
     attempts = ATTEMPTS
+    is_lasting = isinstance(error, requests.TooManyRedirects) or LASTING_ERRORS.search(str(error))
+    if is_lasting and position == 0:
+        raise UserError(f"{name} cannot be read: {reason}; check the address, or {advice}") from None
     if error.response is not None:
         reason = f"it answers {error.response.status_code}"
-    else:
-        reason = type(error).__name__
-        if position == 0:  # perhaps there is no such server
-            attempts = ATTEMPTS_WITHOUT_ANSWER
+    elif position == 0:  # perhaps there is no such server
+        attempts = ATTEMPTS_WITHOUT_ANSWER
     if failures >= attempts:
         raise UserError(f"{name} cannot be read: {reason}, {failures} times in a row; the same command "
                         f"resumes later; or {advice}") from None
@@ -1684,13 +1712,23 @@ def hub():
 
 
 def without_secrets(name):
-    """A path as it is; an address without user, password, query and fragment, which can hold secrets."""
-    url = url_of(name)
-    if "://" not in url:
+    """A path as it is; an address without user, password, query and fragment, which can hold secrets.
+
+    >>> without_secrets("https://me:secret@host:80/a@b.txt?token#part")
+    'https://host:80/a@b.txt'
+    >>> without_secrets("https://me:sec/ret@host/a.txt")  # in an address, / should be %2F
+    'https://host/a.txt'
+    """
+    scheme, separator, rest = url_of(name).partition("://")
+    if not separator:
         return name
-    # A password with / ? or #, which should be escaped. A port is no password.
-    url = re.sub(r"//[^/?#@\[]*:(?!\d*(?:[/?#]|$))[^@]*[/?#].*@", "//", url)
-    return re.sub(r"//[^/?#]*@", "//", re.split("[?#]", url)[0])
+    authority = re.split("[/?#]", rest)[0]  # USER:PASSWORD@HOST:PORT
+    user, at, host = authority.rpartition("@")
+    if re.fullmatch(r"(\[.*\]|[^:]*)(:\d*)?", host):  # HOST or HOST:PORT
+        rest = rest.removeprefix(user + at)
+    else:  # the authority was cut inside a password with / ? or #
+        rest = rest.rpartition("@")[2]
+    return f"{scheme}://" + re.split("[?#]", rest)[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1809,37 +1847,37 @@ def read_json(path):
 
 def parse_json(text, source):
     """The JSON object in `text`. Errors name `source`."""
-
-    def to_dict(pairs):
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
-            raise UserError(f"{source} is damaged: it has the key {key!r:.40} more than once")
-        return found
-
+    damage = f"{source} is damaged: it is not a JSON object"
     try:
         found = json.loads(text, object_pairs_hook=to_dict)
-    except UserError:
-        raise
-    except (ValueError, RecursionError):
-        found = None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{damage} ({error})") from None
     if not isinstance(found, dict):
-        raise UserError(f"{source} is damaged: it is not a JSON object")
+        raise UserError(damage)
+    return found
+
+
+def to_dict(pairs):
+    """A dict of (key, value) pairs. Unlike json's own, it refuses a key that comes again."""
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"it has the key {key!r:.40} more than once")
+        found[key] = value
     return found
 
 
 def decode_utf8(raw, source):
     """The text of some bytes, without a byte order mark. Errors name `source`."""
-    error_at = -1
+    advice = "convert it, for example with iconv"
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        error_at = error.start
-    for sign in b"\0", b"\x1b$":  # UTF-16 without its mark, and ISO-2022, are valid UTF-8
-        if sign in raw:
-            error_at = raw.index(sign)
-    if error_at >= 0:
-        raise UserError(f"{source} is not UTF-8 at byte {error_at}; convert it, for example with iconv")
+        raise UserError(f"{source} is not UTF-8 at byte {error.start}; {advice}") from None
+    for sign in "\0", "\x1b$":  # of UTF-16 without its mark and of ISO-2022, which can be valid UTF-8
+        if sign in text:
+            place = raw.index(sign.encode())
+            raise UserError(f"{source} is not UTF-8 at byte {place}; {advice}")
     return text.removeprefix("\ufeff")
 
 

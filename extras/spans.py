@@ -53,7 +53,7 @@ class Tokenized(NamedTuple):
     """Questions as the network takes them, and what leads from its output back to the text."""
 
     rows: np.ndarray  # uint16 (N, max_length), zero-padded
-    labels: np.ndarray  # (N, 3)
+    labels: np.ndarray  # (N, 3): start, end, 1 if the context has no answer
     questions: list
     windows: list  # the Windows of each question, one for a row
 
@@ -74,10 +74,13 @@ def make_context(text, wordpiece):
     return Context(words, [match.start() for match in matches], pieces, word_of)
 
 
-def find_answer(answer, start, context, wordpiece):
+def locate_answer(answer, start, context, wordpiece):
     """The (first, last) piece of an answer that begins at a character, or None if it is not there."""
-    if not context.words or start + len(answer.rstrip()) > context.starts[-1] + len(context.words[-1]):
-        return None  # [Q07] beyond the context
+    if not context.words:
+        return None
+    end_of_context = context.starts[-1] + len(context.words[-1])
+    if start + len(answer.rstrip()) > end_of_context:
+        return None  # [Q07]
     # [Q06] From the word of the first character to that of the last. A space belongs to the word before it.
     first_word = bisect.bisect_right(context.starts, start) - 1
     last_word = bisect.bisect_right(context.starts, start + len(answer) - 1) - 1
@@ -102,8 +105,10 @@ def find_sublist(wanted, items):
     >>> find_sublist([1895], [7, 1895, 8, 1943, 9]), find_sublist([1895], [1896])
     (1, None)
     """
-    size = len(wanted)
-    return next((place for place in range(len(items)) if items[place : place + size] == wanted), None)
+    for place in range(len(items)):
+        if items[place : place + len(wanted)] == wanted:
+            return place
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -159,6 +164,16 @@ def make_label(span, window):
 
 # ------------------------------------------------------------------------------------------------------------
 # The head
+
+
+class Output(NamedTuple):
+    """The likeliest spans of each of B rows, K = BEAM."""
+
+    starts: torch.Tensor  # (B, K) positions, the likeliest first
+    start_log_probs: torch.Tensor  # (B, K)
+    ends: torch.Tensor  # (B, K, K) positions, for each start the likeliest first
+    end_log_probs: torch.Tensor  # (B, K, K) given the start
+    null_logits: torch.Tensor  # (B,) above 0 for "not here"
 
 
 class QuestionAnswerer(nn.Module):
@@ -228,26 +243,18 @@ class QuestionAnswerer(nn.Module):
         return model.in_fp32(self.null(null_hidden).squeeze(1))
 
 
-class Output(NamedTuple):
-    """The likeliest spans of each of B rows, K = BEAM."""
-
-    starts: torch.Tensor  # (B, K) positions, the likeliest first
-    start_log_probs: torch.Tensor  # (B, K)
-    ends: torch.Tensor  # (B, K, K) positions, for each start the likeliest first
-    end_log_probs: torch.Tensor  # (B, K, K) given the start
-    null_logits: torch.Tensor  # (B,) above 0 for "not here"
-
-
 # ------------------------------------------------------------------------------------------------------------
 # From the output to the answers
 
 
 def find_answers(questions, windows, output, wordpiece):
     """The `n_best` answers and the null score of each question. `output` is that of all rows, in NumPy."""
-    rows = (Output(*row) for row in zip(*output, strict=True))
+    rows = [Output(*row) for row in zip(*output, strict=True)]
+    first_row = 0
     answers = []
     for question, question_windows in zip(questions, windows, strict=True):
-        outputs = [next(rows) for _ in question_windows]
+        outputs = rows[first_row : first_row + len(question_windows)]
+        first_row += len(question_windows)
         # [Q36] No span's score is in it. A context without pieces has no window, and so no answer.
         null_score = min((float(output.null_logits) for output in outputs), default=float("inf"))
         answers.append((n_best(question.context, question_windows, outputs, wordpiece), null_score))
@@ -258,16 +265,9 @@ def n_best(context, windows, outputs, wordpiece):
     """The BEAM likeliest answers, {text: log-probability}, in a question's windows and the Output of each."""
     found = []
     for window, output in zip(windows, outputs, strict=True):
-        shift = window.begin - window.offset
-        for i, start in enumerate(output.starts + shift):
-            if not window.begin <= start < window.end or best_window(start, windows) != window:
-                continue
-            ends = output.ends[i] + shift
-            is_kept = (start <= ends) & (ends < window.end) & (ends < start + ANSWER_LENGTH)  # [Q30]
-            for j in np.flatnonzero(is_kept):
-                found.append((output.start_log_probs[i] + output.end_log_probs[i, j], start, ends[j]))
+        found += list_spans(window, output, windows)
     # [Q31] Each window has probabilities of its own, yet they are compared. [Q32] The sort is stable.
-    found.sort(key=lambda candidate: candidate[0], reverse=True)
+    found.sort(key=lambda span: span[0], reverse=True)
     answers = {}
     for log_prob, start, end in found:
         spelled = wordpiece.decode(context.pieces[start : end + 1]).removeprefix("##")
@@ -276,6 +276,18 @@ def n_best(context, windows, outputs, wordpiece):
         if len(answers) == BEAM:
             break
     return answers or {"": 0.0}  # [Q34] Unlike in the official code, which answers "empty".
+
+
+def list_spans(window, output, windows):
+    """Yield (log-probability, first piece, last piece) of the possible spans of a window. [Q30]"""
+    shift = window.begin - window.offset  # from positions in the row to pieces of the context
+    for i, start in enumerate(output.starts + shift):
+        if not window.begin <= start < window.end or best_window(start, windows) != window:
+            continue
+        ends = output.ends[i] + shift
+        is_possible = (start <= ends) & (ends < window.end) & (ends < start + ANSWER_LENGTH)
+        for j in np.flatnonzero(is_possible):
+            yield output.start_log_probs[i] + output.end_log_probs[i, j], start, ends[j]
 
 
 def best_window(piece, windows):

@@ -74,7 +74,7 @@ class Experiment(finetune.Experiment):
     """Questions in the place of sentences."""
 
     def read(self, split):
-        """((Bytes of the file of a split, its path), their SHA-256)."""
+        """The bytes and the path of a split's file, and the SHA-256 of the bytes."""
         if self.config.data_dir:
             path = Path(self.config.data_dir) / f"{split}.json"
         else:
@@ -115,7 +115,7 @@ def predict(network, tokenized, wordpiece, config):
     """The answers and the null score of each question, as `spans.find_answers` has them."""
     order, outputs = zip(*finetune.predict_batches(network, tokenized.rows, config), strict=True)
     in_file_order = np.argsort(np.concatenate(order))
-    fields = [torch.cat(field).cpu().numpy()[in_file_order] for field in zip(*outputs, strict=True)]
+    fields = [torch.cat(batches).cpu().numpy()[in_file_order] for batches in zip(*outputs, strict=True)]
     if not all(np.isfinite(field).all() for field in fields):  # the sweep continues
         tqdm.write("the predictions are not finite; try a lower --learning-rate")
         fields = [np.nan_to_num(field) for field in fields]
@@ -134,6 +134,30 @@ def read_questions(raw, source, version, wordpiece, is_training):
     """
     questions = []
     misplaced = []
+    for name, where, entry, context in list_questions(raw, source, wordpiece):
+        [pieces] = wordpiece.encode([read_field(entry, "question", str, where)])
+        answers = [] if entry.get("is_impossible") else read_field(entry, "answers", list, where)
+        texts = [read_field(answer, "text", str, where) for answer in answers]
+        if version == "1.1" and not texts:
+            raise data.UserError(f"{where} has no answer; use --version 2.0")
+        span = None
+        if is_training and texts:  # [Q04] The first answer is learned; all are for metrics.
+            start = read_field(answers[0], "answer_start", int, where)
+            span = spans.locate_answer(texts[0], start, context, wordpiece)
+            if span is None:
+                misplaced.append(where)
+                continue
+        questions.append(spans.Question(name, pieces, context, texts, span))
+    if misplaced:
+        print(f"left out {len(misplaced):,} questions whose answer is not at its answer_start; the first is "
+              f"{misplaced[0]}")
+    if not questions:
+        raise data.UserError(f"{source} has no question to use")
+    return questions
+
+
+def list_questions(raw, source, wordpiece):
+    """Yield (id, where it stands, JSON object, Context) of each question in a file."""
     where = source
     content = data.parse_json(data.decode_utf8(raw, source), source)
     for article in read_field(content, "data", list, where):
@@ -142,25 +166,7 @@ def read_questions(raw, source, version, wordpiece, is_training):
             for entry in read_field(paragraph, "qas", list, where):
                 name = str(read_field(entry, "id", str | int, where))
                 where = f"{source}, question {name}"
-                [pieces] = wordpiece.encode([read_field(entry, "question", str, where)])
-                answers = [] if entry.get("is_impossible") else read_field(entry, "answers", list, where)
-                texts = [read_field(answer, "text", str, where) for answer in answers]
-                if version == "1.1" and not texts:
-                    raise data.UserError(f"{where} has no answer; use --version 2.0")
-                span = None
-                if is_training and texts:  # [Q04] The first answer is learned; all are for metrics.
-                    start = read_field(answers[0], "answer_start", int, where)
-                    span = spans.find_answer(texts[0], start, context, wordpiece)
-                    if span is None:
-                        misplaced.append(where)
-                        continue
-                questions.append(spans.Question(name, pieces, context, texts, span))
-    if misplaced:
-        print(f"left out {len(misplaced):,} questions whose answer is not at its answer_start; the first is "
-              f"{misplaced[0]}")
-    if not questions:
-        raise data.UserError(f"{source} has no question to use")
-    return questions
+                yield name, where, entry, context
 
 
 def read_field(entry, name, kind, where):
@@ -183,16 +189,18 @@ def score(questions, texts, null_scores, version):
     thresholds = {}
     null_scores = np.array(null_scores)
     has_answer = np.array([bool(question.answers) for question in questions])
+    unanswered = 1.0 - has_answer  # the scores of questions that are left unanswered
     for name, metric in ("exact", exact), ("f1", f1):
         scores = np.array([max(metric(text, gold) for gold in golds(question))
                            for question, text in zip(questions, texts, strict=True)])  # [Q42]
         if version == "1.1":
             metrics[name] = float(scores.mean())  # [Q40] every question is answered
             continue
-        unanswered = 1.0 - has_answer  # the scores if no question is answered
         gain, thresholds[name] = best_threshold(scores - unanswered, null_scores)
+        # Officially any text loses the point of a question without an answer, even one without words.
+        official_gains = np.where(has_answer, scores, -1.0)
         official_gain, thresholds[f"official {name}"] = best_threshold(
-            np.where(has_answer, scores, -1.0), null_scores, is_official=True)
+            official_gains, null_scores, is_official=True)
         metrics[f"best {name}"] = float(unanswered.mean() + gain / len(questions))
         metrics[f"official best {name}"] = float(unanswered.mean() + official_gain / len(questions))
         at_official = np.where(null_scores > OFFICIAL_THRESHOLD, unanswered, scores)  # [Q37] [Q44]
@@ -207,13 +215,15 @@ def best_threshold(gains, null_scores, is_official=False):
     (0.5, -3.0)
     """
     order = np.argsort(null_scores, kind="stable")
+    # The first entries are those if no question is answered, the next if only the first in this order is.
     totals = np.append(0.0, gains[order]).cumsum()
     thresholds = np.append(0.0, null_scores[order])
     if not is_official:
-        # The official threshold may not give its score: equal null scores are separated, and if leaving all
-        # questions unanswered is best, it is 0. Here it then lies below all null scores.
+        # The official threshold may not give its score. It is 0 if leaving all questions unanswered is best,
+        # and it may separate equal null scores.
         thresholds[0] = thresholds[1] - 1
-        totals[:-1][thresholds[:-1] == thresholds[1:]] = -np.inf
+        separates_equals = np.append(thresholds[:-1] == thresholds[1:], False)
+        totals[separates_equals] = -np.inf
     best = totals.argmax()
     return float(totals[best]), float(thresholds[best])
 

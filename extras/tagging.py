@@ -29,8 +29,10 @@ import glue
 import model
 
 CONLL2000 = "https://www.clips.uantwerpen.be/conll2000/chunking/"
-SHA256 = {"train.txt": "82033cd7a72b209923a98007793e8f9de3abc1c8b79d646c50648eb949b87cea",  # unpacked [T01]
-          "test.txt": "73b7b1e565fa75a1e22fe52ecdf41b6624d6f59dacb591d44252bf4d692b1628"}
+SHA256 = {  # of the unpacked files [T01]
+    "train.txt": "82033cd7a72b209923a98007793e8f9de3abc1c8b79d646c50648eb949b87cea",
+    "test.txt": "73b7b1e565fa75a1e22fe52ecdf41b6624d6f59dacb591d44252bf4d692b1628",
+}
 WORD = re.compile(r"[^ \t\r\n]+")  # a no-break space is part of a word
 NO_WORD = -100  # the class of a token that does not begin a word
 
@@ -105,12 +107,13 @@ class Experiment(finetune.Experiment):
 
 def find_task(config):
     """The Task of a command. Its labels are those of train. [T05]"""
-    folder = Path(config.task)
-    title = f"own-{folder.resolve().name}"
     if config.task == "chunking":
         title = "chunking"
         folder = Path(config.cache, "conll2000")
         data.make_once(folder / "test.txt", lambda: download(folder))
+    else:
+        folder = Path(config.task)
+        title = f"own-{folder.resolve().name}"
     sentences = {}
     for split in "train", "dev", "test":
         path = folder / f"{split}.txt"
@@ -148,20 +151,24 @@ def parse(raw, source):
     [(('It', 'is', 'so'), ['S-NP', 'S-VP', 'S-ADVP']), (('No', 'good'), ['B-NP', 'E-NP'])]
     """
     sentences = []
-    pairs = []
+    words = []
+    tags = []
+    lines = data.decode_utf8(raw, source).split("\n")
     # Unlike in the official code, a last sentence without an empty line after it is not lost.
-    for number, line in enumerate([*data.decode_utf8(raw, source).split("\n"), ""], 1):
+    lines.append("")
+    for number, line in enumerate(lines, 1):
         columns = WORD.findall(line)
         if columns and columns[0] != "-DOCSTART-":
             if len(columns) == 1 or not re.fullmatch("O|[BIES]-.+", columns[-1]):
                 raise data.UserError(f"{source}, line {number} needs a word, and last a tag: O, or B-, I-, "
                                      f"E- or S- with a type, as B-NP; it is {line.strip()[:80]!r}")
-            pairs.append((columns[0], columns[-1]))
-        elif pairs:
-            words, tags = zip(*pairs, strict=True)
+            words.append(columns[0])
+            tags.append(columns[-1])
+        elif words:
             # By conlleval's rules. The official code makes one VP of B-NP I-VP.
-            sentences.append((words, to_bioes(find_spans(tags), len(tags))))
-            pairs = []
+            sentences.append((tuple(words), to_bioes(find_spans(tags), len(tags))))
+            words = []
+            tags = []
     return sentences
 
 
@@ -174,12 +181,15 @@ def find_spans(tags, official=False):
     """
     spans = []
     for index, (before, tag) in enumerate(itertools.pairwise(["O", *tags])):
-        continues = before[0] in "BI" and tag[0] in "IE" and before[2:] == tag[2:]
         if official:  # neither an E nor a change of type ends a span
             continues = before != "O" and tag[0] in "IE"
-        first = spans.pop()[0] if continues else index  # a longer span takes the place of the last one
-        if tag != "O":
-            spans.append((first, index, tag[2:]))
+        else:
+            continues = before[0] in "BI" and tag[0] in "IE" and before[2:] == tag[2:]
+        if continues:
+            first, _, _ = spans.pop()
+            spans.append((first, index, tag[2:]))  # one word longer
+        elif tag != "O":
+            spans.append((index, index, tag[2:]))
     return spans
 
 
@@ -260,7 +270,7 @@ def predict_tags(network, tokenized, names, config):
     classes = np.zeros_like(tokenized.labels)
     for indices, logits in finetune.predict_batches(network, tokenized.rows, config):
         classes[indices, : logits.shape[1]] = logits.argmax(2).cpu()
-    tags = (names[number] for number in classes[tokenized.labels != NO_WORD])
+    tags = (names[number] for number in classes[tokenized.labels != NO_WORD])  # of all words, in their order
     return [list(itertools.islice(tags, len(words))) for words, _ in tokenized.sentences]
 
 
@@ -293,7 +303,9 @@ def predict_file(config):
         tokenized = tokenize(sentences, saved.labels, saved.wordpiece, saved.max_length)
         predicted = predict_tags(network, tokenized, saved.labels, config)
         for (words, _), tags in zip(sentences, predicted, strict=True):
-            print(*(f"{word} {tag}\n" for word, tag in zip(words, tags, strict=True)), sep="")
+            for word, tag in zip(words, tags, strict=True):
+                print(word, tag)
+            print()
 
 
 def main(argv=None):
