@@ -87,7 +87,7 @@ class StepConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(StepConfig):
-    """The recipe, and where and how it runs. An annotated field is a flag, and the text is its help."""
+    """The recipe, and where and how it runs. A field with a text is a flag, and the text is its help."""
 
     size: Annotated[str, "tiny, small, base or large: the model and its recipe"] = "small"
     batch_size: Annotated[int, "rows in a step", 1, 1_000_000] = 128
@@ -189,7 +189,7 @@ def train(run):
             order = data.Order(run.shards, config.batch_size)
             while step < config.num_train_steps:
                 if any_rank(bool(signals)):
-                    raise data.Stopped("")  # without a message: by a signal; caught below
+                    raise data.Stopped("")  # caught below, where the run is saved
                 is_last = step + 1 == config.num_train_steps
                 is_evaluated = is_last or (step + 1) % config.eval_every == 0
 
@@ -202,10 +202,10 @@ def train(run):
                 # Rows. This waits until the text is prepared that far, on all ranks.
                 epoch, rows = read_together(order.batch, step)
                 if is_evaluated and heldout is None:
-                    # Here, since waiting may end the run, and a step that is taken must be evaluated, too.
+                    # Before the step, since waiting may end the run, and each step taken here is evaluated.
                     heldout = read_together(run.shards.heldout, HELDOUT_ROWS)
-                    heldout_entropy = unigram_entropy(heldout, electra.config)
-                    describe_heldout(heldout, heldout_entropy)
+                    mlm_baseline = unigram_entropy(heldout, electra.config)
+                    describe_heldout(heldout, mlm_baseline)
 
                 # Step.
                 input_ids = to_device(rows, config.device)
@@ -229,7 +229,7 @@ def train(run):
                 # Evaluate.
                 if is_evaluated and len(heldout):
                     metrics = compute_metrics(*evaluate(config, electra, heldout, seed))
-                    run.log("heldout", step, epoch, **metrics, unigram_entropy=heldout_entropy)
+                    run.log("heldout", step, epoch, **metrics, unigram_entropy=mlm_baseline)
                     tqdm.write(f"step {step}, held-out text: {describe_metrics(metrics)}")
                     if step >= max(LATE_STEP, 2 * config.num_warmup_steps):
                         warn_if_stuck(metrics)
@@ -243,19 +243,22 @@ def train(run):
                     saved_at = time.perf_counter()
                 if is_logged or step == run.first_step + 1:  # the first step compiles
                     stopwatch.restart(step)
-    except data.Stopped as error:  # an error in the text, or "" after a signal
+    except data.Stopped as error:
         if step > run.first_step:
             run.save(step, order)
         any_rank(False)  # waits until rank 0 has saved: torchrun ends all ranks as soon as one has ended
-        command = "the same command without --restart" if config.restart else "the same command"
-        raise data.UserError(str(error) or f"stopped after step {step}; {command} resumes") from None
+        message = str(error)  # what is wrong with the text, or "" after a signal
+        if not message:
+            command = "the same command without --restart" if config.restart else "the same command"
+            message = f"stopped after step {step}; {command} resumes"
+        raise data.UserError(message) from None
 
 
 class Stopwatch:
     """Measures the seconds that a step takes since the last `restart`.
 
-    The loop restarts it after logging, evaluating, saving and the first step, which compiles. So these do not
-    count.
+    The loop restarts it at the end of each step that is logged, and of the first, which compiles. So neither
+    compiling nor evaluating counts.
     """
 
     def __init__(self, step):
@@ -274,14 +277,14 @@ def progress_bar(config, step):
     return tqdm(total=config.num_train_steps, initial=step, unit=" steps", disable=disable)
 
 
-def describe_heldout(heldout, heldout_entropy):
+def describe_heldout(heldout, mlm_baseline):
     """Say how many rows are held out, and the baseline of their MLM loss."""
     if not len(heldout):
         tqdm.write("no evaluation: one document in a hundred is held out, and this text has too few")
         return
     warning = ", too few for reliable metrics" if len(heldout) < FEW_ROWS else ""
     tqdm.write(f"{len(heldout):,} rows are held out{warning}; guessing by word frequency alone would "
-               f"give an MLM loss of {heldout_entropy:.3f}")
+               f"give an MLM loss of {mlm_baseline:.3f}")
 
 
 def warn_if_warmup_is_long(config):
@@ -569,6 +572,11 @@ def gather_outputs(outputs):
     return [output for theirs in from_all_ranks(ours) for output in theirs]
 
 
+def from_rank_0(value):
+    """The value of rank 0."""
+    return from_all_ranks(value)[0]
+
+
 def from_all_ranks(value):
     """The values of all ranks, in their order."""
     values = [value] * WORLD_SIZE
@@ -671,7 +679,7 @@ class Run:
             print(f"resuming after step {self.first_step} of {self.config.num_train_steps}")
 
     def restore_log(self):
-        """Write the log anew: the settings, and the lines up to the first step. Log the numerics if new."""
+        """Write the log anew: the settings, the lines up to the first step, the numerics if they are new."""
         entries = []
         if self.log_path.exists():
             for line in self.log_path.read_bytes().splitlines():
@@ -720,8 +728,8 @@ class Run:
     def write_checkpoint(self, step, num_shards):
         """Write all that the run needs, as built-in types and tensors."""
         record = dict(inputs=self.inputs._asdict(), settings=self.settings,
-                      num_shards=num_shards,  # so many shards of the text have been read,
-                      history=self.shards.history(num_shards))  # with these hashes
+                      num_shards=num_shards,  # so many shards of the text have been read
+                      history=self.shards.history(num_shards))  # their hashes
         state = dict(run=record, step=step, model=self.electra.state_dict(),
                      optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
         buffer = io.BytesIO()
@@ -741,7 +749,7 @@ class Run:
         """Give all ranks the networks and the optimizer of rank 0."""
         if WORLD_SIZE == 1:
             return
-        scaler_state = from_all_ranks(self.scaler.state_dict())[0]
+        scaler_state = from_rank_0(self.scaler.state_dict())
         if scaler_state:
             self.scaler.load_state_dict(scaler_state)
         for tensor in self.electra.state_dict().values():
@@ -950,7 +958,6 @@ def describe_metrics(metrics):
 
 SHOWN_ROWS = 5
 SHOWN_TOKENS = 40
-MIN_SHOWN_TOKENS = 16
 LEGEND = """
 Held-out sentences, as the networks see them.
   [word =]        predicted (85 % of them were masked); the generator put the same word back
@@ -979,16 +986,12 @@ def report(run):
 
 
 def choose_readable(rows, wordpiece):
-    """The rows with the largest share of whole words, (SHOWN_ROWS, L): chosen by their text alone."""
+    """The rows with the most whole words among the tokens shown, (SHOWN_ROWS, L)."""
 
-    def readability(row):
-        words = [wordpiece.tokens[number] for number in row[:SHOWN_TOKENS] if number]
-        if len(words) < MIN_SHOWN_TOKENS:
-            return 0.0
-        return sum(word.isalpha() for word in words) / len(words)
+    def num_words(row):
+        return sum(wordpiece.tokens[number].isalpha() for number in row[:SHOWN_TOKENS])
 
-    most_readable = sorted(rows, key=readability, reverse=True)
-    return np.array(most_readable[:SHOWN_ROWS])
+    return np.array(sorted(rows, key=num_words, reverse=True)[:SHOWN_ROWS])
 
 
 def print_sentences(outputs, input_ids, wordpiece):
@@ -1007,10 +1010,11 @@ def print_sentences(outputs, input_ids, wordpiece):
         descending = logits[input_ids != 0].sort(descending=True).values
         is_flagged = logits > descending[is_replaced.sum()]  # as many as were replaced
         verdicts = {True: " ✓", False: " ✗"}
-    for columns in zip(input_ids, corrupted_ids, is_predicted, is_flagged, strict=True):
+    tensors = (input_ids, corrupted_ids, is_predicted, is_flagged)
+    for row in zip(*[tensor[:, :SHOWN_TOKENS].tolist() for tensor in tensors], strict=True):
         words = []
-        for original, seen, predicted, flagged in zip(*[column.tolist() for column in columns], strict=True):
-            if original == 0 or len(words) == SHOWN_TOKENS:  # 0 is [PAD]
+        for original, seen, predicted, flagged in zip(*row, strict=True):
+            if original == 0:  # [PAD]
                 break
             word = wordpiece.tokens[original]
             if seen != original:
@@ -1031,9 +1035,7 @@ def print_sentences(outputs, input_ids, wordpiece):
 def main(argv=None):
     config, data_config, electra_config, typed = configure(argv)
     if config.prepare_only:
-        inputs = read_inputs(config, data_config, electra_config)
-        data_config, _, wordpiece = apply_inputs(inputs, data_config, electra_config, typed)
-        prepare_only(data_config, wordpiece, config.show)
+        prepare_only(config, data_config, electra_config, typed)
         return
     start_ranks(config)
     with lock_run(config):
@@ -1041,7 +1043,7 @@ def main(argv=None):
         # The first rank of each machine prepares the text in a child process.
         preparation = run.shards.prepare_in_child() if LOCAL_RANK == 0 else nullcontext()
         with preparation:
-            run.check_text()  # bad text ends this before the folder is touched
+            run.check_text()  # before anything in its folder is changed
             print(run.shards.describe())
             if not config.eval_only:
                 was_complete = run.shards.is_complete
@@ -1054,24 +1056,25 @@ def main(argv=None):
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     if not config.eval_only:
-        exported = " and ".join(str(run.path / name) for name in networks_of(run.electra))
-        print(f"\ntransformers can load {exported}; to fine-tune:\n"
-              f"python finetune.py --model {run.path} --task mrpc "
-              f"--max-length {run.shards.config.max_length}")
+        folders = " and ".join(str(run.path / name) for name in networks_of(run.electra))
+        max_length = run.shards.config.max_length
+        print(f"\ntransformers can load {folders}; to fine-tune:\n"
+              f"python finetune.py --model {run.path} --task mrpc --max-length {max_length}")
 
 
 def open_run(config, data_config, electra_config, typed):
-    """The run in the folder, with its weights, or a new one. Raises data.UserError if the flags differ.
+    """The run in the folder, or a new one, with its weights. A run with other settings is refused.
 
-    The checkpoint comes first: it says what the networks and the vocabulary are.
+    Nothing is written. The checkpoint is read first, since it has the vocabulary and the networks' shape.
     """
     record = None
-    step = 0
+    first_step = 0
     state = read_checkpoint(config)  # on rank 0
     if state is not None:
         record = state["run"]
-        step = state["step"]
-    record, step = from_all_ranks((record, step))[0]
+        first_step = state["step"]
+    record, first_step = from_rank_0((record, first_step))
+
     inputs = find_inputs(record, config, data_config, electra_config)
     data_config, electra_config, wordpiece = apply_inputs(inputs, data_config, electra_config, typed)
     shards = data.GrowingShards(data_config, wordpiece)
@@ -1079,8 +1082,8 @@ def open_run(config, data_config, electra_config, typed):
     electra = model.Electra(electra_config).train()
     if record is None:
         load_init(electra, config, data_config)
-    electra.to(config.device)
-    run = Run(config, inputs, shards, electra, record, step)
+    run = Run(config, inputs, shards, electra.to(config.device), record, first_step)
+
     compare_ranks(run)
     run.check_settings()
     if state is not None:
@@ -1089,13 +1092,15 @@ def open_run(config, data_config, electra_config, typed):
     return run
 
 
-def prepare_only(data_config, wordpiece, num_shown):
+def prepare_only(config, data_config, electra_config, typed):
     """Prepare the text, and print rows of it."""
+    inputs = read_inputs(config, data_config, electra_config)
+    data_config, _, wordpiece = apply_inputs(inputs, data_config, electra_config, typed)
     shards = data.GrowingShards(data_config, wordpiece)
     with shards.prepare_in_child():
         shards.wait_for_shards(math.inf)
     print(shards.describe())
-    for row in shards.load("train", 0)[:num_shown]:
+    for row in shards.load("train", 0)[: config.show]:
         print("\n" + wordpiece.decode(row))
 
 
