@@ -958,6 +958,7 @@ def describe_metrics(metrics):
 
 SHOWN_ROWS = 5
 SHOWN_TOKENS = 40
+MIN_SHOWN_TOKENS = 16
 LEGEND = """
 Held-out sentences, as the networks see them.
   [word =]        predicted (85 % of them were masked); the generator put the same word back
@@ -986,12 +987,16 @@ def report(run):
 
 
 def choose_readable(rows, wordpiece):
-    """The rows with the most whole words among the tokens shown, (SHOWN_ROWS, L)."""
+    """The rows with the largest share of whole words, (SHOWN_ROWS, L)."""
 
-    def num_words(row):
-        return sum(wordpiece.tokens[number].isalpha() for number in row[:SHOWN_TOKENS])
+    def share_of_words(row):
+        tokens = [wordpiece.tokens[number] for number in row[:SHOWN_TOKENS] if number]
+        if len(tokens) < MIN_SHOWN_TOKENS:
+            return 0.0
+        return sum(token.isalpha() for token in tokens) / len(tokens)
 
-    return np.array(sorted(rows, key=num_words, reverse=True)[:SHOWN_ROWS])
+    most_readable = sorted(rows, key=share_of_words, reverse=True)
+    return np.array(most_readable[:SHOWN_ROWS])
 
 
 def print_sentences(outputs, input_ids, wordpiece):
