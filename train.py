@@ -169,7 +169,7 @@ STUCK_MLM_LOSS = 6  # guessing by word frequency alone gives about 7 with BERT's
 
 
 def train(run):
-    """Take the steps that a run still lacks. `run.shards` is the text; data.Order is its shuffled batches.
+    """Take the remaining steps of a run. `run.shards` is the text; data.Order is its shuffled batches.
 
     A signal, or an error in the text, ends training early: it saves, and raises data.UserError.
     """
@@ -504,13 +504,11 @@ def compare_ranks(run):
     ours["init"] = len(run.config.init)  # paths may differ between machines
     ours["log_every"] = run.config.log_every  # ranks meet when they log and evaluate
     ours["eval_every"] = run.config.eval_every
-    different = set()
-    for theirs in from_all_ranks(ours):
-        different |= {name for name in ours if theirs[name] != ours[name]}
+    everyones = from_all_ranks(ours)
+    different = [name for name in sorted(ours) if any(theirs[name] != ours[name] for theirs in everyones)]
     if different:
-        raise data.UserError(f"the ranks differ in {', '.join(sorted(different))}: give all machines the "
-                             "same flags, the same --data and, if a vocabulary was trained, that one by "
-                             "--vocab FILE")
+        raise data.UserError(f"the ranks differ in {', '.join(different)}: give all machines the same flags, "
+                             "the same --data and, if a vocabulary was trained, that one by --vocab FILE")
 
 
 def read_together(read, *args):
@@ -521,25 +519,18 @@ def read_together(read, *args):
     if WORLD_SIZE == 1:
         return read(*args)
     # The first rank of each machine prepares the text. It reads first, and the others wait for it.
-    stopped = None
+    message = None
     if LOCAL_RANK == 0:
         try:
             result = read(*args)
         except data.Stopped as error:
-            stopped = error
-    if any_rank(stopped is not None):
-        raise first_error(from_all_ranks(stopped))
+            message = str(error)
+    if any_rank(message is not None):
+        messages = [each for each in from_all_ranks(message) if each is not None]
+        raise data.Stopped(max(messages))  # that of an error, or "" if all are of signals
     if LOCAL_RANK > 0:  # the rows are there now
         result = read(*args)
     return result
-
-
-def first_error(stops):
-    """The first data.Stopped of the ranks that reports an error. After a signal none does."""
-    for stopped in stops:
-        if stopped is not None and str(stopped):
-            return stopped
-    return data.Stopped("")
 
 
 def any_rank(flag):
@@ -634,8 +625,6 @@ class Run:
 
     def check_settings(self):
         """Refuse to continue a run that has other settings."""
-        if self.record is None:
-            return
         old = self.record["settings"]
         new = self.settings
         changes = [f"{name} was {old.get(name)} and is now {new.get(name)}"
@@ -648,7 +637,7 @@ class Run:
         raise data.UserError(message)
 
     def check_text(self):
-        """Wait for the text that the run has read, and refuse another one. A new run waits for one shard."""
+        """Wait for the first shard, and for those that the run has read. Refuse to continue with others."""
         read_together(self.shards.wait_for_shards, 1)
         if self.record is None:
             return
@@ -1090,7 +1079,8 @@ def open_run(config, data_config, electra_config, typed):
     run = Run(config, inputs, shards, electra.to(config.device), record, first_step)
 
     compare_ranks(run)
-    run.check_settings()
+    if record is not None:
+        run.check_settings()
     if state is not None:
         run.load(state)
     run.copy_from_rank_0()
