@@ -669,13 +669,13 @@ class Run:
 
     def restore_log(self):
         """Write the log anew: the settings, the lines up to the first step, the numerics if they are new."""
+        lines = self.log_path.read_bytes().splitlines() if self.log_path.exists() else []
         entries = []
-        if self.log_path.exists():
-            for line in self.log_path.read_bytes().splitlines():
-                with suppress(LookupError, TypeError, ValueError):  # a line that is damaged, or has no step
-                    entry = data.parse_json(line, self.log_path)
-                    if entry["step"] <= self.first_step:
-                        entries.append(entry)
+        for line in lines:
+            with suppress(LookupError, TypeError, ValueError):  # a line that is damaged, or has no step
+                entry = data.parse_json(line, self.log_path)
+                if entry["step"] <= self.first_step:
+                    entries.append(entry)
         logged_numerics = [entry["numerics"] for entry in entries if "numerics" in entry]
         if not logged_numerics or logged_numerics[-1] != self.numerics:
             entries.append(dict(step=self.first_step + 1, numerics=self.numerics))
@@ -1138,29 +1138,34 @@ def read_inputs(config, data_config, electra_config):
     if not init:
         return Inputs(init, vocab, data.load_wordpiece(data_config).tokens, shape={}, rules={})
     folders = list(find_init(config, data_config, electra_config).values())
-    tokenizers = [data.read_tokenizer(folder)[0] for folder in folders]
-    if len({(each.sha256, each.do_lower_case, each.strip_accents) for each in tokenizers}) > 1:
+    wordpieces = [data.read_tokenizer(folder)[0] for folder in folders]
+    tokenizations = {(each.sha256, each.do_lower_case, each.strip_accents) for each in wordpieces}
+    if len(tokenizations) > 1:
         raise data.UserError(f"{folders[0]} and {folders[1]} have different vocabularies, or rules for case")
     configs = [model.load_config(folder) for folder in folders]
     shape = {name: getattr(configs[0], name) for name in SHAPE}
     if len(folders) == 2:
         shape["generator_size"] = configs[1].hidden_size / configs[0].hidden_size
-    rules = dict(do_lower_case=tokenizers[0].do_lower_case, strip_accents=tokenizers[0].strip_accents)
-    return Inputs(init, vocab, tokenizers[0].tokens, shape, rules)
+    wordpiece = wordpieces[0]
+    rules = dict(do_lower_case=wordpiece.do_lower_case, strip_accents=wordpiece.strip_accents)
+    return Inputs(init, vocab, wordpiece.tokens, shape, rules)
 
 
 def find_init(config, data_config, electra_config):
     """{"discriminator": folder, "generator": folder} of --init, or one of them."""
-    names = list(config.init)
-    networks = ["discriminator", "generator"]
+    first, *second = config.init
     if electra_config.objective == "mlm":
-        networks = ["generator"]
-        if len(names) == 2:
+        if second:
             raise data.UserError("--objective mlm has no discriminator; --init takes one folder")
-    elif len(names) == 1 and Path(names[0], "generator").is_dir():
-        names = names * 2  # both networks of a run
+        names = {"generator": first}
+    else:
+        names = {"discriminator": first}
+        if second:
+            names["generator"] = second[0]
+        elif Path(first, "generator").is_dir():  # a run, which has both networks
+            names["generator"] = first
     folders = {}
-    for network, name in zip(networks, names, strict=False):  # there may be no generator
+    for network, name in names.items():
         folders[network] = data.find_model(name, data_config.cache, network).resolve()
         if config.run_path.resolve() in folders[network].parents:
             raise data.UserError("--init names the run that would be overwritten; use another --out")
