@@ -405,7 +405,7 @@ def evaluate(config, electra, rows, seed):
 
 
 def micro_batches(input_ids, uniforms, size):
-    """Yield parts of a batch with `size` rows each."""
+    """(input_ids, uniforms) of the parts of a batch, with `size` rows each."""
     return zip(input_ids.split(size), uniforms.split(size), strict=True)
 
 
@@ -1153,15 +1153,15 @@ def read_inputs(config, data_config, electra_config):
 
 def find_init(config, data_config, electra_config):
     """{"discriminator": folder, "generator": folder} of --init, or one of them."""
-    first, *second = config.init
+    first, *more = config.init
     if electra_config.objective == "mlm":
-        if second:
+        if more:
             raise data.UserError("--objective mlm has no discriminator; --init takes one folder")
         names = {"generator": first}
     else:
         names = {"discriminator": first}
-        if second:
-            names["generator"] = second[0]
+        if more:
+            names["generator"] = more[0]
         elif Path(first, "generator").is_dir():  # a run, which has both networks
             names["generator"] = first
     folders = {}
