@@ -1304,7 +1304,7 @@ def test_a_damaged_config_of_a_saved_network_is_made_again(toy_glue):
 
 
 def test_closed_standard_input_and_a_rank_of_a_scheduler(toy_glue, monkeypatch, capsys):
-    """Closed input is a sentence; RANK=1 without torchrun throws no predictions away."""
+    """Closed input is a sentence; a process with RANK=1 throws no predictions away."""
     tune("--task wnli --save")
     command = f"--model {find_network('wnli')} --device cpu --predict-file"
     monkeypatch.setattr(sys, "stdin", io.StringIO("sentence1\tsentence2\n"))
@@ -1312,6 +1312,7 @@ def test_closed_standard_input_and_a_rank_of_a_scheduler(toy_glue, monkeypatch, 
         finetune.main(f"{command} - --format tsv".split())
     Path("new.tsv").write_text("sentence1\tsentence2\nba\tdo\n")
     monkeypatch.setattr(train, "RANK", 1)
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
     capsys.readouterr()
     assert train.run_command(lambda: finetune.main(f"{command} new.tsv".split())) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
