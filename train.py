@@ -599,8 +599,8 @@ def lock_run(config):
 class Run:
     """A run: its text, networks and optimizer, and the folder where they are saved. Only rank 0 writes.
 
-    A run begins with a checkpoint, at step 0. It holds all that the run needs. The log and the networks are
-    brought into line with it at every start.
+    A run begins with a checkpoint, at step 0. The checkpoint holds all that the run needs. The log and the
+    networks are brought into line with it at every start.
     """
 
     def __init__(self, config, inputs, shards, electra, record, first_step):
@@ -868,7 +868,7 @@ def fp16_metrics(scaler, optimizer, step):
 # ------------------------------------------------------------------------------------------------------------
 # Metrics
 
-# The discriminator's loss if it gives every token the same probability. Recorded runs have this name for it.
+# The discriminator's loss if it gives every token the same probability. The name is that of recorded runs.
 BASE_RATE_LOSS = "all_original"
 
 
