@@ -413,8 +413,8 @@ def fail(step, *args):
     return learning_rate(step, *args)
 if "SLOW_SAVE" in flags:
     flags.remove("SLOW_SAVE")
-    save = train.RunFolder.save
-    train.RunFolder.save = lambda *args: (time.sleep(1), save(*args))
+    save = train.Run.save
+    train.Run.save = lambda *args: (time.sleep(1), save(*args))
 if "BROKEN" in flags:
     flags.remove("BROKEN")
     train.learning_rate = fail
@@ -2169,11 +2169,11 @@ def test_networks_can_be_used_before_a_run_ends(corpus, monkeypatch):
     """Each checkpoint refreshes the two folders; at six shares of the steps they are kept."""
     saved = []
 
-    def look(folder, *_):
-        if (network := folder.path / "discriminator").exists():
+    def look(run, *_):
+        if (network := run.path / "discriminator").exists():
             saved.append(model.read_weights(network)["electra.embeddings.word_embeddings.weight"])
 
-    watch(monkeypatch, train.RunFolder, "save", look)
+    watch(monkeypatch, train.Run, "save", look)
     pretrain("--num-train-steps 40")
     assert len(saved) > 5 and not torch.equal(saved[0], saved[1])
     kept = sorted(Path("out/small").glob("step-*/generator/model.safetensors"))
@@ -2371,7 +2371,7 @@ def test_checkpoints_come_at_least_every_ten_minutes(corpus, monkeypatch):
     """A checkpoint also comes by the clock, at any step."""
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
     saved = []
-    watch(monkeypatch, train.RunFolder, "save", lambda folder, step, *_: saved.append(step))
+    watch(monkeypatch, train.Run, "save", lambda run, step, *_: saved.append(step))
     pretrain("--save-every 1000")
     assert saved == list(range(1, 25))
 

@@ -43,21 +43,29 @@ import data
 import model
 
 
-def read_ranks():
-    """The number of this process, its number on this machine, and how many there are, as torchrun sets them.
-
-    All are 0 if they make no sense. `parse` reports it.
-    """
-    with suppress(ValueError):
-        rank = int(os.environ.get("RANK") or 0)
-        local_rank = int(os.environ.get("LOCAL_RANK") or 0)
-        world_size = int(os.environ.get("WORLD_SIZE") or 1)
-        if 0 <= local_rank <= rank < world_size:
-            return rank, local_rank, world_size
-    return 0, 0, 0
+def read_variable(name, default):
+    """A number that torchrun sets. -1 if it is no number, which `check_ranks` refuses."""
+    try:
+        return int(os.environ.get(name) or default)
+    except ValueError:
+        return -1
 
 
-RANK, LOCAL_RANK, WORLD_SIZE = read_ranks()
+RANK = read_variable("RANK", default=0)  # the number of this process
+LOCAL_RANK = read_variable("LOCAL_RANK", default=0)  # its number on this machine
+WORLD_SIZE = read_variable("WORLD_SIZE", default=1)  # how many processes there are
+
+
+def check_ranks():
+    if not 0 <= LOCAL_RANK <= RANK < WORLD_SIZE:
+        raise torchrun_error()
+
+
+def torchrun_error():
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    found = ", ".join(f"{name} is {os.environ.get(name, 'unset')}" for name in names)
+    return data.UserError(f"{found}, but this is no process of torchrun: start it with torchrun, or unset "
+                          "all three")
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ class StepConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(StepConfig):
-    """The recipe, and where and how it runs. An annotated field is a flag, and the text is its help."""
+    """The recipe, and where and how it runs. A field with a text is a flag, and the text is its help."""
 
     size: Annotated[str, "tiny, small, base or large: the model and its recipe"] = "small"
     batch_size: Annotated[int, "rows in a step", 1, 1_000_000] = 128
@@ -160,22 +168,25 @@ STUCK_SHARE = 0.97  # the discriminator's loss as a share of that of guessing th
 STUCK_MLM_LOSS = 6  # guessing by word frequency alone gives about 7 with BERT's vocabulary
 
 
-def train(config, electra, optimizer, scaler, shards, folder, first_step):
-    """Take the steps from `first_step` to the last. `shards` is the text; data.Order is its shuffled batches.
+def train(run):
+    """Take the remaining steps of a run. `run.shards` is the text; data.Order is its shuffled batches.
 
     A signal, or an error in the text, ends training early: it saves, and raises data.UserError.
     """
-    seed = shards.config.seed
-    take_step = make_step(config, electra, optimizer, scaler)
+    config = run.config
+    electra = run.electra
+    optimizer = run.optimizer
+    seed = run.shards.config.seed
+    take_step = make_step(config, electra, optimizer, run.scaler)
     snapshot_steps = {round(share * config.num_train_steps) for share in SNAPSHOTS}
     heldout = None  # read before the first evaluation
-    step = first_step
+    step = run.first_step
     stopwatch = Stopwatch(step)
     saved_at = time.perf_counter()
     try:
-        with stop_signals() as signals, progress_bar(config, first_step) as bar:
-            shards.signals = signals  # a signal also ends waiting for text
-            order = data.Order(shards, config.batch_size)
+        with stop_signals() as signals, progress_bar(config, step) as bar:
+            run.shards.signals = signals  # a signal also ends waiting for text
+            order = data.Order(run.shards, config.batch_size)
             while step < config.num_train_steps:
                 if any_rank(bool(signals)):
                     raise data.Stopped("")  # caught below, where the run is saved
@@ -190,9 +201,11 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
 
                 # Rows. This waits until the text is prepared that far, on all ranks.
                 epoch, rows = read_together(order.batch, step)
-                if is_evaluated and heldout is None:  # before the step, since waiting may end the run
-                    heldout = read_together(shards.heldout, HELDOUT_ROWS)
-                    describe_heldout(heldout, electra.config)
+                if is_evaluated and heldout is None:
+                    # Before the step, since waiting may end the run, and each step taken here is evaluated.
+                    heldout = read_together(run.shards.heldout, HELDOUT_ROWS)
+                    mlm_baseline = unigram_entropy(heldout, electra.config)
+                    describe_heldout(heldout, mlm_baseline)
 
                 # Step.
                 input_ids = to_device(rows, config.device)
@@ -207,43 +220,45 @@ def train(config, electra, optimizer, scaler, shards, folder, first_step):
                 if is_logged:
                     metrics = compute_metrics(gather_outputs(outputs), input_ids)
                     rate = round(input_ids.numel() / stopwatch.seconds_per_step(step))  # with padding
-                    folder.log("train", step, epoch, lr=lr, **metrics, grad_norm=grad_norm.item(),
-                               **fp16_metrics(scaler, optimizer, step), tokens_per_second=rate)
+                    run.log("train", step, epoch, lr=lr, **metrics, grad_norm=grad_norm.item(),
+                            **fp16_metrics(run.scaler, optimizer, step), tokens_per_second=rate)
                     bar.set_description(f"loss {metrics['loss']:.3f}, {rate:,} tokens/s")
-                if step == first_step + 100:
+                if step == run.first_step + 100:
                     warn_if_slow(stopwatch.seconds_per_step(step) * (config.num_train_steps - step))
 
                 # Evaluate.
                 if is_evaluated and len(heldout):
                     metrics = compute_metrics(*evaluate(config, electra, heldout, seed))
-                    folder.log("heldout", step, epoch, **metrics,
-                               unigram_entropy=unigram_entropy(heldout, electra.config))
+                    run.log("heldout", step, epoch, **metrics, unigram_entropy=mlm_baseline)
                     tqdm.write(f"step {step}, held-out text: {describe_metrics(metrics)}")
                     if step >= max(LATE_STEP, 2 * config.num_warmup_steps):
                         warn_if_stuck(metrics)
 
                 # Save.
                 if step in snapshot_steps:
-                    folder.export(step, folder.path / f"step-{step}")
+                    run.export(step, run.path / f"step-{step}")
                 is_overdue = time.perf_counter() - saved_at > SAVE_SECONDS
                 if is_last or is_overdue or step % config.save_every == 0:
-                    folder.save(step, order)
+                    run.save(step, order)
                     saved_at = time.perf_counter()
-                if is_logged or step == first_step + 1:  # the first step compiles
+                if is_logged or step == run.first_step + 1:  # the first step compiles
                     stopwatch.restart(step)
-    except data.Stopped as error:  # an error in the text, or "" after a signal
-        if step > first_step:
-            folder.save(step, order)
-        any_rank(False)  # waits for the one that saves, since torchrun ends all ranks when one has ended
-        command = "the same command without --restart" if config.restart else "the same command"
-        raise data.UserError(str(error) or f"stopped after step {step}; {command} resumes") from None
+    except data.Stopped as error:
+        if step > run.first_step:
+            run.save(step, order)
+        any_rank(False)  # waits until rank 0 has saved: torchrun ends all ranks as soon as one has ended
+        message = str(error)  # what is wrong with the text, or "" after a signal
+        if not message:
+            command = "the same command without --restart" if config.restart else "the same command"
+            message = f"stopped after step {step}; {command} resumes"
+        raise data.UserError(message) from None
 
 
 class Stopwatch:
     """Measures the seconds that a step takes since the last `restart`.
 
-    The loop restarts it after logging, evaluating, saving and the first step, which compiles. So these do not
-    count.
+    The loop restarts it at the end of each step that is logged, and of the first, which compiles. So neither
+    compiling nor evaluating counts.
     """
 
     def __init__(self, step):
@@ -258,21 +273,18 @@ class Stopwatch:
 
 
 def progress_bar(config, step):
-    disable = None  # tqdm: shown on a terminal
-    if RANK > 0:
-        disable = True
+    disable = True if RANK > 0 else None  # None: shown if stderr is a terminal
     return tqdm(total=config.num_train_steps, initial=step, unit=" steps", disable=disable)
 
 
-def describe_heldout(heldout, electra_config):
+def describe_heldout(heldout, mlm_baseline):
     """Say how many rows are held out, and the baseline of their MLM loss."""
     if not len(heldout):
         tqdm.write("no evaluation: one document in a hundred is held out, and this text has too few")
         return
-    doubt = ", too few for reliable metrics" if len(heldout) < FEW_ROWS else ""
-    unigram = unigram_entropy(heldout, electra_config)
-    tqdm.write(f"{len(heldout):,} rows are held out{doubt}; guessing by word frequency alone would "
-               f"give an MLM loss of {unigram:.3f}")
+    warning = ", too few for reliable metrics" if len(heldout) < FEW_ROWS else ""
+    tqdm.write(f"{len(heldout):,} rows are held out{warning}; guessing by word frequency alone would "
+               f"give an MLM loss of {mlm_baseline:.3f}")
 
 
 def warn_if_warmup_is_long(config):
@@ -292,7 +304,7 @@ def warn_if_slow(seconds):
 def warn_if_stuck(metrics):
     if metrics["mlm_loss"] > STUCK_MLM_LOSS:
         tqdm.write("warning: the generator is stuck; try a lower learning rate")
-    if "auc" in metrics and metrics["disc_loss"] >= STUCK_SHARE * metrics["all_original"]:
+    if "auc" in metrics and metrics["disc_loss"] >= STUCK_SHARE * metrics[BASE_RATE_LOSS]:
         tqdm.write("warning: the discriminator is stuck; try a smaller generator or a lower learning rate")
 
 
@@ -393,7 +405,7 @@ def evaluate(config, electra, rows, seed):
 
 
 def micro_batches(input_ids, uniforms, size):
-    """Yield parts of a batch with `size` rows each."""
+    """(input_ids, uniforms) of the parts of a batch, with `size` rows each."""
     return zip(input_ids.split(size), uniforms.split(size), strict=True)
 
 
@@ -479,25 +491,19 @@ def start_ranks(config):
     try:
         dist.init_process_group(backend, timeout=RANK_TIMEOUT)
     except ValueError:  # a variable that torchrun sets is missing
-        raise no_torchrun() from None
+        raise torchrun_error() from None
     if RANK > 0:  # rank 0 talks for all; errors go to stderr
         sys.stdout = open(os.devnull, "w")
 
 
-def no_torchrun():
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    found = ", ".join(f"{name} is {os.environ.get(name, 'unset')}" for name in names)
-    return data.UserError(f"{found}, but this is no process of torchrun: start it with torchrun, or unset "
-                          "all three")
-
-
-def compare_ranks(folder):
+def compare_ranks(run):
     """Raise data.UserError if ranks have other text, vocabularies or flags than this one."""
-    config = folder.config
-    ours = folder.settings | dict(
-        files=data.digest([identity[:2] for identity in folder.shards.identities]),  # names and sizes
-        init=len(config.init),  # paths may differ between machines
-        log_every=config.log_every, eval_every=config.eval_every)  # where ranks meet
+    ours = dict(run.settings)
+    names_and_sizes = [identity[:2] for identity in run.shards.identities]
+    ours["files"] = data.digest(names_and_sizes)
+    ours["init"] = len(run.config.init)  # paths may differ between machines
+    ours["log_every"] = run.config.log_every  # ranks meet when they log and evaluate
+    ours["eval_every"] = run.config.eval_every
     everyones = from_all_ranks(ours)
     different = [name for name in sorted(ours) if any(theirs[name] != ours[name] for theirs in everyones)]
     if different:
@@ -508,20 +514,20 @@ def compare_ranks(folder):
 def read_together(read, *args):
     """read(*args) on every rank, where `read` blocks until text is prepared. With one process just that.
 
-    The first rank of each machine prepares the text. It reads first, and the others wait for it here. If
-    reading stops on one rank, it stops on all: data.Stopped is raised on every rank.
+    If reading stops on one rank, it stops on all: data.Stopped is raised on every rank.
     """
     if WORLD_SIZE == 1:
         return read(*args)
+    # The first rank of each machine prepares the text. It reads first, and the others wait for it.
     message = None
-    if LOCAL_RANK == 0:  # this may fail
+    if LOCAL_RANK == 0:
         try:
             result = read(*args)
         except data.Stopped as error:
             message = str(error)
     if any_rank(message is not None):
-        messages = [each for each in from_all_ranks(message) if each]
-        raise data.Stopped(messages[0] if messages else "")
+        messages = [each for each in from_all_ranks(message) if each is not None]
+        raise data.Stopped(max(messages))  # that of an error, or "" if all are of signals
     if LOCAL_RANK > 0:  # the rows are there now
         result = read(*args)
     return result
@@ -557,6 +563,11 @@ def gather_outputs(outputs):
     return [output for theirs in from_all_ranks(ours) for output in theirs]
 
 
+def from_rank_0(value):
+    """The value of rank 0."""
+    return from_all_ranks(value)[0]
+
+
 def from_all_ranks(value):
     """The values of all ranks, in their order."""
     values = [value] * WORLD_SIZE
@@ -566,7 +577,7 @@ def from_all_ranks(value):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The folder of a run
+# A run and its folder
 
 MIN_LOSS_SCALE = 1e-4  # of fp16; below it every step has overflowed for long
 # What `write_network` writes. Without a config.json, a folder is no network.
@@ -585,27 +596,160 @@ def lock_run(config):
         yield
 
 
-class Inputs(NamedTuple):
-    """What a run is made from. Its checkpoint has a copy, since the sources may change or go."""
+class Run:
+    """A run: its text, networks and optimizer, and the folder where they are saved. Only rank 0 writes.
 
-    init: list  # --init and --vocab, as they were typed
-    vocab: str
-    tokens: list  # the vocabulary, in the order of the ids
-    shape: dict  # fields of ElectraConfig that the weights of --init prescribe
-    rules: dict  # fields of DataConfig that they prescribe: those for case and accents
+    A run begins with a checkpoint, at step 0. The checkpoint holds all that the run needs. The log and the
+    networks are brought into line with it at every start.
+    """
 
+    def __init__(self, config, inputs, shards, electra, record, first_step):
+        self.config = config
+        self.inputs = inputs
+        self.shards = shards
+        self.electra = electra
+        self.optimizer = build_optimizer(electra.named_parameters(), config)
+        self.scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
+        self.record = record  # of the checkpoint, see `write_checkpoint`; None for a new run
+        self.first_step = first_step  # so many steps are taken already
+        self.path = config.run_path
+        self.checkpoint = self.path / "checkpoint.pt"
+        self.log_path = self.path / "log.jsonl"
+        everything = asdict(config) | asdict(electra.config) | shards.fingerprint
+        self.settings = {name: value for name, value in everything.items() if name not in MAY_CHANGE}
+        # These change rounding and dropout. A resumed run may have others, so they are logged.
+        self.numerics = dict(device=config.device, dtype=config.dtype, compile=config.compile,
+                             graph=config.graph, deterministic=config.deterministic,
+                             micro_batch_size=config.micro_batch_size, ranks=WORLD_SIZE,
+                             threads=torch.get_num_threads(), torch=str(torch.__version__))
 
-class Run(NamedTuple):
-    """What a checkpoint records about its run. The step and the states of torch's objects stand beside it."""
+    def check_settings(self):
+        """Refuse to continue a run that has other settings."""
+        old = self.record["settings"]
+        new = self.settings
+        changes = [f"{name} was {old.get(name)} and is now {new.get(name)}"
+                   for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+        if not changes:
+            return
+        message = self.refusal("; ".join(changes))
+        if old.get("num_train_steps") != new["num_train_steps"]:
+            message += f"; to train it for longer, use another --out and --init {self.path}"
+        raise data.UserError(message)
 
-    inputs: Inputs
-    settings: dict  # by name: flags and fields of configs that decide the result
-    num_shards: int  # so many shards of the text have been read
-    history: str  # and these are their hashes (see data.GrowingShards)
+    def check_text(self):
+        """Wait for the first shard, and for those that the run has read. Refuse to continue with others."""
+        read_together(self.shards.wait_for_shards, 1)
+        if self.record is None:
+            return
+        history = read_together(self.shards.history, self.record["num_shards"])
+        if history != self.record["history"]:
+            place = self.shards.changed_file(self.record["history"])
+            raise data.UserError(self.refusal(f"the text differs in {place} or after it"))
+
+    def refusal(self, reason):
+        return f"{self.path} holds another run ({reason}); use its settings, another --out, or --restart"
+
+    def start(self):
+        """Make the folder of a new run, or bring the log and the networks into line with the checkpoint."""
+        if RANK > 0:
+            return
+        if self.config.restart:  # the checkpoint goes first: if this is cut short, there is no run
+            for file in [self.checkpoint, *written_files(self.path)]:
+                file.unlink(missing_ok=True)
+        if self.record is None:
+            self.write_checkpoint(0, num_shards=0)
+        self.restore_log()
+        if self.first_step > 0:
+            self.export(self.first_step, self.path)
+        if self.first_step == self.config.num_train_steps:
+            print(f"all {self.first_step} steps are done already; after a change of the code, use another "
+                  "--out")
+        elif self.record is not None:
+            print(f"resuming after step {self.first_step} of {self.config.num_train_steps}")
+
+    def restore_log(self):
+        """Write the log anew: the settings, the lines up to the first step, the numerics if they are new."""
+        lines = self.log_path.read_bytes().splitlines() if self.log_path.exists() else []
+        entries = []
+        for line in lines:
+            with suppress(LookupError, TypeError, ValueError):  # a line that is damaged, or has no step
+                entry = data.parse_json(line, self.log_path)
+                if entry["step"] <= self.first_step:
+                    entries.append(entry)
+        logged_numerics = [entry["numerics"] for entry in entries if "numerics" in entry]
+        if not logged_numerics or logged_numerics[-1] != self.numerics:
+            entries.append(dict(step=self.first_step + 1, numerics=self.numerics))
+        with data.atomic_write(self.log_path) as file:
+            for entry in [dict(settings=self.settings), *entries]:
+                file.write(json.dumps(entry).encode() + b"\n")
+
+    def log(self, split, step, epoch, **values):
+        """Append a line to log.jsonl. Its `tokens` are those trained on so far, padding included."""
+        if RANK > 0:
+            return
+        num_tokens = step * self.config.batch_size * self.shards.config.max_length
+        entry = dict(split=split, step=step, tokens=num_tokens, epoch=epoch)
+        for name, value in values.items():
+            entry[name] = value if math.isfinite(value) else None  # JSON has no NaN
+        with open(self.log_path, "ab") as log:
+            data.append_json(log, entry)
+
+    def save(self, step, order):
+        """Write the networks, then the checkpoint."""
+        if RANK > 0:
+            return
+        if self.scaler.is_enabled() and self.scaler.get_scale() < MIN_LOSS_SCALE:
+            raise data.UserError(f"the loss overflows in fp16 at step {step}, and nothing is learned; use "
+                                 "--dtype fp32, or --restart with a lower --learning-rate")
+        self.export(step, self.path)
+        self.write_checkpoint(step, order.num_shards_used)
+
+    def export(self, step, parent):
+        """Write the networks as folders in `parent`."""
+        if RANK > 0:
+            return
+        if not all(parameter.isfinite().all() for parameter in self.electra.parameters()):
+            raise data.UserError(f"the weights are not finite after step {step}, and are not saved; use "
+                                 "--restart with a lower --learning-rate")
+        for name, network in networks_of(self.electra).items():
+            write_network(parent / name, network, self.shards.wordpiece, self.shards.config.max_length)
+
+    def write_checkpoint(self, step, num_shards):
+        """Write all that the run needs, as built-in types and tensors."""
+        record = dict(inputs=self.inputs._asdict(), settings=self.settings,
+                      num_shards=num_shards,  # so many shards of the text have been read
+                      history=self.shards.history(num_shards))  # their hashes
+        state = dict(run=record, step=step, model=self.electra.state_dict(),
+                     optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        data.write_sealed(self.checkpoint, buffer.getbuffer())
+
+    def load(self, state):
+        """Load the networks and the optimizer of a checkpoint, as `read_checkpoint` returned it."""
+        self.electra.load_state_dict(state["model"])
+        # Load the moments only. The groups stay, since their learning rates are tensors on this device.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict(state["optimizer"] | dict(param_groups=groups))
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+
+    def copy_from_rank_0(self):
+        """Give all ranks the networks and the optimizer of rank 0."""
+        if WORLD_SIZE == 1:
+            return
+        scaler_state = from_rank_0(self.scaler.state_dict())
+        if scaler_state:
+            self.scaler.load_state_dict(scaler_state)
+        for tensor in self.electra.state_dict().values():
+            dist.broadcast(tensor, 0)
+        for moments in self.optimizer.state.values():  # of a parameter
+            for tensor in moments.values():
+                dist.broadcast(tensor, 0)
 
 
 def read_checkpoint(config):
-    """What `RunFolder.write_checkpoint` wrote, on rank 0. None if there is no run, or none to be kept.
+    """What `Run.write_checkpoint` wrote, on rank 0. None if there is no run, or none to be kept.
 
     Networks or a log without a checkpoint are refused: a new run would write over them.
     """
@@ -616,10 +760,7 @@ def read_checkpoint(config):
     if checkpoint.exists():
         content = data.read_sealed(checkpoint, "--restart starts over; if a former version wrote it, use "
                                                f"another --out and --init {path}, which takes its networks")
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        run = state["run"]
-        state["run"] = Run(Inputs(**run["inputs"]), run["settings"], run["num_shards"], run["history"])
-        return state
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if config.eval_only:
         raise data.UserError(f"there is no run in {path} to evaluate; check --size and --out")
     for found in written_files(path):
@@ -653,151 +794,6 @@ def write_network(folder, network, wordpiece, max_length, **more):
         if not path.is_file() or path.read_bytes() != content:
             with data.atomic_write(path) as file:
                 file.write(content)
-
-
-class RunFolder:
-    """The folder of a run: checkpoint, log, networks. Only rank 0 writes.
-
-    There is a run if there is a checkpoint: a run begins with one, at step 0. It holds all that the run
-    needs, and the log and the networks are brought into line with it at every start.
-    """
-
-    def __init__(self, config, inputs, shards, electra, optimizer, scaler):
-        self.config = config
-        self.inputs = inputs
-        self.shards = shards
-        self.electra = electra
-        self.optimizer = optimizer
-        self.scaler = scaler
-        self.path = config.run_path
-        self.checkpoint = self.path / "checkpoint.pt"
-        self.log_path = self.path / "log.jsonl"
-        everything = asdict(config) | asdict(electra.config) | shards.fingerprint
-        self.settings = {name: value for name, value in everything.items() if name not in MAY_CHANGE}
-        # These change rounding and dropout. A resumed run may have others, so they are logged.
-        self.numerics = dict(device=config.device, dtype=config.dtype, compile=config.compile,
-                             graph=config.graph, deterministic=config.deterministic,
-                             micro_batch_size=config.micro_batch_size, ranks=WORLD_SIZE,
-                             threads=torch.get_num_threads(), torch=str(torch.__version__))
-
-    def check_settings(self, run):
-        """Refuse to continue a run that has other settings."""
-        old = run.settings
-        new = self.settings
-        changes = [f"{name} was {old.get(name)} and is now {new.get(name)}"
-                   for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-        if not changes:
-            return
-        message = self.refusal("; ".join(changes))
-        if old.get("num_train_steps") != new["num_train_steps"]:
-            message += f"; to train it for longer, use another --out and --init {self.path}"
-        raise data.UserError(message)
-
-    def check_text(self, run):
-        """Refuse to continue a run that has read another text. Waits until the text is prepared that far."""
-        history = read_together(self.shards.history, run.num_shards)
-        if history != run.history:
-            place = self.shards.changed_file(run.history)
-            raise data.UserError(self.refusal(f"the text differs in {place} or after it"))
-
-    def refusal(self, reason):
-        return f"{self.path} holds another run ({reason}); use its settings, another --out, or --restart"
-
-    def load(self, state):
-        """Load what `read_checkpoint` returned on rank 0 into all ranks. Returns its step, or 0."""
-        step = 0
-        if state is not None:
-            step = state["step"]
-            self.electra.load_state_dict(state["model"])
-            # Load the moments only. The groups stay, since their learning rates are tensors on this device.
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict(state["optimizer"] | dict(param_groups=groups))
-            if state["scaler"] and self.scaler.is_enabled():
-                self.scaler.load_state_dict(state["scaler"])
-        if WORLD_SIZE > 1:
-            step, scaler_state = from_all_ranks((step, self.scaler.state_dict()))[0]
-            if scaler_state:
-                self.scaler.load_state_dict(scaler_state)
-            for tensor in self.electra.state_dict().values():
-                dist.broadcast(tensor, 0)
-            for moments in self.optimizer.state.values():  # of a parameter
-                for tensor in moments.values():
-                    dist.broadcast(tensor, 0)
-        return step
-
-    def start(self, run, step):
-        """Make a new run, or bring the log and the networks of one into line with its checkpoint."""
-        if RANK > 0:
-            return
-        if run is None:
-            if self.config.restart:  # the checkpoint goes first: if this is cut short, there is no run
-                for file in [self.checkpoint, *written_files(self.path)]:
-                    file.unlink(missing_ok=True)
-            self.write_checkpoint(0, num_shards=0)
-        self.cut_log(step)
-        if step > 0:
-            self.export(step, self.path)
-        if step == self.config.num_train_steps:
-            print(f"all {step} steps are done already; after a change of the code, use another --out")
-        elif run is not None:
-            print(f"resuming after step {step} of {self.config.num_train_steps}")
-
-    def cut_log(self, step):
-        """Keep the settings and the lines up to a step. Log the numerics if they are new."""
-        entries = [dict(settings=self.settings)]
-        numerics = None
-        lines = self.log_path.read_bytes().splitlines() if self.log_path.exists() else []
-        for line in lines:
-            with suppress(LookupError, TypeError, ValueError):  # a line that is damaged, or has no step
-                entry = data.parse_json(line, self.log_path)
-                if entry["step"] <= step:
-                    entries.append(entry)
-                    numerics = entry.get("numerics", numerics)
-        if numerics != self.numerics:
-            entries.append(dict(step=step + 1, numerics=self.numerics))
-        with data.atomic_write(self.log_path) as file:
-            for entry in entries:
-                file.write(json.dumps(entry).encode() + b"\n")
-
-    def log(self, split, step, epoch, **values):
-        """Append a line to log.jsonl. Its `tokens` are those trained on so far, padding included."""
-        if RANK > 0:
-            return
-        num_positions = step * self.config.batch_size * self.shards.config.max_length
-        entry = dict(split=split, step=step, tokens=num_positions, epoch=epoch)
-        for name, value in values.items():
-            entry[name] = value if math.isfinite(value) else None  # JSON has no NaN
-        with open(self.log_path, "ab") as log:
-            data.append_json(log, entry)
-
-    def save(self, step, order):
-        """Write the networks, then the checkpoint."""
-        if RANK > 0:
-            return
-        if self.scaler.is_enabled() and self.scaler.get_scale() < MIN_LOSS_SCALE:
-            raise data.UserError(f"the loss overflows in fp16 at step {step}, and nothing is learned; use "
-                                 "--dtype fp32, or --restart with a lower --learning-rate")
-        self.export(step, self.path)
-        self.write_checkpoint(step, order.num_shards_used)
-
-    def write_checkpoint(self, step, num_shards):
-        """Write all that the run needs, as built-in types and tensors."""
-        run = Run(self.inputs._asdict(), self.settings, num_shards, self.shards.history(num_shards))
-        state = dict(run=run._asdict(), step=step, model=self.electra.state_dict(),
-                     optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        data.write_sealed(self.checkpoint, buffer.getbuffer())
-
-    def export(self, step, parent):
-        """Write the networks as folders in `parent`."""
-        if RANK > 0:
-            return
-        if not all(parameter.isfinite().all() for parameter in self.electra.parameters()):
-            raise data.UserError(f"the weights are not finite after step {step}, and are not saved; use "
-                                 "--restart with a lower --learning-rate")
-        for name, network in networks_of(self.electra).items():
-            write_network(parent / name, network, self.shards.wordpiece, self.shards.config.max_length)
 
 
 def networks_of(electra):
@@ -864,13 +860,16 @@ def fp16_metrics(scaler, optimizer, step):
     """The extra log values of fp16. A step with an infinite gradient is skipped."""
     if not scaler.is_enabled():
         return {}
-    state, *_ = optimizer.state.values()  # of any parameter
-    num_taken = round(state["step"].item()) - FIRST_ADAM_STEP  # Adam does not count a skipped step
+    state_of_any = next(iter(optimizer.state.values()))
+    num_taken = round(state_of_any["step"].item()) - FIRST_ADAM_STEP  # Adam does not count a skipped step
     return dict(loss_scale=scaler.get_scale(), skipped_steps=step - num_taken)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Metrics
+
+# The discriminator's loss if it gives every token the same probability. The name is that of recorded runs.
+BASE_RATE_LOSS = "all_original"
 
 
 def compute_metrics(outputs, input_ids):
@@ -896,8 +895,7 @@ def compute_metrics(outputs, input_ids):
     base_rate = is_replaced.mean()
     return metrics | {
         "disc_loss": total("disc_loss"),
-        # The loss of guessing the base rate for every token. Recorded runs have it under this name.
-        "all_original": entropy(np.array([base_rate, 1 - base_rate])),
+        BASE_RATE_LOSS: entropy(np.array([base_rate, 1 - base_rate])),
         "auc": area_under_curve(logits, is_replaced),
         "precision": num_caught / max(1, int(is_flagged.sum())),
         "recall": num_caught / max(1, int(is_replaced.sum())),
@@ -939,7 +937,7 @@ def describe_metrics(metrics):
     """The main metrics, each beside its value for a network that knows only frequencies."""
     text = f"MLM loss {metrics['mlm_loss']:.3f}"
     if "auc" in metrics:
-        text += f", discriminator loss {metrics['disc_loss']:.3f} (guessing: {metrics['all_original']:.3f})"
+        text += f", discriminator loss {metrics['disc_loss']:.3f} (guessing: {metrics[BASE_RATE_LOSS]:.3f})"
         text += f", AUC {metrics['auc']:.3f} (guessing: 0.5)"
     return text
 
@@ -961,31 +959,32 @@ DISCRIMINATOR_LEGEND = """\
 If N tokens were replaced, the N with the highest scores are flagged."""
 
 
-def report(config, electra, shards, step):
-    """Evaluate a run, and show sentences."""
-    heldout = read_together(shards.heldout, HELDOUT_ROWS)
+def report(run):
+    """Show held-out sentences. With --eval-only, evaluate the run before that."""
+    heldout = read_together(run.shards.heldout, HELDOUT_ROWS)
     if not len(heldout):
         print("no text is held out, so there is nothing to show")
         return
-    seed = shards.config.seed
-    if config.eval_only:
-        metrics = compute_metrics(*evaluate(config, electra, heldout, seed))
-        print(f"step {step}, held-out text: {describe_metrics(metrics)}")
-    rows = choose_readable(heldout, shards.wordpiece)
-    outputs, input_ids = evaluate(config, electra, rows, seed)
-    print_sentences(outputs, input_ids.cpu(), shards.wordpiece)
+    wordpiece = run.shards.wordpiece
+    seed = run.shards.config.seed
+    if run.config.eval_only:
+        metrics = compute_metrics(*evaluate(run.config, run.electra, heldout, seed))
+        print(f"step {run.first_step}, held-out text: {describe_metrics(metrics)}")
+    rows = choose_readable(heldout, wordpiece)
+    outputs, input_ids = evaluate(run.config, run.electra, rows, seed)
+    print_sentences(outputs, input_ids.cpu(), wordpiece)
 
 
 def choose_readable(rows, wordpiece):
-    """The rows with the largest share of whole words, (SHOWN_ROWS, L): chosen by their text alone."""
+    """The rows with the largest share of whole words, (SHOWN_ROWS, L)."""
 
-    def readability(row):
-        words = [wordpiece.tokens[number] for number in row[:SHOWN_TOKENS] if number]
-        if len(words) < MIN_SHOWN_TOKENS:
+    def share_of_words(row):
+        tokens = [wordpiece.tokens[number] for number in row[:SHOWN_TOKENS] if number]
+        if len(tokens) < MIN_SHOWN_TOKENS:
             return 0.0
-        return sum(word.isalpha() for word in words) / len(words)
+        return sum(token.isalpha() for token in tokens) / len(tokens)
 
-    most_readable = sorted(rows, key=readability, reverse=True)
+    most_readable = sorted(rows, key=share_of_words, reverse=True)
     return np.array(most_readable[:SHOWN_ROWS])
 
 
@@ -995,20 +994,20 @@ def print_sentences(outputs, input_ids, wordpiece):
     is_replaced = concatenate(outputs, "is_replaced")
     is_predicted = torch.zeros_like(is_replaced).scatter(
         1, concatenate(outputs, "positions"), concatenate(outputs, "is_used"))
-    is_flagged = torch.zeros_like(is_replaced)
-    verdicts = ["", ""]  # on a replaced token: if it is not flagged, and if it is
     print(LEGEND)
-    if outputs[0].disc_logits is not None:
+    if outputs[0].disc_logits is None:
+        is_flagged = torch.zeros_like(is_replaced)
+        verdicts = {False: ""}
+    else:
         print(DISCRIMINATOR_LEGEND)
         logits = concatenate(outputs, "disc_logits")
         descending = logits[input_ids != 0].sort(descending=True).values
-        threshold = descending[is_replaced.sum()]  # as many lie above as were replaced
-        is_flagged = logits > threshold
-        verdicts = [" ✗", " ✓"]
-    tokens = torch.stack([input_ids, corrupted_ids, is_predicted, is_flagged], dim=2)  # (B, L, 4)
-    for row in tokens[:, :SHOWN_TOKENS].tolist():
+        is_flagged = logits > descending[is_replaced.sum()]  # as many as were replaced
+        verdicts = {True: " ✓", False: " ✗"}
+    tensors = (input_ids, corrupted_ids, is_predicted, is_flagged)
+    for row in zip(*[tensor[:, :SHOWN_TOKENS].tolist() for tensor in tensors], strict=True):
         words = []
-        for original, seen, predicted, flagged in row:
+        for original, seen, predicted, flagged in zip(*row, strict=True):
             if original == 0:  # [PAD]
                 break
             word = wordpiece.tokens[original]
@@ -1030,67 +1029,73 @@ def print_sentences(outputs, input_ids, wordpiece):
 def main(argv=None):
     config, data_config, electra_config, typed = configure(argv)
     if config.prepare_only:
-        inputs = read_inputs(config, data_config, electra_config)
-        data_config, _, wordpiece = apply_inputs(inputs, data_config, electra_config, typed)
-        prepare_only(data_config, wordpiece, config.show)
+        prepare_only(config, data_config, electra_config, typed)
         return
     start_ranks(config)
-
     with lock_run(config):
-        # The run, if there is one, and what it is made from.
-        state = read_checkpoint(config)  # on rank 0
-        run = from_all_ranks(None if state is None else state["run"])[0]
-        inputs = find_inputs(run, config, data_config, electra_config)
-        data_config, electra_config, wordpiece = apply_inputs(inputs, data_config, electra_config, typed)
-        shards = data.GrowingShards(data_config, wordpiece)
-
-        # The networks and their optimizer.
-        torch.manual_seed(data_config.seed)
-        electra = model.Electra(electra_config).train()
-        if run is None:
-            load_init(electra, config, data_config)
-        electra.to(config.device)
-        optimizer = build_optimizer(electra.named_parameters(), config)
-        scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
-
-        folder = RunFolder(config, inputs, shards, electra, optimizer, scaler)
-        compare_ranks(folder)
-        if run is not None:
-            folder.check_settings(run)
-
-        # The text, which is prepared in a child process.
-        with shards.prepare_in_child() if LOCAL_RANK == 0 else nullcontext():
-            read_together(shards.wait_for_shards, 1)  # bad text ends this before the folder is touched
-            if run is not None:
-                folder.check_text(run)
-            step = folder.load(state)
-            del state  # it takes memory
-            print(shards.describe())
+        run = open_run(config, data_config, electra_config, typed)
+        # The first rank of each machine prepares the text in a child process.
+        preparation = run.shards.prepare_in_child() if LOCAL_RANK == 0 else nullcontext()
+        with preparation:
+            run.check_text()  # before anything in its folder is changed
+            print(run.shards.describe())
             if not config.eval_only:
-                was_complete = shards.is_complete
+                was_complete = run.shards.is_complete
                 warn_if_warmup_is_long(config)
-                folder.start(run, step)
-                train(config, electra, optimizer, scaler, shards, folder, step)
-                step = config.num_train_steps
+                run.start()
+                train(run)
                 if not was_complete:  # the whole text may deserve a warning that its beginning did not
-                    print(shards.describe())
-            report(config, electra, shards, step)
-
+                    print(run.shards.describe())
+            report(run)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     if not config.eval_only:
-        exported = " and ".join(str(folder.path / name) for name in networks_of(electra))
-        print(f"\ntransformers can load {exported}; to fine-tune:\n"
-              f"python finetune.py --model {folder.path} --task mrpc --max-length {data_config.max_length}")
+        folders = " and ".join(str(run.path / name) for name in networks_of(run.electra))
+        max_length = run.shards.config.max_length
+        print(f"\ntransformers can load {folders}; to fine-tune:\n"
+              f"python finetune.py --model {run.path} --task mrpc --max-length {max_length}")
 
 
-def prepare_only(data_config, wordpiece, num_shown):
+def open_run(config, data_config, electra_config, typed):
+    """The run in the folder, or a new one, with its weights. A run with other settings is refused.
+
+    Nothing is written. The checkpoint is read first, since it has the vocabulary and the networks' shape.
+    """
+    record = None
+    first_step = 0
+    state = read_checkpoint(config)  # on rank 0
+    if state is not None:
+        record = state["run"]
+        first_step = state["step"]
+    record, first_step = from_rank_0((record, first_step))
+
+    inputs = find_inputs(record, config, data_config, electra_config)
+    data_config, electra_config, wordpiece = apply_inputs(inputs, data_config, electra_config, typed)
+    shards = data.GrowingShards(data_config, wordpiece)
+    torch.manual_seed(data_config.seed)
+    electra = model.Electra(electra_config).train()
+    if record is None:
+        load_init(electra, config, data_config)
+    run = Run(config, inputs, shards, electra.to(config.device), record, first_step)
+
+    compare_ranks(run)
+    if record is not None:
+        run.check_settings()
+    if state is not None:
+        run.load(state)
+    run.copy_from_rank_0()
+    return run
+
+
+def prepare_only(config, data_config, electra_config, typed):
     """Prepare the text, and print rows of it."""
+    inputs = read_inputs(config, data_config, electra_config)
+    data_config, _, wordpiece = apply_inputs(inputs, data_config, electra_config, typed)
     shards = data.GrowingShards(data_config, wordpiece)
     with shards.prepare_in_child():
         shards.wait_for_shards(math.inf)
     print(shards.describe())
-    for row in shards.load("train", 0)[:num_shown]:
+    for row in shards.load("train", 0)[: config.show]:
         print("\n" + wordpiece.decode(row))
 
 
@@ -1102,15 +1107,27 @@ SHAPE = ("embedding_size", "hidden_size", "num_hidden_layers", "num_attention_he
          "intermediate_size", "max_position_embeddings", "type_vocab_size", "layer_norm_eps")
 
 
-def find_inputs(run, config, data_config, electra_config):
-    """The Inputs of a run, from its checkpoint. For a new run, those that the flags name.
+class Inputs(NamedTuple):
+    """What a run is made from. Its checkpoint has a copy, since the sources may change or go."""
 
-    The checkpoint's count if --init and --vocab are as they were. Else `RunFolder.check_settings` finds what
-    differs. A vocab.txt is always read again, so that a change of it is found, too.
+    init: list  # --init and --vocab, as they were typed
+    vocab: str
+    tokens: list  # the vocabulary, in the order of the ids
+    shape: dict  # fields of ElectraConfig that the weights of --init prescribe
+    rules: dict  # fields of DataConfig that they prescribe: those for case and accents
+
+
+def find_inputs(record, config, data_config, electra_config):
+    """The Inputs of a run, from the record in its checkpoint. For a new run, those that the flags name.
+
+    If --init or --vocab have changed, the flags count, and `Run.check_settings` finds what differs. A
+    vocabulary file is always read again, since it may have changed, too.
     """
-    if run is not None and not Path(data_config.vocab).is_file():
-        if (run.inputs.init, run.inputs.vocab) == (list(config.init), data_config.vocab):
-            return run.inputs
+    if record is not None:
+        inputs = Inputs(**record["inputs"])
+        is_same = inputs.init == list(config.init) and inputs.vocab == data_config.vocab
+        if is_same and not Path(data_config.vocab).is_file():
+            return inputs
     return read_inputs(config, data_config, electra_config)
 
 
@@ -1121,29 +1138,34 @@ def read_inputs(config, data_config, electra_config):
     if not init:
         return Inputs(init, vocab, data.load_wordpiece(data_config).tokens, shape={}, rules={})
     folders = list(find_init(config, data_config, electra_config).values())
-    tokenizers = [data.read_tokenizer(folder)[0] for folder in folders]
-    if len({(each.sha256, each.do_lower_case, each.strip_accents) for each in tokenizers}) > 1:
+    wordpieces = [data.read_tokenizer(folder)[0] for folder in folders]
+    tokenizations = {(each.sha256, each.do_lower_case, each.strip_accents) for each in wordpieces}
+    if len(tokenizations) > 1:
         raise data.UserError(f"{folders[0]} and {folders[1]} have different vocabularies, or rules for case")
     configs = [model.load_config(folder) for folder in folders]
     shape = {name: getattr(configs[0], name) for name in SHAPE}
     if len(folders) == 2:
         shape["generator_size"] = configs[1].hidden_size / configs[0].hidden_size
-    rules = dict(do_lower_case=tokenizers[0].do_lower_case, strip_accents=tokenizers[0].strip_accents)
-    return Inputs(init, vocab, tokenizers[0].tokens, shape, rules)
+    wordpiece = wordpieces[0]
+    rules = dict(do_lower_case=wordpiece.do_lower_case, strip_accents=wordpiece.strip_accents)
+    return Inputs(init, vocab, wordpiece.tokens, shape, rules)
 
 
 def find_init(config, data_config, electra_config):
     """{"discriminator": folder, "generator": folder} of --init, or one of them."""
-    names = list(config.init)
-    networks = ["discriminator", "generator"]
+    first, *more = config.init
     if electra_config.objective == "mlm":
-        networks = ["generator"]
-        if len(names) == 2:
+        if more:
             raise data.UserError("--objective mlm has no discriminator; --init takes one folder")
-    elif len(names) == 1 and Path(names[0], "generator").is_dir():
-        names = names * 2  # both networks of a run
+        names = {"generator": first}
+    else:
+        names = {"discriminator": first}
+        if more:
+            names["generator"] = more[0]
+        elif Path(first, "generator").is_dir():  # a run, which has both networks
+            names["generator"] = first
     folders = {}
-    for network, name in zip(networks, names, strict=False):  # there may be no generator
+    for network, name in names.items():
         folders[network] = data.find_model(name, data_config.cache, network).resolve()
         if config.run_path.resolve() in folders[network].parents:
             raise data.UserError("--init names the run that would be overwritten; use another --out")
@@ -1177,13 +1199,14 @@ def load_init(electra, config, data_config):
     if len(folders) < len(networks):
         print("--init names no generator, so one starts from random weights; until it has learned, its "
               "samples are easy to tell and teach the discriminator little")
-    tables = []  # of embeddings, which both networks share
-    for name in "generator", "discriminator":
-        if name in folders:  # the discriminator last, so that its embeddings stay
-            model.load_weights(networks[name], folders[name])
-            tables.append(electra.generator.encoder.embeddings.word_embeddings.weight.clone())
-    if not torch.equal(tables[0], tables[-1]):
-        print("the two folders of --init have different embeddings; the discriminator's are used")
+    if "generator" in folders:
+        model.load_weights(networks["generator"], folders["generator"])
+    if "discriminator" in folders:  # last, so that its embeddings stay, which both networks share
+        table = electra.generator.encoder.embeddings.word_embeddings.weight
+        table_of_generator = table.clone()
+        model.load_weights(networks["discriminator"], folders["discriminator"])
+        if "generator" in folders and not torch.equal(table, table_of_generator):
+            print("the two folders of --init have different embeddings; the discriminator's are used")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1202,11 +1225,7 @@ def configure(argv):
     description = "Pre-train ELECTRA. After a stop or a kill the same command resumes."
     configs, typed = parse(argv, description, (TrainConfig, data.DataConfig, model.ElectraConfig), SIZES)
     config, data_config, electra_config = configs
-    for text in data_config.data:
-        for folder in config.out, data_config.cache:
-            if os.path.isdir(text) and Path(folder).resolve().is_relative_to(Path(text).resolve()):
-                raise data.UserError(f"{folder} is in {text}, so that its files would be read as text; use "
-                                     "--data FOLDER with nothing but text, or another --out and --cache")
+    refuse_output_in_text(config, data_config)
     config = resolve_device(config)
     if config.size == "tiny" and config.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a second gains little, and loses much on a busy machine (LOG.md)
@@ -1218,6 +1237,15 @@ def configure(argv):
         raise data.UserError(f"torch {torch.__version__} may compile wrong gradients of embeddings on a CPU; "
                              f"leave out --compile, or use torch {COMPILES_SINCE} or later")
     return config, data_config, electra_config, typed
+
+
+def refuse_output_in_text(config, data_config):
+    """A folder in the text would be read as text, too."""
+    for text in data_config.data:
+        for folder in config.out, data_config.cache:
+            if os.path.isdir(text) and Path(folder).resolve().is_relative_to(Path(text).resolve()):
+                raise data.UserError(f"{folder} is in {text}, so that its files would be read as text; use "
+                                     "--data FOLDER with nothing but text, or another --out and --cache")
 
 
 def compiles_by_default(config):
@@ -1232,13 +1260,13 @@ def parse(argv, description, config_classes, sizes):
     A field whose type is annotated with a text is a flag, and the text is its help. Flags that were not typed
     take the value in the size's row of `sizes`, or else the default.
     """
-    if WORLD_SIZE == 0:
-        raise no_torchrun()
+    check_ranks()
     parser = argparse.ArgumentParser(description=description, usage="%(prog)s [--FLAG VALUE ...]",
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS,
                                      exit_on_error=False)
     for config_class in config_classes:
-        group = parser.add_argument_group(config_class.__doc__.partition(".")[0])
+        heading = config_class.__doc__.partition(".")[0]  # the first sentence
+        group = parser.add_argument_group(heading)
         for field in fields(config_class):
             if get_origin(field.type) is Annotated and get_args(field.type)[1]:
                 add_flag(group, field, sizes)
@@ -1249,7 +1277,8 @@ def parse(argv, description, config_classes, sizes):
     if unknown:
         raise data.UserError(f"there is no {' '.join(unknown)}; --help lists the flags")
     typed = vars(arguments)
-    values = sizes.get(typed.get("size", TrainConfig.size), {}) | typed
+    size = typed.get("size", TrainConfig.size)
+    values = sizes.get(size, {}) | typed
     configs = [make_config(config_class, values) for config_class in config_classes]
     return configs, typed.keys()
 
@@ -1396,9 +1425,10 @@ def print_system_error(error):
         where = f" in {traceback.extract_tb(error.__traceback__)[-1].name}"
     try:
         sys.stdout.flush()
-    except OSError:  # standard output takes no more: discard the rest, so that exiting is quiet
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:
         where = " in standard output"
+        # Discard what it did not take. Else Python reports the error again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if not isinstance(error, BrokenPipeError):  # `| head` has read enough
         print(f"{error}{where}; fix that, and the same command resumes", file=sys.stderr)
 

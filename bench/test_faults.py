@@ -1305,7 +1305,7 @@ def test_a_damaged_config_of_a_saved_network_is_made_again(toy_glue):
 
 
 def test_closed_standard_input_and_a_rank_of_a_scheduler(toy_glue, monkeypatch, capsys):
-    """Closed input is a sentence; RANK=1 without torchrun throws no predictions away."""
+    """Closed input is a sentence; a process with RANK=1 throws no predictions away."""
     tune("--task wnli --save")
     command = f"--model {find_network('wnli')} --device cpu --predict-file"
     monkeypatch.setattr(sys, "stdin", io.StringIO("sentence1\tsentence2\n"))
@@ -1313,6 +1313,7 @@ def test_closed_standard_input_and_a_rank_of_a_scheduler(toy_glue, monkeypatch, 
         finetune.main(f"{command} - --format tsv".split())
     Path("new.tsv").write_text("sentence1\tsentence2\nba\tdo\n")
     monkeypatch.setattr(train, "RANK", 1)
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
     capsys.readouterr()
     assert train.run_command(lambda: finetune.main(f"{command} new.tsv".split())) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
@@ -1374,8 +1375,8 @@ def test_commands_end_in_one_line_and_a_status(corpus):
 def test_variables_that_no_torchrun_sets_are_refused(corpus, monkeypatch, name, value):
     """A number of a process that cannot be, or is none, ends in a sentence."""
     monkeypatch.setenv(name, value)
-    for variable, number in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), train.read_ranks(), strict=True):
-        monkeypatch.setattr(train, variable, number)
+    for variable, default in ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1):
+        monkeypatch.setattr(train, variable, train.read_variable(variable, default))
     with pytest.raises(UserError, match=f"{name} is {value}, .*but this is no process of torchrun"):
         pretrain()
 
