@@ -47,7 +47,9 @@ import time
 import unicodedata
 import zlib
 from collections import Counter, deque
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -458,84 +460,58 @@ ANY_MARK = re.compile(f"[{''.join(MARKS)}]")
 
 
 def build_shards(shard_texts, wordpiece, config):
-    """Yield (rows for training, held-out rows, info) of each shard whose text read_shard_texts yields.
-
-    The workers take turns, and each has the text of one shard at a time, so memory does not grow.
-    """
+    """Yield (rows for training, held-out rows, info) of each shard whose text read_shard_texts yields."""
     if WORKERS < 2:
-        for shard_text in shard_texts:
-            yield build_shard(shard_text, wordpiece, config)
+        for number, documents, end in shard_texts:
+            yield build_shard(number, documents, end, wordpiece, config)
         return
-    errors = []
-    shard_texts = until_error(shard_texts, errors)
-    busy = deque()  # connections to the workers, in the order of their shards
-    with ExitStack() as stack:
-        for shard_text in itertools.islice(shard_texts, WORKERS):
-            worker = stack.enter_context(start_worker(wordpiece, config))
-            send(worker, shard_text)
-            busy.append(worker)
-        for shard_text in shard_texts:
-            worker = busy.popleft()
-            shard = receive(worker)
-            send(worker, shard_text)  # before the shard is written: a worker that waits is a core that waits
-            busy.append(worker)
-            yield shard
-        for worker in busy:
-            yield receive(worker)
-    if errors:
-        raise errors[0]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(WORKERS, spawn, initializer=start_worker) as pool:
+        futures = deque()
+        try:
+            for future in submit_shards(pool, shard_texts, wordpiece, config):
+                futures.append(future)
+                if len(futures) > WORKERS:  # the text is read no further ahead, so memory does not grow
+                    yield futures.popleft().result()
+            for future in futures:
+                yield future.result()
+        except BrokenProcessPool:
+            raise UserError("a process that prepares text was killed or failed; run the same command "
+                            "again") from None
 
 
-def until_error(shard_texts, errors):
-    """Yield what can be read. An error that ends it goes to `errors`.
+def submit_shards(pool, shard_texts, wordpiece, config):
+    """Yield a future for each shard.
 
-    It is raised after the shards before it are written, so that the same command goes on from there.
+    An error in the text becomes the last future. It is then raised after the shards before it are written.
     """
     try:
-        yield from shard_texts
+        for number, documents, end in shard_texts:
+            yield pool.submit(build_shard, number, documents, end, wordpiece, config)
     except (UserError, OSError) as error:
-        errors.append(error)
+        future = Future()
+        future.set_exception(error)
+        yield future
 
 
-def start_worker(wordpiece, config):
-    """Start a process that runs `run_worker`. Returns a connection; closing it ends the process."""
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    spawn.Process(target=run_worker, args=(theirs, wordpiece.tokens, config), daemon=True).start()
-    theirs.close()  # else `receive` would wait for a worker that has been killed
-    return ours
+def start_worker():
+    """Prepare a worker: it uses one core, and ends with its parent."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=end_with_parent, args=(parent.join,), daemon=True).start()
 
 
-def run_worker(connection, tokens, config):
-    """Turn each text that arrives into a shard, and send that back."""
-    os.setsid()  # Ctrl-C reaches only the parent
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
-    wordpiece = WordPiece(tokens, config.do_lower_case, config.strip_accents)
-    with suppress(EOFError, OSError):  # the parent has ended, or has had enough
-        while True:
-            connection.send(build_shard(connection.recv(), wordpiece, config))
+def end_with_parent(wait):
+    """End this process after `wait()`, which returns when the parent has ended, perhaps by a kill."""
+    wait()
+    os._exit(1)
 
 
-def send(worker, shard_text):
-    with suppress(OSError):  # it has been killed, which `receive` reports in its turn
-        worker.send(shard_text)
-
-
-def receive(worker):
-    """Wait for a worker's shard."""
-    try:
-        return worker.recv()
-    except (EOFError, OSError):
-        raise UserError("a process that prepares text was killed or failed; run the same command "
-                        "again") from None
-
-
-def build_shard(shard_text, wordpiece, config):
-    """(rows for training, held-out rows, info) of a shard. Rows are uint16; info has counts and a position.
+def build_shard(number, documents, end, wordpiece, config):
+    """(rows for training, held-out rows, info) of a shard. Rows are uint16; info has counts and `end`.
 
     The random numbers of a document follow from the seed, the shard's number and the document's index in it.
     """
-    number, documents, position = shard_text
     train = []
     heldout = []
     kept = 0
@@ -555,7 +531,7 @@ def build_shard(shard_text, wordpiece, config):
     marks = 0
     if wordpiece.strip_accents:
         marks = count_marks(documents)
-    info = dict(documents=len(documents), tokens_kept=kept, tokens_dropped=dropped, end=position,
+    info = dict(documents=len(documents), tokens_kept=kept, tokens_dropped=dropped, end=end,
                 rows=len(train), heldout_rows=len(heldout), tokens_unknown=unknown, marks_stripped=marks)
     return train, heldout, info
 
@@ -1088,18 +1064,14 @@ def run_as_child():
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     tokens, settings = pickle.load(sys.stdin.buffer)
     config = DataConfig(**settings)
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    # The parent writes no more: the read returns when the parent ends and the pipe closes.
+    threading.Thread(target=end_with_parent, args=(lambda: os.read(0, 1),), daemon=True).start()
     try:
         prepare(config, WordPiece(tokens, config.do_lower_case, config.strip_accents))
     except (UserError, OSError) as error:
         print(error)
         return 1
     return 0
-
-
-def end_with_parent():
-    os.read(0, 1)  # the parent writes no more, so this returns when the parent ends and the pipe closes
-    os._exit(1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1137,10 +1109,12 @@ class Order:
         """
         begin = step * self.batch_size
         while self.end < begin + self.batch_size:
+            if self.shards.signals:  # a resume at a far step skips many groups
+                raise Stopped("")
             self.epoch, group, members = next(self.groups)
             self.end += sum(self.shards.infos[shard]["rows"] for shard in members)
             if self.end > begin:
-                self.rows = np.concatenate([self.rows, self.read(group, members)])
+                self.rows = np.concatenate([self.rows, self.read(self.epoch, group, members)])
             else:  # all of the group comes before the step, and it is not read
                 self.rows = self.rows[:0]
                 self.begin = self.end
@@ -1149,33 +1123,37 @@ class Order:
         self.begin = begin
         return self.epoch, self.rows[: self.batch_size].astype(np.int64)
 
-    def read(self, group, members):
+    def read(self, epoch, group, members):
         """The shuffled rows of a group of shards."""
         rows = np.concatenate([self.shards.load("train", shard) for shard in members])
-        return rows[rng(self.seed, "rows", self.epoch, group).permutation(len(rows))]
+        return rows[rng(self.seed, "rows", epoch, group).permutation(len(rows))]
 
     def list_groups(self):
         """Yield (epoch, index of the group in it, the group's shards) for ever."""
-        for epoch in itertools.count():
-            group = 0
-            first_shard = 0
-            num_shards = 1
-            while members := self.list_shards(epoch, first_shard, first_shard + num_shards):
-                if self.shards.signals:  # a resume at a far step skips many groups
-                    raise Stopped("")
-                yield epoch, group, members
-                group += 1
-                first_shard += num_shards
-                num_shards = min(2 * num_shards, MAX_GROUP)
-
-    def list_shards(self, epoch, begin, end):
-        """The shards at the places from `begin` to `end` of an epoch, fewer or none where the text ends."""
-        if epoch == 0:
+        for group, (begin, end) in enumerate(group_bounds()):
             self.shards.wait_for_shards(end)
             self.num_shards_used = end
-            return list(range(begin, min(end, len(self.shards.infos))))
-        permuted = rng(self.seed, "shards", epoch).permutation(len(self.shards.infos))
-        return permuted[begin:end].tolist()
+            members = list(range(begin, min(end, len(self.shards.infos))))
+            if not members:
+                break
+            yield 0, group, members
+        for epoch in itertools.count(1):
+            permuted = rng(self.seed, "shards", epoch).permutation(len(self.shards.infos)).tolist()
+            for group, (begin, end) in enumerate(group_bounds()):
+                members = permuted[begin:end]
+                if not members:
+                    break
+                yield epoch, group, members
+
+
+def group_bounds():
+    """Yield (place of its first shard, place after its last) for each group: (0, 1), (1, 3), (3, 7), ..."""
+    begin = 0
+    size = 1
+    while True:
+        yield begin, begin + size
+        begin += size
+        size = min(2 * size, MAX_GROUP)
 
 
 def rng(seed, purpose, *numbers):

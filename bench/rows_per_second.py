@@ -7,8 +7,8 @@ Each round times, one after the other:
 - the tokenizer alone, with as many threads as there are workers;
 - text to rows, with that many worker processes; with one, or with `--in-place`, by threads of one process;
 - reading alone;
-- the parent alone: workers that answer at once, with rows made beforehand, so that it reads, sends, receives
-  and writes as fast as it can;
+- the parent alone: workers that answer at once, with rows of zeros, so that it reads, sends, receives and
+  writes as fast as it can;
 - making rows alone, on one thread, which is what a worker does.
 
 Prints medians and, from the last two, the rate to expect when each process has a core. With --rounds 0 the
@@ -23,7 +23,6 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -34,16 +33,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 
 
-def answer_at_once(connection, tokens, config, num_rows):
-    """data.run_worker, but with rows made beforehand."""
-    shape = num_rows, config.max_length
-    rows = np.random.default_rng(0).integers(0, 30_000, shape, dtype=np.uint16)
-    with suppress(EOFError, ConnectionError):
-        while True:
-            _, texts, position = connection.recv()
-            info = dict(documents=len(texts), tokens_kept=0, tokens_dropped=0, end=position,
-                        rows=len(rows), heldout_rows=0)
-            connection.send((rows, rows[:0], info))
+def answer_at_once(number, documents, end, wordpiece, config, num_rows):
+    """data.build_shard, but with rows of zeros."""
+    rows = np.zeros((num_rows, config.max_length), dtype=np.uint16)
+    info = dict(documents=len(documents), tokens_kept=0, tokens_dropped=0, end=end,
+                rows=len(rows), heldout_rows=0)
+    return rows, rows[:0], info
 
 
 def main():
@@ -94,16 +89,16 @@ def compare(config, options):
             pass
 
     def parent():
-        workers, run_worker = data.WORKERS, data.run_worker
+        workers, build_shard = data.WORKERS, data.build_shard
         data.WORKERS = 2
-        data.run_worker = partial(answer_at_once, num_rows=rows // len(shard_texts))
+        data.build_shard = partial(answer_at_once, num_rows=rows // len(shard_texts))
         prepare()
-        data.WORKERS, data.run_worker = workers, run_worker
+        data.WORKERS, data.build_shard = workers, build_shard
 
     def build():
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         for shard_text in some:
-            data.build_shard(shard_text, wordpiece, config)
+            data.build_shard(*shard_text, wordpiece, config)
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
 
     stages = tokenize, prepare, read, parent, build
