@@ -52,7 +52,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import requests
@@ -98,7 +98,7 @@ def prepare(config, wordpiece=None):
         shards.refresh()  # the other process may have added some
         if shards.is_complete:
             return shards
-        shard_texts = read_shard_texts(config, start=shards.next_position, first_number=len(shards.infos))
+        shard_texts = read_shard_texts(config, start=shards.next_position, number=len(shards.infos))
         for train, heldout, info in build_shards(shard_texts, shards.wordpiece, config):
             shards.add(train, heldout, info)
         if shards.total("rows") == 0:
@@ -111,7 +111,6 @@ def prepare(config, wordpiece=None):
 # Documents: names -> files -> one string for each document
 
 SHARD_CHARACTERS = 2_000_000  # characters of text per shard, about 3,000 rows of 128
-START = (0, 0, 0)  # the position before all documents
 MAX_DOCUMENT = 10_000_000  # characters; a longer document of a .txt is split
 READABLE = ".txt, .jsonl, .json, .parquet or .tar file, plain, .gz, .xz or .zst"
 # Where OpenWebText may be: tars of a revision that had them, tars of the main branch, or the files to which
@@ -126,9 +125,19 @@ OPENWEBTEXT = dict(
 )
 
 
-def read_shard_texts(config, start, first_number):
-    """Yield (number of the shard, its documents, position after them) for each shard."""
-    number = first_number
+class Position(NamedTuple):
+    """A place between two documents of the text."""
+
+    file: int  # its number
+    documents: int  # of the file, before the place
+    checksum: int  # their CRC-32
+
+
+START = Position(0, 0, 0)
+
+
+def read_shard_texts(config, start, number):
+    """Yield (number, documents, Position after them) of each shard from `start` on, where `number` begins."""
     texts = []
     size = 0
     for text, position in read_documents(config, start):
@@ -144,23 +153,22 @@ def read_shard_texts(config, start, first_number):
 
 
 def read_documents(config, start=START):
-    """Yield (text, position after it) for each document from position `start` on.
+    """Yield (text, Position after it) for each document from `start` on.
 
-    A position is a tuple: number of the file, number of its documents so far, their CRC-32. Resuming reads
-    that file from its beginning, and refuses it if it no longer begins with the same documents.
+    Reads the file of `start` from its beginning, and refuses it if the documents before `start` have changed.
     """
     for file_number, name in enumerate(find_files(config)):
-        if file_number < start[0]:
+        if file_number < start.file:
             continue
-        is_new = start == START or file_number > start[0]
+        is_new = start == START or file_number > start.file
         checksum = 0
         for count, text in enumerate(read_source(name, config), 1):
             text = text.replace("\r\n", "\n").strip()
             checksum = zlib.crc32(text.encode(), checksum)
-            position = (file_number, count, checksum)
+            position = Position(file_number, count, checksum)
             if text and is_new:
                 yield text, position
-            if position == start:  # with its checksum: the documents before it are the same
+            if position == start:  # also in its checksum: the documents before it are the same
                 is_new = True
         if not is_new:
             raise UserError(f"{without_secrets(name)} has changed since its beginning was prepared; use "
@@ -231,7 +239,8 @@ def walk(folder):
 
 def is_readable(name):
     """Whether a file of a folder or an archive is read. Hidden ones are not: macOS adds ._NAME for NAME."""
-    return kind_of(name)[0] != "" and not os.path.basename(name).startswith(".")
+    kind, _ = kind_of(name)
+    return kind != "" and not os.path.basename(name).startswith(".")
 
 
 def kind_of(name):
@@ -262,32 +271,31 @@ def read_source(name, config):
     if name == "python-docs":
         yield from python_docs()
         return
-    path = without_secrets(name)
     is_openwebtext = any(name in addresses for addresses in OPENWEBTEXT.values())
     one_document = config.one_document_per_file or is_openwebtext
     with open_source(name) as stream:
-        yield from read_file(stream, path, path, one_document)
+        yield from read_file(stream, without_secrets(name), one_document)
 
 
-def read_file(stream, path, source, one_document):
-    """Yield the documents of a file. Its kind follows from `path`; errors name `source`."""
-    kind, compression = kind_of(path)
+def read_file(stream, source, one_document):
+    """Yield the documents of a file. Its kind follows from its name, `source`, which errors give."""
+    kind, compression = kind_of(source)
     if not kind:
         raise UserError(f"{source} cannot be read; it is no {READABLE}")
     try:
-        with decompress(stream, compression, source) as file:
+        with errors_named(source), decompress(stream, compression, source) as file:
             if kind == ".txt":
                 yield from read_txt(file, source, one_document)
             elif kind == ".tar":
                 for name, content in read_tar(file):  # a member may be an archive in its turn
-                    yield from read_file(content, name, f"{name} in {source}", one_document)
+                    yield from read_file(content, f"{source}/{name}", one_document)
             elif kind == ".parquet":
                 yield from read_parquet(file, source)
             else:
                 yield from read_jsonl(file, source)
     except (EOFError, OSError, RecursionError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
         if isinstance(error, OSError) and error.errno:  # an error of the disk; damage has no number
-            raise OSError(error.errno, error.strerror, error.filename or source) from None
+            raise
         raise UserError(f"{source} is damaged or cut short ({error}); make or fetch it again") from error
 
 
@@ -435,8 +443,11 @@ def no_text(config):
 
 def describe_unread(config):
     """A clause on the files in folders that are not read, such as "; 8 files are not read: .bz2 8", or ""."""
-    paths = itertools.chain.from_iterable(walk(name) for name in config.data if os.path.isdir(name))
-    kinds = Counter(Path(path).suffix or "no ending" for path in paths if not is_readable(path))
+    kinds = Counter()
+    for folder in filter(os.path.isdir, config.data):
+        for path in walk(folder):
+            if not is_readable(path):
+                kinds[Path(path).suffix or "no ending"] += 1
     if not kinds:
         return ""
     listed = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common(9))
@@ -764,7 +775,7 @@ def vocab_bytes(tokens):
 # Shards: rows <-> disk
 
 FORMAT = 4  # raise it when rows or their files change
-DELETE = "delete its folder, and it is made again"  # the advice about a damaged cache
+CACHE_ADVICE = "delete its folder, and it is made again"
 CHANGED = "changed while it was being read; run the same command again"
 
 
@@ -781,8 +792,9 @@ class Shards:
         self.infos = []  # of each shard that is known so far: its info, and the file's "sha256"
         self.is_complete = False
         self.files = find_files(config)
-        self.identities = identify_text(self.files)
-        self.fingerprint = {  # all that the rows depend on, apart from the text
+        self.root = common_folder(self.files)
+        self.identities = [identify(name, self.root) for name in self.files]
+        self.row_settings = {  # all that the rows depend on, apart from the text
             "format": [FORMAT, SHARD_CHARACTERS, HELDOUT_EVERY],
             "one_document_per_file": config.one_document_per_file,
             "split_long_lines": config.split_long_lines,
@@ -796,24 +808,22 @@ class Shards:
         self.refresh()
 
     def find_folder(self):
-        """The folder for these shards. That of a copy of the text, or of another path to it, is found, too.
+        """The folder for these shards: one made from the same files, or from a copy of them, or a new one.
 
-        A folder's name ends with a hash of the files' names and sizes and one of their times. Where only the
-        times differ, the SHA-256 of each file decides.
+        Its name ends with a hash of the files' names and sizes, and one of their times and inodes. Where only
+        the second differs, the SHA-256 of each file decides.
         """
-        key = digest([self.fingerprint, [identity[:2] for identity in self.identities]])
-        times = digest([identity[2:] for identity in self.identities])
+        key = digest([self.row_settings, [identity.name_and_size for identity in self.identities]])
+        times = digest([identity.time_and_inode for identity in self.identities])
         cache = Path(self.config.cache)
-        folders = sorted(cache.glob(f"*-{key}-*"))
-        for folder in folders:
-            if folder.name.endswith(times):
-                return folder
-        complete = [folder for folder in folders if (folder / "complete").exists()]
+        for folder in cache.glob(f"*-{key}-{times}"):
+            return folder
+        complete = sorted(cache.glob(f"*-{key}-*/complete"))
         if complete:
             hashes = hash_files(self.files)
-            for folder in complete:
-                if read_complete(folder / "complete")["files"] == hashes:
-                    return folder
+            for path in complete:
+                if read_complete(path)["files"] == hashes:
+                    return path.parent
         folder = cache / f"{source_name(self.config)}-{key}-{times}"
         folder.mkdir(parents=True, exist_ok=True)  # the child process must find the same
         return folder
@@ -827,41 +837,40 @@ class Shards:
             self.infos = read_complete(complete)["shards"]
             for number in range(len(self.infos)):
                 if not self.path(number).exists():
-                    raise UserError(f"{self.path(number)} is missing; {DELETE}")
+                    raise UserError(f"{self.path(number)} is missing; {CACHE_ADVICE}")
             self.is_complete = True
             return
         while self.path(len(self.infos)).exists():
             arrays, sha256 = self.read(len(self.infos))
-            self.infos.append(json.loads(arrays["info"].item()) | dict(sha256=sha256))
+            info = json.loads(arrays["info"].item())  # a string is an array of one item
+            self.infos.append(info | dict(sha256=sha256))
 
     def path(self, number):
         return self.folder / f"shard-{number:06d}.npz"
 
     def read(self, number):
         """(arrays by their names, SHA-256) of a shard file."""
-        content = read_sealed(self.path(number), DELETE)
+        content = read_sealed(self.path(number), CACHE_ADVICE)
         return np.load(io.BytesIO(content)), hashlib.sha256(content).hexdigest()
 
     def load(self, name, number):
         """The `train` or `heldout` rows of a shard, uint16 (rows, max_length)."""
         arrays, sha256 = self.read(number)
         if sha256 != self.infos[number]["sha256"]:
-            raise UserError(f"{self.path(number)} was replaced by another shard; {DELETE}")
+            raise UserError(f"{self.path(number)} was replaced by another shard; {CACHE_ADVICE}")
         return arrays[name]
 
     @property
     def next_position(self):
-        """The position in the text (see read_documents) at which the next shard begins."""
+        """The Position in the text at which the next shard begins."""
         if not self.infos:
             return START
-        return tuple(self.infos[-1]["end"])
+        return end_of(self.infos[-1])
 
     def add(self, train, heldout, info):
         """Write the next shard, if the files that its text comes from are still those that were found."""
-        first_file = self.next_position[0]
-        last_file = info["end"][0]
-        for number in range(first_file, last_file + 1):
-            if identify(self.files[number], "/")[1:] != self.identities[number][1:]:  # size and time
+        for number in range(self.next_position.file, end_of(info).file + 1):
+            if identify(self.files[number], self.root) != self.identities[number]:
                 raise UserError(f"{self.files[number]} {CHANGED}")
         file = io.BytesIO()
         np.savez(file, train=train, heldout=heldout, info=json.dumps(info))
@@ -913,17 +922,12 @@ class Shards:
 
 def read_complete(path):
     """What `complete` holds: "shards", their infos, and "files", the SHA-256 of each file of the text."""
-    return parse_json(read_sealed(path, DELETE), path)
+    return parse_json(read_sealed(path, CACHE_ADVICE), path)
 
 
-def identify_text(files):
-    """What `identify` gives for each of `find_files`.
-
-    Names of files are relative to the folder that holds them all, so that it can be moved.
-    """
-    parents = [os.path.dirname(os.path.abspath(name)) for name in files if is_path(name)]
-    folder = os.path.commonpath(parents or ["/"])
-    return [identify(name, folder) for name in files]
+def end_of(info):
+    """The Position in the text after a shard, from its info."""
+    return Position(*info["end"])
 
 
 def hash_files(files):
@@ -935,18 +939,35 @@ def hash_files(files):
     return hashes
 
 
-def identify(name, folder):
-    """[name relative to `folder`, size, modification time, inode] of a file, or [name, versions if any].
+class Identity(NamedTuple):
+    """What tells, without reading it, whether a file of the text is still the same."""
 
-    The inode tells apart files of equal size whose times were all set to 0, as in images of containers.
-    """
+    name_and_size: list  # which a copy has, too
+    # The inode tells apart files of equal size whose times were all set to 0, as in images of containers.
+    time_and_inode: list
+
+
+def identify_text(files):
+    """The Identity of each of `find_files`."""
+    root = common_folder(files)
+    return [identify(name, root) for name in files]
+
+
+def common_folder(files):
+    """The folder that holds all of `find_files`. Names are relative to it, so that it can be moved."""
+    parents = [os.path.dirname(os.path.abspath(name)) for name in files if is_path(name)]
+    return os.path.commonpath(parents or ["/"])
+
+
+def identify(name, root):
+    """The Identity of one of `find_files`. Only a file has all of it."""
     if name == "python-docs":
         versions = [importlib.metadata.version(package) for package in ("torch", "numpy")]
-        return [name, [platform.python_version(), *versions]]
+        return Identity([name, [platform.python_version(), *versions]], [])
     if is_address(name):
-        return [name]
+        return Identity([name], [])
     status = os.stat(name)
-    return [os.path.relpath(name, folder), status.st_size, status.st_mtime_ns, status.st_ino]
+    return Identity([os.path.relpath(name, root), status.st_size], [status.st_mtime_ns, status.st_ino])
 
 
 def source_name(config):
@@ -957,6 +978,8 @@ def source_name(config):
 
 # ------------------------------------------------------------------------------------------------------------
 # Growing shards: a child process prepares the text while this process trains
+
+HISTORY_DIGITS = 16  # hexadecimal, for each shard
 
 
 class Stopped(UserError):
@@ -1008,21 +1031,21 @@ class GrowingShards(Shards):
         self.wait_until(lambda: len(self.infos) >= count)
 
     def history(self, number):
-        """16 hex digits of the SHA-256 of each of the first `number` shards, or of all if there are fewer.
+        """The first digits of the SHA-256 of each of the first `number` shards, or of all if there are fewer.
 
         A run that has used so many shards can go on with any text that has the same history. Blocks until
         they are there.
         """
         self.wait_for_shards(number)
-        return "".join(info["sha256"][:16] for info in self.infos[:number])
+        return "".join(info["sha256"][:HISTORY_DIGITS] for info in self.infos[:number])
 
     def changed_file(self, history):
         """The file or address in which, or after which, the text differs from that of another history."""
-        same_digits = os.path.commonprefix([history, self.history(len(self.infos))])
-        num_same = len(same_digits) // 16  # shards
         file_number = 0
-        if num_same:
-            file_number = self.infos[num_same - 1]["end"][0]
+        for number, info in enumerate(self.infos):
+            if not history.startswith(info["sha256"][:HISTORY_DIGITS], HISTORY_DIGITS * number):
+                break
+            file_number = end_of(info).file
         return without_secrets(self.files[file_number])
 
     def heldout(self, limit):
@@ -1376,7 +1399,8 @@ def load_vocab(config):
         raise UserError(f"--vocab {config.vocab} is not possible; rows are uint16, so take 6 to 65535")
     # Training is not reproducible to the byte, so the vocabulary of a text is kept.
     identities = identify_text(find_files(config))
-    fingerprint = [identities, config.one_document_per_file, config.do_lower_case, config.strip_accents,
+    files = [identity.name_and_size + identity.time_and_inode for identity in identities]
+    fingerprint = [files, config.one_document_per_file, config.do_lower_case, config.strip_accents,
                    match[1]]
     path = Path(config.cache) / f"{source_name(config)}-{digest(fingerprint)}.vocab"
     make_once(path, lambda: train_vocab(config, size, path, identities))

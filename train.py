@@ -495,7 +495,7 @@ def compare_ranks(folder):
     """Raise data.UserError if ranks have other text, vocabularies or flags than this one."""
     config = folder.config
     ours = folder.settings | dict(
-        files=data.digest([identity[:2] for identity in folder.shards.identities]),  # names and sizes
+        files=data.digest([identity.name_and_size for identity in folder.shards.identities]),
         init=len(config.init),  # paths may differ between machines
         log_every=config.log_every, eval_every=config.eval_every)  # where ranks meet
     everyones = from_all_ranks(ours)
@@ -672,7 +672,7 @@ class RunFolder:
         self.path = config.run_path
         self.checkpoint = self.path / "checkpoint.pt"
         self.log_path = self.path / "log.jsonl"
-        everything = asdict(config) | asdict(electra.config) | shards.fingerprint
+        everything = asdict(config) | asdict(electra.config) | shards.row_settings
         self.settings = {name: value for name, value in everything.items() if name not in MAY_CHANGE}
         # These change rounding and dropout. A resumed run may have others, so they are logged.
         self.numerics = dict(device=config.device, dtype=config.dtype, compile=config.compile,

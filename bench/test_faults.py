@@ -455,13 +455,13 @@ def test_damaged_archives_are_refused_by_name(corpus):
     compressed = make_tar({f"{n}.txt": text.encode() for n, text in enumerate(texts)}, "w:gz")
     for name, damaged, message in [
         ("flipped.tar", flip(content, second.offset_data + second.size - 6),  # seen only at its end
-         r"subset00-20_data.xz in flipped.tar is damaged or cut short"),
-        ("cut.tar", content[: second.offset_data + 99], "cut.tar is damaged or cut short"),
+         r"flipped.tar/.*subset00-20_data.xz is damaged or cut short"),
+        ("cut.tar", content[: second.offset_data + 99], "cut.tar.* is damaged or cut short"),
         ("plain.tar", flip(plain, 1024 + 9), "plain.tar is damaged or cut short"),  # the second header
         ("half.tar", plain[: 1024 + 99], "half.tar is damaged or cut short"),
         ("zeroed.tar", plain[:1024] + bytes(512) + plain[1536:], "zeroed.tar is damaged .*after its end"),
         ("unended.tar", plain[:1024], "unended.tar is damaged or cut short"),
-        ("nested.tar", nested, "nested.tar is damaged or cut short .*recursion"),
+        ("nested.tar", nested, "nested.tar.* is damaged or cut short .*recursion"),
         ("page.tar", b"<!DOCTYPE html><html>Please log in</html>" * 40, "page.tar is damaged or cut short"),
         ("flipped.tar.gz", flip(compressed, len(compressed) - 6), "flipped.tar.gz is damaged"),
         ("cut.tar.gz", compressed[: len(compressed) // 2], "cut.tar.gz is damaged or cut short"),
@@ -765,7 +765,7 @@ def test_the_childs_own_sentence_stops_the_training_which_saves(streaming):
     assert not Path("out/small/checkpoint.pt").exists()
     content = make_openwebtext()[1]
     Path("cut.tar").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="cut.tar is damaged or cut short"):
+    with pytest.raises(UserError, match="cut.tar.* is damaged or cut short"):
         pretrain("--data cut.tar --num-train-steps 100000 --save-every 100000")
     assert torch.load("out/small/checkpoint.pt", weights_only=True)["step"] > 3
 
@@ -811,7 +811,7 @@ def test_what_stops_one_rank_while_text_is_waited_for_stops_all(streaming):
     flags = "--data cut.tar --num-train-steps 100000 --save-every 100000 SLOW_SAVE"
     status, printed = launch(2, flags, before=SMALL).finish()
     assert status == 1, printed
-    assert printed.count("cut.tar is damaged or cut short") == 2, printed
+    assert len(re.findall("cut.tar.* is damaged or cut short", printed)) == 2, printed
     assert torch.load("out/small/checkpoint.pt", weights_only=True)["step"] > 3
 
 
