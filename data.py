@@ -137,7 +137,7 @@ START = Position(0, 0, 0)
 
 
 def read_shard_texts(config, start, number):
-    """Yield (number, documents, Position after them) of each shard from `start` on, where `number` begins."""
+    """Yield (number, documents, Position after them) of each shard. `number` is that of the first."""
     texts = []
     size = 0
     for text, position in read_documents(config, start):
@@ -274,11 +274,12 @@ def read_source(name, config):
     is_openwebtext = any(name in addresses for addresses in OPENWEBTEXT.values())
     one_document = config.one_document_per_file or is_openwebtext
     with open_source(name) as stream:
+        # Without a query, an address ends like the name of a file.
         yield from read_file(stream, without_secrets(name), one_document)
 
 
 def read_file(stream, source, one_document):
-    """Yield the documents of a file. Its kind follows from its name, `source`, which errors give."""
+    """Yield the documents of a file. `source` is its name, which says how to read it, and which errors give."""
     kind, compression = kind_of(source)
     if not kind:
         raise UserError(f"{source} cannot be read; it is no {READABLE}")
@@ -337,8 +338,9 @@ class Member(tarfile.TarInfo):
     def fromtarfile(cls, tar):
         try:
             return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # zeros mark the end, and only zeros follow
-            while rest := tar.fileobj.read(1 << 20):  # also reads the checksum of a compressed tar
+        except tarfile.EOFHeaderError:  # a block of zeros, which ends the archive
+            # Only zeros may follow. Reading them also verifies the checksum of a compressed tar.
+            while rest := tar.fileobj.read(1 << 20):
                 if rest.strip(b"\0"):
                     raise tarfile.ReadError("data after its end") from None
             raise
@@ -383,7 +385,7 @@ def read_parquet(file, source):
                 for row in batch.to_pylist():
                     yield find_text(row, source)
         except pyarrow.ArrowException as error:
-            raise EOFError(error) from error
+            raise EOFError(error) from error  # which `read_file` reports as damage
 
 
 def find_text(row, source):
@@ -506,7 +508,7 @@ def submit_shards(pool, shard_texts, wordpiece, config):
 
 
 def start_worker():
-    """Prepare a worker: it uses one core, and ends with its parent."""
+    """Set up a worker: it uses one core, and ends with its parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     threading.Thread(target=end_with_parent, args=(parent.join,), daemon=True).start()
@@ -842,7 +844,7 @@ class Shards:
             return
         while self.path(len(self.infos)).exists():
             arrays, sha256 = self.read(len(self.infos))
-            info = json.loads(arrays["info"].item())  # a string is an array of one item
+            info = json.loads(arrays["info"].item())  # np.savez made an array of the string
             self.infos.append(info | dict(sha256=sha256))
 
     def path(self, number):
@@ -874,8 +876,9 @@ class Shards:
                 raise UserError(f"{self.files[number]} {CHANGED}")
         file = io.BytesIO()
         np.savez(file, train=train, heldout=heldout, info=json.dumps(info))
-        write_sealed(self.path(len(self.infos)), file.getvalue())
-        self.infos.append(info | dict(sha256=hashlib.sha256(file.getvalue()).hexdigest()))
+        content = file.getvalue()
+        write_sealed(self.path(len(self.infos)), content)
+        self.infos.append(info | dict(sha256=hashlib.sha256(content).hexdigest()))
 
     def mark_complete(self):
         """Say that there will be no more shards, if the text is still the one that was read."""
@@ -960,7 +963,7 @@ def common_folder(files):
 
 
 def identify(name, root):
-    """The Identity of one of `find_files`. Only a file has all of it."""
+    """The Identity of one of `find_files`. Only files have a time and an inode."""
     if name == "python-docs":
         versions = [importlib.metadata.version(package) for package in ("torch", "numpy")]
         return Identity([name, [platform.python_version(), *versions]], [])
@@ -1031,7 +1034,7 @@ class GrowingShards(Shards):
         self.wait_until(lambda: len(self.infos) >= count)
 
     def history(self, number):
-        """The first digits of the SHA-256 of each of the first `number` shards, or of all if there are fewer.
+        """The first digits of the SHA-256 of each of the first `number` shards, or of all shards if fewer.
 
         A run that has used so many shards can go on with any text that has the same history. Blocks until
         they are there.
