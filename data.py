@@ -279,7 +279,7 @@ def read_source(name, config):
 
 
 def read_file(stream, source, one_document):
-    """Yield the documents of a file. `source` is its name, which says how to read it, and which errors give."""
+    """Yield the documents of a file. `source` is its name: it decides how to read it, and errors give it."""
     kind, compression = kind_of(source)
     if not kind:
         raise UserError(f"{source} cannot be read; it is no {READABLE}")
