@@ -807,6 +807,7 @@ class Shards:
             "seed": config.seed,
         }
         self.folder = self.find_folder()
+        self.folder.mkdir(parents=True, exist_ok=True)  # the child process must find the same
         self.refresh()
 
     def find_folder(self):
@@ -826,9 +827,7 @@ class Shards:
             for path in complete:
                 if read_complete(path)["files"] == hashes:
                     return path.parent
-        folder = cache / f"{source_name(self.config)}-{key}-{times}"
-        folder.mkdir(parents=True, exist_ok=True)  # the child process must find the same
-        return folder
+        return cache / f"{source_name(self.config)}-{key}-{times}"
 
     def refresh(self):
         """Look for shards that another process has added."""
@@ -1009,7 +1008,7 @@ class GrowingShards(Shards):
     def prepare_in_child(self):
         """Run `prepare` in a child process for as long as the context lasts.
 
-        Its error goes to stdout, which is captured; downloads and what it waits for show on the terminal.
+        Its stdout holds nothing but an error message, and is captured. Its progress shows on the terminal.
         """
         if self.is_complete:
             yield
