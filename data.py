@@ -96,7 +96,7 @@ def prepare(config, wordpiece=None):
         shards.refresh()  # the other process may have added some
         if shards.is_complete:
             return shards
-        shard_texts = read_shard_texts(config, start=shards.next_position, first_number=len(shards.infos))
+        shard_texts = read_shard_texts(config, start=shards.next_position, number=len(shards.infos))
         for train, heldout, info in build_shards(shard_texts, shards.wordpiece, config):
             shards.add(train, heldout, info)
         if shards.total("rows") == 0:
@@ -109,7 +109,6 @@ def prepare(config, wordpiece=None):
 # Documents: names -> files -> one string for each document
 
 SHARD_CHARACTERS = 2_000_000  # characters of text per shard, about 3,000 rows of 128
-START = (0, 0, 0)  # the position before all documents
 MAX_DOCUMENT = 10_000_000  # characters; a longer document of a .txt is split
 READABLE = ".txt, .jsonl, .json, .parquet or .tar file, plain, .gz, .xz or .zst"
 # Where OpenWebText may be: tars of a revision that had them, tars of the main branch, or the files to which
@@ -124,9 +123,19 @@ OPENWEBTEXT = dict(
 )
 
 
-def read_shard_texts(config, start, first_number):
-    """Yield (number of the shard, its documents, position after them) for each shard."""
-    number = first_number
+class Position(NamedTuple):
+    """A place between two documents of the text."""
+
+    file: int  # its number
+    documents: int  # of the file, before the place
+    checksum: int  # their CRC-32
+
+
+START = Position(0, 0, 0)
+
+
+def read_shard_texts(config, start, number):
+    """Yield (number, documents, Position after them) of each shard. `number` is that of the first."""
     texts = []
     size = 0
     for text, position in read_documents(config, start):
@@ -142,23 +151,22 @@ def read_shard_texts(config, start, first_number):
 
 
 def read_documents(config, start=START):
-    """Yield (text, position after it) for each document from position `start` on.
+    """Yield (text, Position after it) for each document from `start` on.
 
-    A position is a tuple: number of the file, number of its documents so far, their CRC-32. Resuming reads
-    that file from its beginning, and refuses it if it no longer begins with the same documents.
+    Reads the file of `start` from its beginning, and refuses it if the documents before `start` have changed.
     """
     for file_number, name in enumerate(find_files(config)):
-        if file_number < start[0]:
+        if file_number < start.file:
             continue
-        is_new = start == START or file_number > start[0]
+        is_new = start == START or file_number > start.file
         checksum = 0
         for count, text in enumerate(read_source(name, config), 1):
             text = text.replace("\r\n", "\n").strip()
             checksum = zlib.crc32(text.encode(), checksum)
-            position = (file_number, count, checksum)
+            position = Position(file_number, count, checksum)
             if text and is_new:
                 yield text, position
-            if position == start:  # with its checksum: the documents before it are the same
+            if position == start:  # also in its checksum: the documents before it are the same
                 is_new = True
         if not is_new:
             raise UserError(f"{without_secrets(name)} has changed since its beginning was prepared; use "
@@ -229,7 +237,8 @@ def walk(folder):
 
 def is_readable(name):
     """Whether a file of a folder or an archive is read. Hidden ones are not: macOS adds ._NAME for NAME."""
-    return kind_of(name)[0] != "" and not os.path.basename(name).startswith(".")
+    kind, _ = kind_of(name)
+    return kind != "" and not os.path.basename(name).startswith(".")
 
 
 def kind_of(name):
@@ -260,32 +269,32 @@ def read_source(name, config):
     if name == "python-docs":
         yield from python_docs()
         return
-    path = without_secrets(name)
     is_openwebtext = any(name in addresses for addresses in OPENWEBTEXT.values())
     one_document = config.one_document_per_file or is_openwebtext
     with open_source(name) as stream:
-        yield from read_file(stream, path, path, one_document)
+        # Without a query, an address ends like the name of a file.
+        yield from read_file(stream, without_secrets(name), one_document)
 
 
-def read_file(stream, path, source, one_document):
-    """Yield the documents of a file. Its kind follows from `path`; errors name `source`."""
-    kind, compression = kind_of(path)
+def read_file(stream, source, one_document):
+    """Yield the documents of a file. `source` is its name: it decides how to read it, and errors give it."""
+    kind, compression = kind_of(source)
     if not kind:
         raise UserError(f"{source} cannot be read; it is no {READABLE}")
     try:
-        with decompress(stream, compression, source) as file:
+        with errors_named(source), decompress(stream, compression, source) as file:
             if kind == ".txt":
                 yield from read_txt(file, source, one_document)
             elif kind == ".tar":
                 for name, content in read_tar(file):  # a member may be an archive in its turn
-                    yield from read_file(content, name, f"{name} in {source}", one_document)
+                    yield from read_file(content, f"{source}/{name}", one_document)
             elif kind == ".parquet":
                 yield from read_parquet(file, source)
             else:
                 yield from read_jsonl(file, source)
     except (EOFError, OSError, RecursionError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
         if isinstance(error, OSError) and error.errno:  # an error of the disk; damage has no number
-            raise OSError(error.errno, error.strerror, error.filename or source) from None
+            raise
         raise UserError(f"{source} is damaged or cut short ({error}); make or fetch it again") from error
 
 
@@ -327,8 +336,9 @@ class Member(tarfile.TarInfo):
     def fromtarfile(cls, tar):
         try:
             return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # zeros mark the end, and only zeros follow
-            while rest := tar.fileobj.read(1 << 20):  # also reads the checksum of a compressed tar
+        except tarfile.EOFHeaderError:  # a block of zeros, which ends the archive
+            # Only zeros may follow. Reading them also verifies the checksum of a compressed tar.
+            while rest := tar.fileobj.read(1 << 20):
                 if rest.strip(b"\0"):
                     raise tarfile.ReadError("data after its end") from None
             raise
@@ -373,7 +383,7 @@ def read_parquet(file, source):
                 for row in batch.to_pylist():
                     yield find_text(row, source)
         except pyarrow.ArrowException as error:
-            raise EOFError(error) from error
+            raise EOFError(error) from error  # which `read_file` reports as damage
 
 
 def find_text(row, source):
@@ -433,8 +443,11 @@ def no_text(config):
 
 def describe_unread(config):
     """A clause on the files in folders that are not read, such as "; 8 files are not read: .bz2 8", or ""."""
-    paths = itertools.chain.from_iterable(walk(name) for name in config.data if os.path.isdir(name))
-    kinds = Counter(Path(path).suffix or "no ending" for path in paths if not is_readable(path))
+    kinds = Counter()
+    for folder in filter(os.path.isdir, config.data):
+        for path in walk(folder):
+            if not is_readable(path):
+                kinds[Path(path).suffix or "no ending"] += 1
     if not kinds:
         return ""
     listed = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common(9))
@@ -463,8 +476,8 @@ def build_shards(shard_texts, wordpiece, config):
     The workers take turns, and each has the text of one shard at a time, so memory does not grow.
     """
     if WORKERS < 2:
-        for shard_text in shard_texts:
-            yield build_shard(shard_text, wordpiece, config)
+        for number, documents, end in shard_texts:
+            yield build_shard(number, documents, end, wordpiece, config)
         return
     errors = []
     shard_texts = until_error(shard_texts, errors)
@@ -498,7 +511,10 @@ def until_error(shard_texts, errors):
 
 
 def start_worker(wordpiece, config):
-    """Start a process that runs `run_worker`. Returns a connection; closing it ends the process."""
+    """Start a process that runs `run_worker`. Returns a connection; closing it ends the process.
+
+    Unlike the pools of the standard library, this never hangs when a worker is killed while it sends.
+    """
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     spawn.Process(target=run_worker, args=(theirs, wordpiece.tokens, config), daemon=True).start()
@@ -513,7 +529,8 @@ def run_worker(connection, tokens, config):
     wordpiece = WordPiece(tokens, config.do_lower_case, config.strip_accents)
     with suppress(EOFError, OSError):  # the parent has ended, or has had enough
         while True:
-            connection.send(build_shard(connection.recv(), wordpiece, config))
+            number, documents, end = connection.recv()
+            connection.send(build_shard(number, documents, end, wordpiece, config))
 
 
 def send(worker, shard_text):
@@ -530,12 +547,11 @@ def receive(worker):
                         "again") from None
 
 
-def build_shard(shard_text, wordpiece, config):
-    """(rows for training, held-out rows, info) of a shard. Rows are uint16; info has counts and a position.
+def build_shard(number, documents, end, wordpiece, config):
+    """(rows for training, held-out rows, info) of a shard. Rows are uint16; info has counts and `end`.
 
     The random numbers of a document follow from the seed, the shard's number and the document's index in it.
     """
-    number, documents, position = shard_text
     train = []
     heldout = []
     kept = 0
@@ -555,7 +571,7 @@ def build_shard(shard_text, wordpiece, config):
     marks = 0
     if wordpiece.strip_accents:
         marks = count_marks(documents)
-    info = dict(documents=len(documents), tokens_kept=kept, tokens_dropped=dropped, end=position,
+    info = dict(documents=len(documents), tokens_kept=kept, tokens_dropped=dropped, end=end,
                 rows=len(train), heldout_rows=len(heldout), tokens_unknown=unknown, marks_stripped=marks)
     return train, heldout, info
 
@@ -788,7 +804,7 @@ def vocab_bytes(tokens):
 # Shards: rows <-> disk
 
 FORMAT = 4  # raise it when rows or their files change
-DELETE = "delete its folder, and it is made again"  # the advice about a damaged cache
+CACHE_ADVICE = "delete its folder, and it is made again"
 CHANGED = "changed while it was being read; run the same command again"
 
 
@@ -805,8 +821,9 @@ class Shards:
         self.infos = []  # of each shard that is known so far: its info, and the file's "sha256"
         self.is_complete = False
         self.files = find_files(config)
-        self.identities = identify_text(self.files)
-        self.fingerprint = {  # all that the rows depend on, apart from the text
+        self.root = common_folder(self.files)
+        self.identities = [identify(name, self.root) for name in self.files]
+        self.row_settings = {  # all that the rows depend on, apart from the text
             "format": [FORMAT, SHARD_CHARACTERS, HELDOUT_EVERY],
             "one_document_per_file": config.one_document_per_file,
             "split_long_lines": config.split_long_lines,
@@ -817,30 +834,27 @@ class Shards:
             "seed": config.seed,
         }
         self.folder = self.find_folder()
+        self.folder.mkdir(parents=True, exist_ok=True)  # the child process must find the same
         self.refresh()
 
     def find_folder(self):
-        """The folder for these shards. That of a copy of the text, or of another path to it, is found, too.
+        """The folder for these shards: one made from the same files, or from a copy of them, or a new one.
 
-        A folder's name ends with a hash of the files' names and sizes and one of their times. Where only the
-        times differ, the SHA-256 of each file decides.
+        Its name ends with a hash of the files' names and sizes, and one of their times and inodes. Where only
+        the second differs, the SHA-256 of each file decides.
         """
-        key = digest([self.fingerprint, [identity[:2] for identity in self.identities]])
-        times = digest([identity[2:] for identity in self.identities])
+        key = digest([self.row_settings, [identity.name_and_size for identity in self.identities]])
+        times = digest([identity.time_and_inode for identity in self.identities])
         cache = Path(self.config.cache)
-        folders = sorted(cache.glob(f"*-{key}-*"))
-        for folder in folders:
-            if folder.name.endswith(times):
-                return folder
-        complete = [folder for folder in folders if (folder / "complete").exists()]
+        for folder in cache.glob(f"*-{key}-{times}"):
+            return folder
+        complete = sorted(cache.glob(f"*-{key}-*/complete"))
         if complete:
             hashes = hash_files(self.files)
-            for folder in complete:
-                if read_complete(folder / "complete")["files"] == hashes:
-                    return folder
-        folder = cache / f"{source_name(self.config)}-{key}-{times}"
-        folder.mkdir(parents=True, exist_ok=True)  # the child process must find the same
-        return folder
+            for path in complete:
+                if read_complete(path)["files"] == hashes:
+                    return path.parent
+        return cache / f"{source_name(self.config)}-{key}-{times}"
 
     def refresh(self):
         """Look for shards that another process has added."""
@@ -851,46 +865,46 @@ class Shards:
             self.infos = read_complete(complete)["shards"]
             for number in range(len(self.infos)):
                 if not self.path(number).exists():
-                    raise UserError(f"{self.path(number)} is missing; {DELETE}")
+                    raise UserError(f"{self.path(number)} is missing; {CACHE_ADVICE}")
             self.is_complete = True
             return
         while self.path(len(self.infos)).exists():
             arrays, sha256 = self.read(len(self.infos))
-            self.infos.append(json.loads(arrays["info"].item()) | dict(sha256=sha256))
+            info = json.loads(arrays["info"].item())  # np.savez made an array of the string
+            self.infos.append(info | dict(sha256=sha256))
 
     def path(self, number):
         return self.folder / f"shard-{number:06d}.npz"
 
     def read(self, number):
         """(arrays by their names, SHA-256) of a shard file."""
-        content = read_sealed(self.path(number), DELETE)
+        content = read_sealed(self.path(number), CACHE_ADVICE)
         return np.load(io.BytesIO(content)), hashlib.sha256(content).hexdigest()
 
     def load(self, name, number):
         """The `train` or `heldout` rows of a shard, uint16 (rows, max_length)."""
         arrays, sha256 = self.read(number)
         if sha256 != self.infos[number]["sha256"]:
-            raise UserError(f"{self.path(number)} was replaced by another shard; {DELETE}")
+            raise UserError(f"{self.path(number)} was replaced by another shard; {CACHE_ADVICE}")
         return arrays[name]
 
     @property
     def next_position(self):
-        """The position in the text (see read_documents) at which the next shard begins."""
+        """The Position in the text at which the next shard begins."""
         if not self.infos:
             return START
-        return tuple(self.infos[-1]["end"])
+        return end_of(self.infos[-1])
 
     def add(self, train, heldout, info):
         """Write the next shard, if the files that its text comes from are still those that were found."""
-        first_file = self.next_position[0]
-        last_file = info["end"][0]
-        for number in range(first_file, last_file + 1):
-            if identify(self.files[number], "/")[1:] != self.identities[number][1:]:  # size and time
+        for number in range(self.next_position.file, end_of(info).file + 1):
+            if identify(self.files[number], self.root) != self.identities[number]:
                 raise UserError(f"{self.files[number]} {CHANGED}")
         file = io.BytesIO()
         np.savez(file, train=train, heldout=heldout, info=json.dumps(info))
-        write_sealed(self.path(len(self.infos)), file.getvalue())
-        self.infos.append(info | dict(sha256=hashlib.sha256(file.getvalue()).hexdigest()))
+        content = file.getvalue()
+        write_sealed(self.path(len(self.infos)), content)
+        self.infos.append(info | dict(sha256=hashlib.sha256(content).hexdigest()))
 
     def mark_complete(self):
         """Say that there will be no more shards, if the text is still the one that was read."""
@@ -937,17 +951,12 @@ class Shards:
 
 def read_complete(path):
     """What `complete` holds: "shards", their infos, and "files", the SHA-256 of each file of the text."""
-    return parse_json(read_sealed(path, DELETE), path)
+    return parse_json(read_sealed(path, CACHE_ADVICE), path)
 
 
-def identify_text(files):
-    """What `identify` gives for each of `find_files`.
-
-    Names of files are relative to the folder that holds them all, so that it can be moved.
-    """
-    parents = [os.path.dirname(os.path.abspath(name)) for name in files if is_path(name)]
-    folder = os.path.commonpath(parents or ["/"])
-    return [identify(name, folder) for name in files]
+def end_of(info):
+    """The Position in the text after a shard, from its info."""
+    return Position(*info["end"])
 
 
 def hash_files(files):
@@ -959,18 +968,35 @@ def hash_files(files):
     return hashes
 
 
-def identify(name, folder):
-    """[name relative to `folder`, size, modification time, inode] of a file, or [name, versions if any].
+class Identity(NamedTuple):
+    """What tells, without reading it, whether a file of the text is still the same."""
 
-    The inode tells apart files of equal size whose times were all set to 0, as in images of containers.
-    """
+    name_and_size: list  # which a copy has, too
+    # The inode tells apart files of equal size whose times were all set to 0, as in images of containers.
+    time_and_inode: list
+
+
+def identify_text(files):
+    """The Identity of each of `find_files`."""
+    root = common_folder(files)
+    return [identify(name, root) for name in files]
+
+
+def common_folder(files):
+    """The folder that holds all of `find_files`. Names are relative to it, so that it can be moved."""
+    parents = [os.path.dirname(os.path.abspath(name)) for name in files if is_path(name)]
+    return os.path.commonpath(parents or ["/"])
+
+
+def identify(name, root):
+    """The Identity of one of `find_files`. Only files have a time and an inode."""
     if name == "python-docs":
         versions = [importlib.metadata.version(package) for package in ("torch", "numpy")]
-        return [name, [platform.python_version(), *versions]]
+        return Identity([name, [platform.python_version(), *versions]], [])
     if is_address(name):
-        return [name]
+        return Identity([name], [])
     status = os.stat(name)
-    return [os.path.relpath(name, folder), status.st_size, status.st_mtime_ns, status.st_ino]
+    return Identity([os.path.relpath(name, root), status.st_size], [status.st_mtime_ns, status.st_ino])
 
 
 def source_name(config):
@@ -981,6 +1007,8 @@ def source_name(config):
 
 # ------------------------------------------------------------------------------------------------------------
 # Growing shards: a child process prepares the text while this process trains
+
+HISTORY_DIGITS = 16  # hexadecimal, for each shard
 
 
 class Stopped(UserError):
@@ -1007,7 +1035,7 @@ class GrowingShards(Shards):
     def prepare_in_child(self):
         """Run `prepare` in a child process for as long as the context lasts.
 
-        Its error goes to stdout, which is captured; downloads and what it waits for show on the terminal.
+        Its stdout holds nothing but an error message, and is captured. Its progress shows on the terminal.
         """
         if self.is_complete:
             yield
@@ -1032,21 +1060,21 @@ class GrowingShards(Shards):
         self.wait_until(lambda: len(self.infos) >= count)
 
     def history(self, number):
-        """16 hex digits of the SHA-256 of each of the first `number` shards, or of all if there are fewer.
+        """The first digits of the SHA-256 of each of the first `number` shards, or of all shards if fewer.
 
         A run that has used so many shards can go on with any text that has the same history. Blocks until
         they are there.
         """
         self.wait_for_shards(number)
-        return "".join(info["sha256"][:16] for info in self.infos[:number])
+        return "".join(info["sha256"][:HISTORY_DIGITS] for info in self.infos[:number])
 
     def changed_file(self, history):
         """The file or address in which, or after which, the text differs from that of another history."""
-        same_digits = os.path.commonprefix([history, self.history(len(self.infos))])
-        num_same = len(same_digits) // 16  # shards
         file_number = 0
-        if num_same:
-            file_number = self.infos[num_same - 1]["end"][0]
+        for number, info in enumerate(self.infos):
+            if not history.startswith(info["sha256"][:HISTORY_DIGITS], HISTORY_DIGITS * number):
+                break
+            file_number = end_of(info).file
         return without_secrets(self.files[file_number])
 
     def heldout(self, limit):
@@ -1137,10 +1165,12 @@ class Order:
         """
         begin = step * self.batch_size
         while self.end < begin + self.batch_size:
+            if self.shards.signals:  # a resume at a far step skips many groups
+                raise Stopped("")
             self.epoch, group, members = next(self.groups)
             self.end += sum(self.shards.infos[shard]["rows"] for shard in members)
             if self.end > begin:
-                self.rows = np.concatenate([self.rows, self.read(group, members)])
+                self.rows = np.concatenate([self.rows, self.read(self.epoch, group, members)])
             else:  # all of the group comes before the step, and it is not read
                 self.rows = self.rows[:0]
                 self.begin = self.end
@@ -1149,33 +1179,37 @@ class Order:
         self.begin = begin
         return self.epoch, self.rows[: self.batch_size].astype(np.int64)
 
-    def read(self, group, members):
+    def read(self, epoch, group, members):
         """The shuffled rows of a group of shards."""
         rows = np.concatenate([self.shards.load("train", shard) for shard in members])
-        return rows[rng(self.seed, "rows", self.epoch, group).permutation(len(rows))]
+        return rows[rng(self.seed, "rows", epoch, group).permutation(len(rows))]
 
     def list_groups(self):
         """Yield (epoch, index of the group in it, the group's shards) for ever."""
-        for epoch in itertools.count():
-            group = 0
-            first_shard = 0
-            num_shards = 1
-            while members := self.list_shards(epoch, first_shard, first_shard + num_shards):
-                if self.shards.signals:  # a resume at a far step skips many groups
-                    raise Stopped("")
-                yield epoch, group, members
-                group += 1
-                first_shard += num_shards
-                num_shards = min(2 * num_shards, MAX_GROUP)
-
-    def list_shards(self, epoch, begin, end):
-        """The shards at the places from `begin` to `end` of an epoch, fewer or none where the text ends."""
-        if epoch == 0:
+        for group, (begin, end) in enumerate(group_bounds()):
             self.shards.wait_for_shards(end)
             self.num_shards_used = end
-            return list(range(begin, min(end, len(self.shards.infos))))
-        permuted = rng(self.seed, "shards", epoch).permutation(len(self.shards.infos))
-        return permuted[begin:end].tolist()
+            members = list(range(begin, min(end, len(self.shards.infos))))
+            if not members:
+                break
+            yield 0, group, members
+        for epoch in itertools.count(1):
+            permuted = rng(self.seed, "shards", epoch).permutation(len(self.shards.infos)).tolist()
+            for group, (begin, end) in enumerate(group_bounds()):
+                members = permuted[begin:end]
+                if not members:
+                    break
+                yield epoch, group, members
+
+
+def group_bounds():
+    """Yield (place of its first shard, place after its last) for each group: (0, 1), (1, 3), (3, 7), ..."""
+    begin = 0
+    size = 1
+    while True:
+        yield begin, begin + size
+        begin += size
+        size = min(2 * size, MAX_GROUP)
 
 
 def rng(seed, purpose, *numbers):
@@ -1413,7 +1447,8 @@ def load_vocab(config):
         raise UserError(f"--vocab {config.vocab} is not possible; rows are uint16, so take 6 to 65535")
     # Training is not reproducible to the byte, so the vocabulary of a text is kept.
     identities = identify_text(find_files(config))
-    fingerprint = [identities, config.one_document_per_file, config.do_lower_case, config.strip_accents,
+    files = [identity.name_and_size + identity.time_and_inode for identity in identities]
+    fingerprint = [files, config.one_document_per_file, config.do_lower_case, config.strip_accents,
                    match[1]]
     path = Path(config.cache) / f"{source_name(config)}-{digest(fingerprint)}.vocab"
     make_once(path, lambda: train_vocab(config, size, path, identities))
@@ -1585,8 +1620,7 @@ def fetch(address, advice="use --data PATH or --data python-docs"):
                 answer = describe_answer(response)
                 if position == 0:
                     first = answer
-                else:
-                    check_resumed(answer, first, position, name, advice)
+                check_part(answer, first, position, name, advice)
                 length = answer.length
                 for chunk in response.iter_content(1 << 14):
                     position += len(chunk)
@@ -1667,17 +1701,17 @@ def describe_answer(response):
     return Answer(0, int(headers["Content-Length"]), version)
 
 
-def check_resumed(answer, first, position, name, advice):
-    """Raise UserError unless an answer continues the first one at a position."""
+def check_part(answer, first, position, name, advice):
+    """Raise UserError unless an answer sends the file of the first one from a position on."""
     if answer.begin != position:
-        reason = "the server does not send the rest"
-    elif first.version is None:
+        reason = "the server sends another part"
+    elif position > 0 and first.version is None:
         reason = "the server does not say whether it has changed"
     elif answer.version != first.version or first.length not in (answer.length, None):
         reason = "it has changed"
     else:
         return
-    raise UserError(f"{name} cannot be resumed at byte {position:,}: {reason}; {advice}")
+    raise UserError(f"{name} cannot be read from byte {position:,} on: {reason}; {advice}")
 
 
 def wait_or_give_up(error, failures, name, position, advice):

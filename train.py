@@ -499,7 +499,7 @@ def start_ranks(config):
 def compare_ranks(run):
     """Raise data.UserError if ranks have other text, vocabularies or flags than this one."""
     ours = dict(run.settings)
-    names_and_sizes = [identity[:2] for identity in run.shards.identities]
+    names_and_sizes = [identity.name_and_size for identity in run.shards.identities]
     ours["files"] = data.digest(names_and_sizes)
     ours["init"] = len(run.config.init)  # paths may differ between machines
     ours["log_every"] = run.config.log_every  # ranks meet when they log and evaluate
@@ -615,7 +615,7 @@ class Run:
         self.path = config.run_path
         self.checkpoint = self.path / "checkpoint.pt"
         self.log_path = self.path / "log.jsonl"
-        everything = asdict(config) | asdict(electra.config) | shards.fingerprint
+        everything = asdict(config) | asdict(electra.config) | shards.row_settings
         self.settings = {name: value for name, value in everything.items() if name not in MAY_CHANGE}
         # These change rounding and dropout. A resumed run may have others, so they are logged.
         self.numerics = dict(device=config.device, dtype=config.dtype, compile=config.compile,

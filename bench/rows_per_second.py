@@ -106,7 +106,7 @@ def compare(config, options):
     def build():
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         for shard_text in some:
-            data.build_shard(shard_text, wordpiece, config)
+            data.build_shard(*shard_text, wordpiece, config)
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
 
     stages = tokenize, prepare, read, parent, build
