@@ -136,18 +136,18 @@ START = Position(0, 0, 0)
 
 def read_shard_texts(config, start, number):
     """Yield (number, documents, Position after them) of each shard. `number` is that of the first."""
-    texts = []
+    documents = []
     size = 0
     for text, position in read_documents(config, start):
-        texts.append(text)
+        documents.append(text)
         size += len(text)
         if size >= SHARD_CHARACTERS:
-            yield number, texts, position
+            yield number, documents, position
             number += 1
-            texts = []
+            documents = []
             size = 0
-    if texts:
-        yield number, texts, position
+    if documents:
+        yield number, documents, position
 
 
 def read_documents(config, start=START):
@@ -479,7 +479,7 @@ def build_shards(shard_texts, wordpiece, config):
         for number, documents, end in shard_texts:
             yield build_shard(number, documents, end, wordpiece, config)
         return
-    errors = []
+    errors = []  # of reading the text: at most one
     shard_texts = until_error(shard_texts, errors)
     busy = deque()  # connections to the workers, in the order of their shards
     with ExitStack() as stack:
