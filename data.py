@@ -1545,9 +1545,9 @@ TIMEOUT = 30  # seconds without an answer
 BACKOFF = 0.5  # seconds, doubled before each new attempt, at most a minute
 ATTEMPTS = 16  # in a row; they take ten minutes
 ATTEMPTS_WITHOUT_ANSWER = 7  # if the server has never answered; they take a minute
-# Of OpenSSL, and of the look-up of an unknown host. Without a network, a look-up has another message.
-LASTING_ERRORS = re.compile("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|CERTIFICATE_VERIFY_FAILED|"
-                            "Name or service not known|nodename nor servname provided")
+LASTING_ERRORS = re.compile(  # in the messages of errors that another attempt does not mend
+    "WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|CERTIFICATE_VERIFY_FAILED|"  # OpenSSL's
+    "Name or service not known|nodename nor servname provided")  # an unknown host, not a missing network
 
 
 def open_source(name):
@@ -1580,157 +1580,165 @@ def is_address(name):
     return str(name).startswith(("http://", "https://", "hub:"))
 
 
-class NotFound(UserError):
-    """There is nothing at an address."""
+def download_once(path, address, advice, size, sha256):
+    """Download a file unless it is there. Its SHA-256 is checked either way."""
+    if not path.exists():
+        make_once(path, lambda: download(path, address, advice, size, sha256))
+        return
+    actual = hashlib.sha256(path.read_bytes()).hexdigest()
+    if actual != sha256:
+        raise UserError(f"{path} has SHA-256 {actual} instead of {sha256}; delete it to download it again")
 
 
 def download(path, address, advice, size=None, sha256=None):
     """Fetch a file whole, and check its SHA-256 where that is known."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     with (atomic_write(path) as file,
           tqdm(desc=path.name, total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar):
-        for chunk in fetch(address, advice=advice):
+        for chunk in fetch(address, advice):
             file.write(chunk)
-            found.update(chunk)
+            hasher.update(chunk)
             bar.update(len(chunk))
-        if sha256 is not None and found.hexdigest() != sha256:
-            raise UserError(f"{without_secrets(address)} has SHA-256 {found.hexdigest()} instead of "
-                            f"{sha256}; try again, or {advice}")
-
-
-def download_once(path, address, advice, size, sha256):
-    """Download a file unless it is there, and check it at every use."""
-    make_once(path, lambda: download(path, address, advice, size, sha256))
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != sha256:
-        raise UserError(f"{path} has SHA-256 {found} instead of {sha256}; delete it to download it again")
+        actual = hasher.hexdigest()
+        if sha256 is not None and actual != sha256:
+            raise UserError(f"{without_secrets(address)} has SHA-256 {actual} instead of {sha256}; try "
+                            f"again, or {advice}")
 
 
 def fetch(address, advice="use --data PATH or --data python-docs"):
-    """Yield the bytes at an address. A dropped connection resumes at the byte where it broke off."""
-    name = without_secrets(address)
-    url = url_of(address)
-    position = 0
-    length = None  # of the whole file, as far as it is known
-    failures = 0  # in a row
-    while position != length:
-        try:
-            with request(url, position, name, advice) as response:
-                check_status(response, name, advice)
-                answer = describe_answer(response)
-                if position == 0:
-                    first = answer
-                check_part(answer, first, position, name, advice)
-                length = answer.length
-                for chunk in response.iter_content(1 << 14):
-                    position += len(chunk)
-                    if length is not None and position > length:
-                        raise UserError(f"{name} sends more than it announces; {advice}")
-                    failures = 0
-                    yield chunk
-                if length is None:
-                    return
-                if position != length:
-                    raise requests.ConnectionError("the body ended early")
-        except requests.RequestException as error:
-            failures += 1
-            wait_or_give_up(error, failures, name, position, advice)
+    """Yield the bytes at an address. Errors name it, and end with `advice`."""
+    return Download(address, advice).read_all()
 
 
-def request(url, position, name, advice):
-    """Ask a server for the bytes from a position on. The body of its answer is yet to be read.
-
-    A malformed address, and one on the hub while HF_HUB_OFFLINE is set, raise UserError.
-    """
-    headers = {"Accept-Encoding": "identity"}
-    if position > 0:
-        headers["Range"] = f"bytes={position}-"
-    if url.startswith(f"{hub()}/"):
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "TRUE", "YES"):
-            raise UserError(f"{name} is not read, because HF_HUB_OFFLINE is set; unset it, or {advice}")
-        if os.environ.get("HF_TOKEN"):  # requests drops it when another host is redirected to
-            headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN'].strip()}"
-    try:
-        return requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
-    except ValueError:  # the address is malformed
-        raise UserError(f"{name} is not the address of a server; {advice}") from None
-
-
-def check_status(response, name, advice):
-    """Raise requests.HTTPError if an answer is worth another attempt, and UserError if it is useless."""
-    status = response.status_code
-    headers = response.headers
-    if status == 429 or status >= 500:
-        response.raise_for_status()
-    message = f"{name} answers {status} {response.reason}; {advice}"
-    if status == 404:
-        raise NotFound(message)
-    if status not in (200, 206):
-        raise UserError(message)
-    encoding = headers.get("Content-Encoding", "identity")
-    if encoding != "identity":  # then bytes are not counted as they are in the file
-        raise UserError(f"{name} answers with Content-Encoding {encoding!r:.40}; {advice}")
-    if status == 200 and not is_chunked(response) and not headers.get("Content-Length", "").isdecimal():
-        # A body that is cut short would look whole.
-        raise UserError(f"{name} does not say how long it is; {advice}")
-
-
-def is_chunked(response):
-    """Whether the body comes in chunks, whose end urllib3 checks."""
-    return response.headers.get("Transfer-Encoding") == "chunked"
+class NotFound(UserError):
+    """There is nothing at an address."""
 
 
 class Answer(NamedTuple):
-    """What the headers of an answer say. None is unknown."""
+    """What the headers of a response say. None is unknown."""
 
     begin: int | None  # the position of its first byte in the file
     length: int | None  # of the whole file
     version: str | None
 
 
-def describe_answer(response):
-    headers = response.headers
-    version = headers.get("ETag") or headers.get("Last-Modified")
-    if response.status_code == 206:
-        part = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
-        if part is None:
-            return Answer(None, None, version)
-        return Answer(int(part[1]), int(part[2]), version)
-    if is_chunked(response):
-        return Answer(0, None, version)
-    return Answer(0, int(headers["Content-Length"]), version)
+class Download:
+    """A file on its way from a server. A broken connection is resumed at the byte where it broke off."""
 
+    def __init__(self, address, advice):
+        self.url = url_of(address)
+        self.name = without_secrets(address)  # for messages
+        self.advice = advice  # what to do without the file
+        self.position = 0  # of the next byte
+        self.first = None  # the Answer from which on bytes were read
+        self.failures = 0  # in a row
 
-def check_part(answer, first, position, name, advice):
-    """Raise UserError unless an answer sends the file of the first one from a position on."""
-    if answer.begin != position:
-        reason = "the server sends another part"
-    elif position > 0 and first.version is None:
-        reason = "the server does not say whether it has changed"
-    elif answer.version != first.version or first.length not in (answer.length, None):
-        reason = "it has changed"
-    else:
-        return
-    raise UserError(f"{name} cannot be read from byte {position:,} on: {reason}; {advice}")
+    def read_all(self):
+        """Yield the bytes of the file."""
+        while True:
+            try:
+                yield from self.read_rest()
+                return
+            except requests.RequestException as error:
+                self.wait_or_give_up(error)
 
+    def read_rest(self):
+        """Yield the bytes from `position` on. Raises RequestException if they break off."""
+        with self.request() as response:
+            self.check_status(response)
+            answer = self.read_headers(response)
+            self.check_continuity(answer)
+            for chunk in response.iter_content(1 << 14):
+                self.position += len(chunk)
+                if answer.length is not None and self.position > answer.length:
+                    raise UserError(f"{self.name} sends more than it announces; {self.advice}")
+                self.failures = 0
+                yield chunk
+        if answer.length not in (None, self.position):
+            raise requests.ConnectionError("the body ended early")
 
-def wait_or_give_up(error, failures, name, position, advice):
-    """Wait before the next attempt. Raises UserError after too many failures in a row."""
-    reason = type(error).__name__
-    attempts = ATTEMPTS
-    is_lasting = isinstance(error, requests.TooManyRedirects) or LASTING_ERRORS.search(str(error))
-    if is_lasting and position == 0:
-        raise UserError(f"{name} cannot be read: {reason}; check the address, or {advice}") from None
-    if error.response is not None:
-        reason = f"it answers {error.response.status_code}"
-    elif position == 0:  # perhaps there is no such server
-        attempts = ATTEMPTS_WITHOUT_ANSWER
-    if failures >= attempts:
-        raise UserError(f"{name} cannot be read: {reason}, {failures} times in a row; the same command "
-                        f"resumes later; or {advice}") from None
-    seconds = min(60, BACKOFF * 2**failures)
-    tqdm.write(f"{name}: {reason}, at byte {position:,}; trying again in {seconds:.0f} s", file=sys.stderr)
-    time.sleep(seconds)
+    def request(self):
+        """Ask for the bytes from `position` on. The body of the response is yet to be read."""
+        headers = {"Accept-Encoding": "identity"}
+        if self.position > 0:
+            headers["Range"] = f"bytes={self.position}-"
+        if self.url.startswith(f"{hub()}/"):
+            if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "TRUE", "YES"):
+                raise UserError(f"{self.name} is not read, because HF_HUB_OFFLINE is set; unset it, or "
+                                f"{self.advice}")
+            if os.environ.get("HF_TOKEN"):  # requests drops it when another host is redirected to
+                headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN'].strip()}"
+        try:
+            return requests.get(self.url, headers=headers, stream=True, timeout=TIMEOUT)
+        except ValueError:  # the address is malformed
+            raise UserError(f"{self.name} is not the address of a server; {self.advice}") from None
+
+    def check_status(self, response):
+        """Raise requests.HTTPError if another attempt may help, and UserError if not."""
+        status = response.status_code
+        if status == 429 or status >= 500:
+            response.raise_for_status()
+        message = f"{self.name} answers {status} {response.reason}; {self.advice}"
+        if status == 404:
+            raise NotFound(message)
+        if status not in (200, 206):
+            raise UserError(message)
+
+    def read_headers(self, response):
+        """The Answer of a response, whose body must be the bytes of the file and have an end."""
+        headers = response.headers
+        encoding = headers.get("Content-Encoding", "identity")
+        if encoding != "identity":
+            raise UserError(f"{self.name} answers with Content-Encoding {encoding!r:.40}; {self.advice}")
+        version = headers.get("ETag") or headers.get("Last-Modified")
+        if response.status_code == 206:
+            part = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
+            if part is None:
+                return Answer(None, None, version)
+            return Answer(int(part[1]), int(part[2]), version)
+        if headers.get("Transfer-Encoding") == "chunked":  # urllib3 checks that the last chunk comes
+            return Answer(0, None, version)
+        if not headers.get("Content-Length", "").isdecimal():  # a body that is cut short would look whole
+            raise UserError(f"{self.name} does not say how long it is; {self.advice}")
+        return Answer(0, int(headers["Content-Length"]), version)
+
+    def check_continuity(self, answer):
+        """Raise UserError unless an answer goes on where the last one broke off, in the same file."""
+        if self.position == 0:
+            self.first = answer
+        first = self.first
+        if answer.begin != self.position:
+            reason = "the server sends another part"
+        elif self.position > 0 and first.version is None:
+            reason = "the server does not say whether it has changed"
+        elif answer.version != first.version:
+            reason = "it has changed"
+        elif first.length is not None and answer.length != first.length:
+            reason = "it has changed"
+        else:
+            return
+        raise UserError(f"{self.name} cannot be read from byte {self.position:,} on: {reason}; {self.advice}")
+
+    def wait_or_give_up(self, error):
+        """Wait before the next attempt. Raises UserError after too many failures in a row."""
+        self.failures += 1
+        reason = type(error).__name__
+        is_lasting = isinstance(error, requests.TooManyRedirects) or LASTING_ERRORS.search(str(error))
+        if is_lasting and self.position == 0:
+            raise UserError(f"{self.name} cannot be read: {reason}; check the address, or "
+                            f"{self.advice}") from None
+        attempts = ATTEMPTS
+        if error.response is not None:
+            reason = f"it answers {error.response.status_code}"
+        elif self.position == 0:  # perhaps there is no such server
+            attempts = ATTEMPTS_WITHOUT_ANSWER
+        if self.failures >= attempts:
+            raise UserError(f"{self.name} cannot be read: {reason}, {self.failures} times in a row; the same "
+                            f"command resumes later; or {self.advice}") from None
+        seconds = min(60, BACKOFF * 2**self.failures)
+        tqdm.write(f"{self.name}: {reason}, at byte {self.position:,}; trying again in {seconds:.0f} s",
+                   file=sys.stderr)
+        time.sleep(seconds)
 
 
 def url_of(address):
@@ -1756,12 +1764,9 @@ def without_secrets(name):
     scheme, separator, rest = url_of(name).partition("://")
     if not separator:
         return name
-    authority = re.split("[/?#]", rest)[0]  # USER:PASSWORD@HOST:PORT
-    user, at, host = authority.rpartition("@")
-    if re.fullmatch(r"(\[.*\]|[^:]*)(:\d*)?", host):  # HOST or HOST:PORT
-        rest = rest.removeprefix(user + at)
-    else:  # the authority was cut inside a password with / ? or #
-        rest = rest.rpartition("@")[2]
+    host = re.compile(r"(\[[^]]*\]|[^:@/?#]+)(:\d*)?([/?#]|$)")  # HOST or HOST:PORT, and how it ends
+    while "@" in rest and not host.match(rest):
+        rest = rest.partition("@")[2]
     return f"{scheme}://" + re.split("[?#]", rest)[0]
 
 
