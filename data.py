@@ -198,7 +198,7 @@ def find_openwebtext(cache):
     """The addresses of OpenWebText's files. The cache keeps the choice, so that a run has one text."""
     path = Path(cache) / "openwebtext"
     make_once(path, lambda: write_sealed(path, choose_openwebtext().encode()))
-    return OPENWEBTEXT[read_sealed(path, "delete it").decode()]
+    return OPENWEBTEXT[read_sealed(path, advice="delete it").decode()]
 
 
 def choose_openwebtext():
@@ -282,7 +282,7 @@ def read_file(stream, source, one_document):
     if not kind:
         raise UserError(f"{source} cannot be read; it is no {READABLE}")
     try:
-        with errors_named(source), decompress(stream, compression, source) as file:
+        with add_path_to_errors(source), decompress(stream, compression, source) as file:
             if kind == ".txt":
                 yield from read_txt(file, source, one_document)
             elif kind == ".tar":
@@ -878,7 +878,7 @@ class Shards:
 
     def read(self, number):
         """(arrays by their names, SHA-256) of a shard file."""
-        content = read_sealed(self.path(number), CACHE_ADVICE)
+        content = read_sealed(self.path(number), advice=CACHE_ADVICE)
         return np.load(io.BytesIO(content)), hashlib.sha256(content).hexdigest()
 
     def load(self, name, number):
@@ -951,7 +951,7 @@ class Shards:
 
 def read_complete(path):
     """What `complete` holds: "shards", their infos, and "files", the SHA-256 of each file of the text."""
-    return parse_json(read_sealed(path, CACHE_ADVICE), path)
+    return parse_json(read_sealed(path, advice=CACHE_ADVICE), path)
 
 
 def end_of(info):
@@ -1214,8 +1214,7 @@ def group_bounds():
 
 def rng(seed, purpose, *numbers):
     """A NumPy random generator that is a function of its arguments."""
-    letters = purpose.encode()  # as numbers
-    return np.random.default_rng([seed, *letters, *numbers])
+    return np.random.default_rng([seed, *purpose.encode(), *numbers])  # bytes are numbers
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1232,7 +1231,8 @@ def find_model(name, cache, network=None):
         folder = folder / (network or trained_network(folder))
     if (folder / "config.json").is_file():
         return folder
-    is_local = name.startswith("out/") or Path(name).exists()  # out/: a run that is yet to be made
+    # out/small looks like OWNER/NAME, but is a run that has yet to be made.
+    is_local = name.startswith("out/") or Path(name).exists()
     if is_local or not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name):
         place = without_secrets(name) if is_address(name) else folder
         raise UserError(f"there is no model in {place}; pre-train one with `python train.py --size small`, "
@@ -1291,100 +1291,116 @@ def download_model(name, folder):
     for file in "vocab.txt", "tokenizer.json", "tokenizer_config.json":
         get_if_there(file)
     if not get_if_there("model.safetensors"):
-        index = "model.safetensors.index.json"  # names the files of a model whose weights are in several
+        index = "model.safetensors.index.json"  # lists the files of weights that are in several
         if get_if_there(index):
             content = (folder / index).read_text("utf-8", "replace")
-            for file in sorted(set(re.findall(r'"([\w.-]+\.safetensors)"', content))):  # names, never paths
+            # A file with a "/" is left out: it could be written outside of the folder.
+            for file in sorted(set(re.findall(r'"([\w.-]+\.safetensors)"', content))):
                 get(file)
         else:
             get("pytorch_model.bin")
     get("config.json")
 
 
+# What the files of a model folder may say about its tokenizer. Errors give the first value as the usual one.
+# None is null, or no entry.
+CONFIG_VALUES = {
+    "tokenizer_class": ["ElectraTokenizer", "ElectraTokenizerFast", "BertTokenizer", "BertTokenizerFast",
+                        "PreTrainedTokenizerFast", "TokenizersBackend", None],  # both follow tokenizer.json
+    "do_lower_case": [True, False, None],
+    "strip_accents": [True, False, None],
+    "do_basic_tokenize": [True, None],
+    "word_tokenizer_type": ["basic", None],
+    "subword_tokenizer_type": ["wordpiece", None],
+    "wordpieces_prefix": ["##", None],
+    "tokenize_chinese_chars": [True, None],
+    "never_split": [[], None],
+    "unk_token": [UNK, None],
+    "mask_token": [MASK, None],
+}
+JSON_VALUES = {
+    "model.type": ["WordPiece", None],
+    "model.continuing_subword_prefix": ["##", None],
+    "model.unk_token": [UNK, None],
+    "model.max_input_chars_per_word": [200, 100, None],  # transformers has 100, the official code 200
+    "normalizer.type": ["BertNormalizer"],
+    "normalizer.clean_text": [True, None],
+    "normalizer.handle_chinese_chars": [True, None],
+    "normalizer.lowercase": [True, False],
+    "normalizer.strip_accents": [True, False, None],
+    "pre_tokenizer.type": ["BertPreTokenizer"],
+}
+TOKENIZER_DEFAULTS = dict(do_lower_case=True, strip_accents=True, model_max_length=None)
+
+
 def read_tokenizer(folder):
     """(WordPiece, max_length or None) of a model folder. max_length is the length trained on.
 
-    The vocabulary and the rules for case and accents stand in vocab.txt and tokenizer_config.json, in
+    The vocabulary and the settings for case and accents stand in vocab.txt and tokenizer_config.json, in
     tokenizer.json, or in both. Files that disagree are refused: other libraries may follow the other one.
     """
-    vocab_path = find_vocab(folder)
-    tokens = read_vocab(vocab_path)
-    json_path = Path(folder, "tokenizer.json")
+    vocab_path = Path(folder, "vocab.txt")
     config_path = Path(folder, "tokenizer_config.json")
-    config_rules = read_rules(config_path)
-    json_rules = read_rules(json_path)
-    if json_rules and read_vocab(json_path) != tokens:
+    json_path = Path(folder, "tokenizer.json")
+    vocabularies = [read_vocab(path) for path in (vocab_path, json_path) if path.is_file()]
+    if not vocabularies:
+        raise UserError(f"{folder} is not a model folder: it has neither vocab.txt nor tokenizer.json")
+    if vocabularies[0] != vocabularies[-1]:
         raise UserError(f"{vocab_path} and {json_path} hold different vocabularies; delete the wrong one")
-    for name, rule in json_rules.items():
-        if config_rules.get(name, rule) != rule:
+    config_settings = read_tokenizer_config(config_path)
+    json_settings = read_tokenizer_json(json_path)
+    for name, value in json_settings.items():
+        if config_settings.get(name, value) != value:
             raise UserError(f"{config_path} and {json_path} disagree about {name}; correct the wrong one")
-    defaults = dict(do_lower_case=True, strip_accents=True, model_max_length=None)
-    rules = defaults | config_rules | json_rules
-    wordpiece = WordPiece(tokens, rules["do_lower_case"], rules["strip_accents"])
-    return wordpiece, rules["model_max_length"]
+    settings = TOKENIZER_DEFAULTS | config_settings | json_settings
+    wordpiece = WordPiece(vocabularies[0], settings["do_lower_case"], settings["strip_accents"])
+    return wordpiece, settings["model_max_length"]
 
 
-# What the files of a model folder may say about its tokenizer. None is null, or no entry.
-RULES = {
-    "tokenizer_config.json": {
-        # The last two classes leave all rules to tokenizer.json.
-        "tokenizer_class": ["ElectraTokenizer", "ElectraTokenizerFast", "BertTokenizer", "BertTokenizerFast",
-                            "PreTrainedTokenizerFast", "TokenizersBackend", None],
-        "do_lower_case": [True, False, None],
-        "strip_accents": [True, False, None],
-        "do_basic_tokenize": [True, None],
-        "word_tokenizer_type": ["basic", None],
-        "subword_tokenizer_type": ["wordpiece", None],
-        "wordpieces_prefix": ["##", None],
-        "tokenize_chinese_chars": [True, None],
-        "never_split": [[], None],
-        "unk_token": [UNK, None],
-        "mask_token": [MASK, None],
-    },
-    "tokenizer.json": {
-        "model.type": ["WordPiece", None],
-        "model.continuing_subword_prefix": ["##", None],
-        "model.unk_token": [UNK, None],
-        "model.max_input_chars_per_word": [200, 100, None],  # transformers has 100, the official code 200
-        "normalizer.type": ["BertNormalizer"],
-        "normalizer.clean_text": [True, None],
-        "normalizer.handle_chinese_chars": [True, None],
-        "normalizer.lowercase": [True, False],
-        "normalizer.strip_accents": [True, False, None],
-        "pre_tokenizer.type": ["BertPreTokenizer"],
-    },
-}
-
-
-def read_rules(path):
-    """do_lower_case, strip_accents and model_max_length as far as a file of a model folder states them."""
+def read_tokenizer_config(path):
+    """The entries of TOKENIZER_DEFAULTS that a tokenizer_config.json states, or {} if there is no file."""
     if not path.is_file():
         return {}
     content = read_json(path)
-    for name, possible in RULES[path.name].items():
-        rule = find_entry(content, name)
-        if isinstance(rule, dict):  # a token with its properties
-            rule = rule.get("content")
-        if rule not in possible:
-            raise lacks_rule(path, f"{name} is {rule!r:.80} and not {possible[0]!r}")
-    for token in content.get("added_tokens") or []:
-        added = find_entry(token, "content")
-        if added not in SPECIAL_TOKENS:
-            raise lacks_rule(path, f"added_tokens has {added!r:.80}")
-    if path.name == "tokenizer_config.json":
-        rules = content
-    else:
-        do_lower_case = content["normalizer"]["lowercase"]
-        strip_accents = content["normalizer"].get("strip_accents")
-        if strip_accents is None:  # accents go with the capitals
-            strip_accents = do_lower_case
-        rules = dict(do_lower_case=do_lower_case, strip_accents=strip_accents)
-    if rules.get("strip_accents") and rules.get("do_lower_case") is False:
-        raise lacks_rule(path, "accents are stripped only from lower-cased text")
-    if not isinstance(rules.get("model_max_length"), int | float | None):
-        raise UserError(f"{path} is damaged: model_max_length is {rules['model_max_length']!r}")
-    names = "do_lower_case", "strip_accents", "model_max_length"
-    return {name: rules[name] for name in names if rules.get(name) is not None}
+    check_values(content, CONFIG_VALUES, path)
+    if content.get("strip_accents") and content.get("do_lower_case") is False:
+        raise unsupported(path, "accents are stripped only from lower-cased text")
+    if not isinstance(content.get("model_max_length"), int | float | None):  # 1e30 stands for no limit
+        raise UserError(f"{path} is damaged: model_max_length is {content['model_max_length']!r}")
+    return {name: content[name] for name in TOKENIZER_DEFAULTS if content.get(name) is not None}
+
+
+def read_tokenizer_json(path):
+    """do_lower_case and strip_accents, as a tokenizer.json states them, or {} if there is no file."""
+    if not path.is_file():
+        return {}
+    content = read_json(path)
+    check_values(content, JSON_VALUES, path)
+    for added_token in content.get("added_tokens") or []:
+        token = find_entry(added_token, "content")
+        if token not in SPECIAL_TOKENS:
+            raise unsupported(path, f"added_tokens has {token!r:.80}")
+    lowercase = content["normalizer"]["lowercase"]
+    strip_accents = content["normalizer"].get("strip_accents")
+    if strip_accents is None:  # accents go with the capitals
+        strip_accents = lowercase
+    if strip_accents and not lowercase:
+        raise unsupported(path, "accents are stripped only from lower-cased text")
+    return dict(do_lower_case=lowercase, strip_accents=strip_accents)
+
+
+def check_values(content, possible_values, path):
+    """Raise UserError if an entry of `content` is not among its possible values."""
+    for name, values in possible_values.items():
+        value = find_entry(content, name)
+        if isinstance(value, dict):  # a token with its properties
+            value = value.get("content")
+        if value not in values:
+            raise unsupported(path, f"{name} is {value!r:.80} and not {values[0]!r}")
+
+
+def unsupported(path, rule):
+    return UserError(f"{path} asks for a rule that this tokenizer lacks: {rule}")
 
 
 def find_entry(content, name):
@@ -1396,18 +1412,6 @@ def find_entry(content, name):
     for key in name.split("."):
         content = content.get(key) if isinstance(content, dict) else None
     return content
-
-
-def lacks_rule(path, rule):
-    return UserError(f"{path} asks for a rule that this tokenizer lacks: {rule}")
-
-
-def find_vocab(folder):
-    """The vocabulary of a model folder: vocab.txt or, as transformers now writes, tokenizer.json."""
-    for path in Path(folder, "vocab.txt"), Path(folder, "tokenizer.json"):
-        if path.is_file():
-            return path
-    raise UserError(f"{folder} is not a model folder: it has neither vocab.txt nor tokenizer.json")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1426,7 +1430,6 @@ IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000
 
 def load_wordpiece(config):
     """The WordPiece that config.vocab names: a file, BERT's, or one trained on the text."""
-    find_files(config)  # a missing one is reported before anything is downloaded
     return WordPiece(load_vocab(config), config.do_lower_case, config.strip_accents)
 
 
@@ -1452,7 +1455,7 @@ def load_vocab(config):
                    match[1]]
     path = Path(config.cache) / f"{source_name(config)}-{digest(fingerprint)}.vocab"
     make_once(path, lambda: train_vocab(config, size, path, identities))
-    return parse_vocab(read_sealed(path, "delete it, and it is trained again"), path)
+    return parse_vocab(read_sealed(path, advice="delete it, and it is trained again"), path)
 
 
 def train_vocab(config, size, path, identities):
@@ -1461,12 +1464,19 @@ def train_vocab(config, size, path, identities):
     A text that has changed since it was identified is refused: `path` is named after it.
     """
     wordpiece = WordPiece(SPECIAL_TOKENS, config.do_lower_case, config.strip_accents)
-    counts = Counter()  # of all characters
+    counts = Counter()  # of the characters in the lines that were read
+
+    def read_lines():
+        for text, _ in itertools.islice(read_documents(config), VOCAB_DOCUMENTS):
+            for line in text.split("\n"):
+                line = wordpiece.normalize(line)
+                counts.update(line)
+                yield IDEOGRAPH.sub(" ", line)
+
     # Letters, which take two tokens each (x and ##x), may fill half of the vocabulary.
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL_TOKENS, show_progress=False,
                                         limit_alphabet=max(1, size // 4))
-    lines = lines_without_ideographs(config, wordpiece, counts)  # fills `counts` as it is read
-    wordpiece.tokenizer.train_from_iterator(lines, trainer)
+    wordpiece.tokenizer.train_from_iterator(read_lines(), trainer)
     ids = wordpiece.tokenizer.get_vocab()
     tokens = add_ideographs(sorted(ids, key=ids.get), counts, size)
     if len(tokens) == len(SPECIAL_TOKENS):
@@ -1480,10 +1490,10 @@ def train_vocab(config, size, path, identities):
 
 
 def add_ideographs(tokens, counts, size):
-    """A vocabulary of `size` tokens at most, with the most frequent ideographs at its end.
+    """A vocabulary of at most `size` tokens: the trainer's, and the most frequent ideographs at its end.
 
-    They are words of their own, so the trainer does not see them. There are as many as there is room for, and
-    at least as large a share of the vocabulary as of the text, whose characters `counts` has.
+    The trainer sees no ideographs, since each is a word of its own. They get the room that it leaves. Where
+    their share of the text's characters, which `counts` has, is larger, its last tokens give way to them.
     """
     ideographs = [character for character, _ in counts.most_common() if IDEOGRAPH.match(character)]
     share_of_text = sum(counts[character] for character in ideographs) / max(1, counts.total())
@@ -1491,15 +1501,6 @@ def add_ideographs(tokens, counts, size):
     fair_share = int(share_of_text * (size - len(SPECIAL_TOKENS)))
     ideographs = ideographs[: max(room, fair_share)]
     return tokens[: size - len(ideographs)] + ideographs
-
-
-def lines_without_ideographs(config, wordpiece, counts):
-    """Yield the normalized lines that a vocabulary is trained on, and count their characters in `counts`."""
-    for text, _ in itertools.islice(read_documents(config), VOCAB_DOCUMENTS):
-        for line in text.split("\n"):
-            line = wordpiece.normalize(line)
-            counts.update(line)
-            yield IDEOGRAPH.sub(" ", line)
 
 
 def read_vocab(path):
@@ -1785,7 +1786,7 @@ def atomic_write(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with errors_named(path), open(temporary, "wb") as file:
+        with add_path_to_errors(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -1795,7 +1796,7 @@ def atomic_write(path):
 
 
 @contextmanager
-def errors_named(path):
+def add_path_to_errors(path):
     """Add a path to an OSError without one, for example of a full disk."""
     try:
         yield
@@ -1806,13 +1807,13 @@ def errors_named(path):
 
 
 def write_sealed(path, content):
-    """Write bytes and then their seal. Readers of zips, as torch.load is, ignore what follows the end."""
+    """Write bytes, and after them their seal. Readers of zips, torch.load among them, ignore it."""
     with atomic_write(path) as file:
         file.write(content)
         file.write(seal(path, content))
 
 
-def read_sealed(path, advice):
+def read_sealed(path, *, advice):
     """The bytes that `write_sealed` wrote. A file that was cut, changed or renamed is refused."""
     raw = path.read_bytes()
     content = raw[:-SEAL_BYTES]
@@ -1823,9 +1824,9 @@ def read_sealed(path, advice):
 
 def seal(path, content):
     """The SHA-256 of a file's name and content. The name tells apart files that have changed places."""
-    found = hashlib.sha256(path.name.encode())
-    found.update(content)
-    return found.digest()
+    hasher = hashlib.sha256(path.name.encode())
+    hasher.update(content)
+    return hasher.digest()
 
 
 def make_once(path, make):
@@ -1873,7 +1874,7 @@ def acquire(file):
 
 def append_json(file, entry):
     """Append a line of JSON to an open binary file, and flush it to disk."""
-    with errors_named(file.name):
+    with add_path_to_errors(file.name):
         file.write(json.dumps(entry).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
@@ -1888,22 +1889,22 @@ def parse_json(text, source):
     """The JSON object in `text`. Errors name `source`."""
     damage = f"{source} is damaged: it is not a JSON object"
     try:
-        found = json.loads(text, object_pairs_hook=to_dict)
+        value = json.loads(text, object_pairs_hook=dict_of_unique)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{damage} ({error})") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise UserError(damage)
-    return found
+    return value
 
 
-def to_dict(pairs):
-    """A dict of (key, value) pairs. Unlike json's own, it refuses a key that comes again."""
-    found = {}
+def dict_of_unique(pairs):
+    """A dict of (key, value) pairs. json would silently drop a "text" that another one follows."""
+    values = {}
     for key, value in pairs:
-        if key in found:
+        if key in values:
             raise ValueError(f"it has the key {key!r:.40} more than once")
-        found[key] = value
-    return found
+        values[key] = value
+    return values
 
 
 def decode_utf8(raw, source):
@@ -1913,7 +1914,8 @@ def decode_utf8(raw, source):
         text = raw.decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{source} is not UTF-8 at byte {error.start}; {advice}") from None
-    for sign in "\0", "\x1b$":  # of UTF-16 without its mark and of ISO-2022, which can be valid UTF-8
+    # Both can be valid UTF-8: UTF-16 without a byte order mark, and ISO-2022-JP, which switches by ESC $.
+    for sign in "\0", "\x1b$":
         if sign in text:
             place = raw.index(sign.encode())
             raise UserError(f"{source} is not UTF-8 at byte {place}; {advice}")

@@ -855,7 +855,7 @@ def test_text_that_changes_while_it_is_read_gives_no_complete_cache(corpus, monk
             data.prepare(data_config())
     assert not list(Path("cache").rglob("complete"))
     with monkeypatch.context() as patch:
-        watch(patch, data, "lines_without_ideographs", lambda *args: Path("corpus.txt").write_text("ba ku"))
+        watch(patch, data, "add_ideographs", lambda *args: Path("corpus.txt").write_text("ba ku"))
         with pytest.raises(UserError, match="the text changed while it was being read"):
             data.load_wordpiece(data_config(vocab="train:50"))
     assert not list(Path("cache").rglob("*.vocab"))
