@@ -1231,8 +1231,7 @@ def find_model(name, cache, network=None):
         folder = folder / (network or trained_network(folder))
     if (folder / "config.json").is_file():
         return folder
-    # out/small looks like OWNER/NAME, but is a run that has yet to be made.
-    is_local = name.startswith("out/") or Path(name).exists()
+    is_local = name.startswith("out/") or Path(name).exists()  # out/small: a run that was never made
     if is_local or not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name):
         place = without_secrets(name) if is_address(name) else folder
         raise UserError(f"there is no model in {place}; pre-train one with `python train.py --size small`, "
@@ -1345,7 +1344,8 @@ def read_tokenizer(folder):
     vocabularies = [read_vocab(path) for path in (vocab_path, json_path) if path.is_file()]
     if not vocabularies:
         raise UserError(f"{folder} is not a model folder: it has neither vocab.txt nor tokenizer.json")
-    if vocabularies[0] != vocabularies[-1]:
+    tokens = vocabularies[0]
+    if any(vocabulary != tokens for vocabulary in vocabularies):
         raise UserError(f"{vocab_path} and {json_path} hold different vocabularies; delete the wrong one")
     config_settings = read_tokenizer_config(config_path)
     json_settings = read_tokenizer_json(json_path)
@@ -1353,7 +1353,7 @@ def read_tokenizer(folder):
         if config_settings.get(name, value) != value:
             raise UserError(f"{config_path} and {json_path} disagree about {name}; correct the wrong one")
     settings = TOKENIZER_DEFAULTS | config_settings | json_settings
-    wordpiece = WordPiece(vocabularies[0], settings["do_lower_case"], settings["strip_accents"])
+    wordpiece = WordPiece(tokens, settings["do_lower_case"], settings["strip_accents"])
     return wordpiece, settings["model_max_length"]
 
 
@@ -1404,11 +1404,7 @@ def unsupported(path, rule):
 
 
 def find_entry(content, name):
-    """The entry of nested JSON objects at a dotted name, or None.
-
-    >>> find_entry({"model": {"type": "BPE"}}, "model.type")
-    'BPE'
-    """
+    """The entry of nested JSON objects at a dotted name such as model.type, or None."""
     for key in name.split("."):
         content = content.get(key) if isinstance(content, dict) else None
     return content
@@ -1600,15 +1596,20 @@ def download(path, address, advice, size=None, sha256=None):
             file.write(chunk)
             hasher.update(chunk)
             bar.update(len(chunk))
-        actual = hasher.hexdigest()
-        if sha256 is not None and actual != sha256:
-            raise UserError(f"{without_secrets(address)} has SHA-256 {actual} instead of {sha256}; try "
-                            f"again, or {advice}")
+        if sha256 is not None and hasher.hexdigest() != sha256:
+            raise UserError(f"{without_secrets(address)} has SHA-256 {hasher.hexdigest()} instead of "
+                            f"{sha256}; try again, or {advice}")
 
 
 def fetch(address, advice="use --data PATH or --data python-docs"):
     """Yield the bytes at an address. Errors name it, and end with `advice`."""
-    return Download(address, advice).read_all()
+    file = RemoteFile(address, advice)
+    while True:
+        try:
+            yield from file.read_rest()
+            return
+        except requests.RequestException as error:
+            file.wait_or_give_up(error)
 
 
 class NotFound(UserError):
@@ -1623,31 +1624,24 @@ class Answer(NamedTuple):
     version: str | None
 
 
-class Download:
-    """A file on its way from a server. A broken connection is resumed at the byte where it broke off."""
+class RemoteFile:
+    """A file on a server, and how far it has been read. After a broken connection, reading goes on there."""
 
     def __init__(self, address, advice):
         self.url = url_of(address)
-        self.name = without_secrets(address)  # for messages
-        self.advice = advice  # what to do without the file
+        self.name = without_secrets(address)
+        self.advice = advice
         self.position = 0  # of the next byte
-        self.first = None  # the Answer from which on bytes were read
+        self.first = None  # the Answer that began with byte 0
         self.failures = 0  # in a row
-
-    def read_all(self):
-        """Yield the bytes of the file."""
-        while True:
-            try:
-                yield from self.read_rest()
-                return
-            except requests.RequestException as error:
-                self.wait_or_give_up(error)
 
     def read_rest(self):
         """Yield the bytes from `position` on. Raises RequestException if they break off."""
         with self.request() as response:
             self.check_status(response)
             answer = self.read_headers(response)
+            if self.position == 0:
+                self.first = answer
             self.check_continuity(answer)
             for chunk in response.iter_content(1 << 14):
                 self.position += len(chunk)
@@ -1686,7 +1680,7 @@ class Download:
             raise UserError(message)
 
     def read_headers(self, response):
-        """The Answer of a response, whose body must be the bytes of the file and have an end."""
+        """The Answer of a response. Raises UserError if its body is encoded, or could be cut unnoticed."""
         headers = response.headers
         encoding = headers.get("Content-Encoding", "identity")
         if encoding != "identity":
@@ -1704,9 +1698,7 @@ class Download:
         return Answer(0, int(headers["Content-Length"]), version)
 
     def check_continuity(self, answer):
-        """Raise UserError unless an answer goes on where the last one broke off, in the same file."""
-        if self.position == 0:
-            self.first = answer
+        """Raise UserError unless an answer begins at `position` and is of the same file as the first one."""
         first = self.first
         if answer.begin != self.position:
             reason = "the server sends another part"
@@ -1725,7 +1717,7 @@ class Download:
         self.failures += 1
         reason = type(error).__name__
         is_lasting = isinstance(error, requests.TooManyRedirects) or LASTING_ERRORS.search(str(error))
-        if is_lasting and self.position == 0:
+        if is_lasting and self.position == 0:  # later, it has worked before
             raise UserError(f"{self.name} cannot be read: {reason}; check the address, or "
                             f"{self.advice}") from None
         attempts = ATTEMPTS
@@ -1765,8 +1757,8 @@ def without_secrets(name):
     scheme, separator, rest = url_of(name).partition("://")
     if not separator:
         return name
-    host = re.compile(r"(\[[^]]*\]|[^:@/?#]+)(:\d*)?([/?#]|$)")  # HOST or HOST:PORT, and how it ends
-    while "@" in rest and not host.match(rest):
+    host = r"(\[[^]]*\]|[^:@/?#]+)(:\d*)?([/?#]|$)"  # HOST or HOST:PORT, and how it ends
+    while "@" in rest and not re.match(host, rest):  # before an @ stands USER:PASSWORD, or a part of it
         rest = rest.partition("@")[2]
     return f"{scheme}://" + re.split("[?#]", rest)[0]
 
@@ -1814,7 +1806,7 @@ def write_sealed(path, content):
 
 
 def read_sealed(path, *, advice):
-    """The bytes that `write_sealed` wrote. A file that was cut, changed or renamed is refused."""
+    """The bytes that `write_sealed` wrote. A file that was cut, changed or renamed is refused with `advice`."""
     raw = path.read_bytes()
     content = raw[:-SEAL_BYTES]
     if seal(path, content) != raw[-SEAL_BYTES:]:
@@ -1840,10 +1832,7 @@ def make_once(path, make):
 
 @contextmanager
 def lock(path, message):
-    """Hold a lock, which the kernel releases when the process ends.
-
-    If another process holds it: print `message`, and wait.
-    """
+    """Hold a lock, which ends with the process. Prints `message` and waits if another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
         if not acquire(file):
@@ -1898,7 +1887,7 @@ def parse_json(text, source):
 
 
 def dict_of_unique(pairs):
-    """A dict of (key, value) pairs. json would silently drop a "text" that another one follows."""
+    """A dict of (key, value) pairs. A repeated key is refused: json would keep only its last value."""
     values = {}
     for key, value in pairs:
         if key in values:
@@ -1914,8 +1903,7 @@ def decode_utf8(raw, source):
         text = raw.decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{source} is not UTF-8 at byte {error.start}; {advice}") from None
-    # Both can be valid UTF-8: UTF-16 without a byte order mark, and ISO-2022-JP, which switches by ESC $.
-    for sign in "\0", "\x1b$":
+    for sign in "\0", "\x1b$":  # UTF-16 without its mark and ISO-2022-JP can be valid UTF-8
         if sign in text:
             place = raw.index(sign.encode())
             raise UserError(f"{source} is not UTF-8 at byte {place}; {advice}")
