@@ -1426,6 +1426,7 @@ IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000
 
 def load_wordpiece(config):
     """The WordPiece that config.vocab names: a file, BERT's, or one trained on the text."""
+    find_files(config)  # raises if one is missing, before a vocabulary is downloaded
     return WordPiece(load_vocab(config), config.do_lower_case, config.strip_accents)
 
 
@@ -1806,7 +1807,7 @@ def write_sealed(path, content):
 
 
 def read_sealed(path, *, advice):
-    """The bytes that `write_sealed` wrote. A file that was cut, changed or renamed is refused with `advice`."""
+    """The bytes that `write_sealed` wrote. One that was cut, changed or renamed is refused with `advice`."""
     raw = path.read_bytes()
     content = raw[:-SEAL_BYTES]
     if seal(path, content) != raw[-SEAL_BYTES:]:
