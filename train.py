@@ -156,16 +156,9 @@ MAY_CHANGE = {"micro_batch_size", "dtype", "device", "graph", "deterministic", "
 # The loop
 
 HELDOUT_ROWS = 1024  # the first so many held-out rows are evaluated
-FEW_ROWS = 50  # metrics of fewer held-out rows are mostly chance
 SAVE_SECONDS = 600  # a kill costs no more work than this
 # After these shares of the steps the networks are kept, for the table of score against compute of the paper.
 SNAPSHOTS = (0.01, 0.0625, 0.125, 0.25, 0.5, 0.75)
-LONG_WARMUP = 0.2  # of the run; a longer one gets a warning
-SLOW_DAYS = 14  # a run that takes longer gets one, too
-# Late in training, a network that is this bad has learned next to nothing, and gets a warning.
-LATE_STEP = 20_000  # earlier, a network may look stuck and still learn
-STUCK_SHARE = 0.97  # the discriminator's loss as a share of that of guessing the base rate
-STUCK_MLM_LOSS = 6  # guessing by word frequency alone gives about 7 with BERT's vocabulary
 
 
 def train(run):
@@ -178,103 +171,110 @@ def train(run):
     optimizer = run.optimizer
     seed = run.shards.config.seed
     take_step = make_step(config, electra, optimizer, run.scaler)
+    order = data.Order(run.shards, config.batch_size)
     snapshot_steps = {round(share * config.num_train_steps) for share in SNAPSHOTS}
     heldout = None  # read before the first evaluation
-    step = run.first_step
-    stopwatch = Stopwatch(step)
     saved_at = time.perf_counter()
-    try:
-        with stop_signals() as signals, progress_bar(config, step) as bar:
-            run.shards.signals = signals  # a signal also ends waiting for text
-            order = data.Order(run.shards, config.batch_size)
-            while step < config.num_train_steps:
-                if any_rank(bool(signals)):
-                    raise data.Stopped("")  # caught below, where the run is saved
-                is_last = step + 1 == config.num_train_steps
-                is_evaluated = is_last or (step + 1) % config.eval_every == 0
+    stopwatch = Stopwatch(run.first_step)
+    with stop_signals() as signals, progress_bar(config, run.first_step) as bar:
+        if LOCAL_RANK == 0:  # the rank that waits for text; a signal ends its waiting
+            run.shards.signals = signals
+        for step in range(run.first_step, config.num_train_steps):
+            if any_rank(bool(signals)):
+                raise stop_early(run, step, order)
+            done = step + 1  # so many steps, as soon as this one is taken
+            is_last = done == config.num_train_steps
+            is_evaluated = is_last or done % config.eval_every == 0
 
-                # Learning rate.
-                lr = learning_rate(step, config.learning_rate, config.num_train_steps,
-                                   config.num_warmup_steps)
-                for group in optimizer.param_groups:
-                    group["lr"].fill_(lr * group["lr_scale"])  # a tensor (see build_optimizer)
+            # Learning rate.
+            lr = learning_rate(step, config.learning_rate, config.num_train_steps, config.num_warmup_steps)
+            for group in optimizer.param_groups:
+                group["lr"].fill_(lr * group["lr_scale"])  # a tensor (see build_optimizer)
 
-                # Rows. This waits until the text is prepared that far, on all ranks.
+            # Rows. This waits until the text is prepared that far, on all ranks.
+            try:
                 epoch, rows = read_together(order.batch, step)
                 if is_evaluated and heldout is None:
-                    # Before the step, since waiting may end the run, and each step taken here is evaluated.
+                    # If this wait ends the run, the step is not taken. So each saved step is evaluated.
                     heldout = read_together(run.shards.heldout, HELDOUT_ROWS)
                     mlm_baseline = unigram_entropy(heldout, electra.config)
                     describe_heldout(heldout, mlm_baseline)
+            except data.Stopped as stopped:
+                raise stop_early(run, step, order, stopped.error) from None
 
-                # Step.
-                input_ids = to_device(rows, config.device)
-                uniforms = to_device(draw_uniforms(seed, "train", step, rows, electra.config), config.device)
-                seed_dropout(seed, step)
-                outputs, grad_norm = take_step(input_ids, uniforms)
-                step += 1
-                bar.update()
+            # Step.
+            input_ids = to_device(rows, config.device)
+            uniforms = to_device(draw_uniforms(seed, "train", step, rows, electra.config), config.device)
+            seed_dropout(seed, step)
+            outputs, grad_norm = take_step(input_ids, uniforms)
+            bar.update()
 
-                # Log. This waits for the device.
-                is_logged = is_evaluated or step == 1 or step % config.log_every == 0
-                if is_logged:
-                    metrics = compute_metrics(gather_outputs(outputs), input_ids)
-                    rate = round(input_ids.numel() / stopwatch.seconds_per_step(step))  # with padding
-                    run.log("train", step, epoch, lr=lr, **metrics, grad_norm=grad_norm.item(),
-                            **fp16_metrics(run.scaler, optimizer, step), tokens_per_second=rate)
-                    bar.set_description(f"loss {metrics['loss']:.3f}, {rate:,} tokens/s")
-                if step == run.first_step + 100:
-                    warn_if_slow(stopwatch.seconds_per_step(step) * (config.num_train_steps - step))
+            # Log. This waits for the device.
+            is_logged = is_evaluated or done == 1 or done % config.log_every == 0
+            if is_logged:
+                metrics = compute_metrics(gather_outputs(outputs), input_ids)
+                rate = round(input_ids.numel() / stopwatch.seconds_per_step(done))  # with padding
+                run.log("train", done, epoch, lr=lr, **metrics, grad_norm=grad_norm.item(),
+                        **fp16_metrics(run.scaler, optimizer, done), tokens_per_second=rate)
+                bar.set_description(f"loss {metrics['loss']:.3f}, {rate:,} tokens/s")
+            if done == run.first_step + 100:
+                warn_if_slow(stopwatch.seconds_per_step(done) * (config.num_train_steps - done))
 
-                # Evaluate.
-                if is_evaluated and len(heldout):
-                    metrics = compute_metrics(*evaluate(config, electra, heldout, seed))
-                    run.log("heldout", step, epoch, **metrics, unigram_entropy=mlm_baseline)
-                    tqdm.write(f"step {step}, held-out text: {describe_metrics(metrics)}")
-                    if step >= max(LATE_STEP, 2 * config.num_warmup_steps):
-                        warn_if_stuck(metrics)
+            # Evaluate.
+            if is_evaluated and len(heldout):
+                metrics = compute_metrics(*evaluate(config, electra, heldout, seed))
+                run.log("heldout", done, epoch, **metrics, unigram_entropy=mlm_baseline)
+                tqdm.write(f"step {done}, held-out text: {describe_metrics(metrics)}")
+                if done >= max(LATE_STEP, 2 * config.num_warmup_steps):
+                    warn_if_stuck(metrics)
 
-                # Save.
-                if step in snapshot_steps:
-                    run.export(step, run.path / f"step-{step}")
-                is_overdue = time.perf_counter() - saved_at > SAVE_SECONDS
-                if is_last or is_overdue or step % config.save_every == 0:
-                    run.save(step, order)
-                    saved_at = time.perf_counter()
-                if is_logged or step == run.first_step + 1:  # the first step compiles
-                    stopwatch.restart(step)
-    except data.Stopped as error:
-        if step > run.first_step:
-            run.save(step, order)
-        any_rank(False)  # waits until rank 0 has saved: torchrun ends all ranks as soon as one has ended
-        message = str(error)  # what is wrong with the text, or "" after a signal
-        if not message:
-            command = "the same command without --restart" if config.restart else "the same command"
-            message = f"stopped after step {step}; {command} resumes"
-        raise data.UserError(message) from None
+            # Save.
+            if done in snapshot_steps:
+                run.export(done, run.path / f"step-{done}")
+            is_overdue = time.perf_counter() - saved_at > SAVE_SECONDS
+            if is_last or is_overdue or done % config.save_every == 0:
+                run.save(done, order)
+                saved_at = time.perf_counter()
+            if is_logged or step == run.first_step:  # the first step compiles
+                stopwatch.restart(done)
+
+
+def stop_early(run, step, order, error=None):
+    """Save a run after `step` steps. Returns the data.UserError that ends it.
+
+    `error` says what is wrong with the text. After a signal there is none, and the message is how to resume.
+    """
+    if step > run.first_step:
+        run.save(step, order)
+    any_rank(False)  # waits until rank 0 has saved: torchrun ends all ranks as soon as one has ended
+    command = "the same command without --restart" if run.config.restart else "the same command"
+    return data.UserError(error or f"stopped after step {step}; {command} resumes")
 
 
 class Stopwatch:
-    """Measures the seconds that a step takes since the last `restart`.
+    """Measures the seconds that a step takes since the last `restart`, at least one step after it.
 
     The loop restarts it at the end of each step that is logged, and of the first, which compiles. So neither
     compiling nor evaluating counts.
     """
 
-    def __init__(self, step):
-        self.restart(step)
+    def __init__(self, done):
+        self.restart(done)
 
-    def restart(self, step):
+    def restart(self, done):
         self.started_at = time.perf_counter()
-        self.first_step = step
+        self.done_before = done
 
-    def seconds_per_step(self, step):
-        return (time.perf_counter() - self.started_at) / (step - self.first_step)
+    def seconds_per_step(self, done):
+        return (time.perf_counter() - self.started_at) / (done - self.done_before)
 
 
 def progress_bar(config, step):
     disable = True if RANK > 0 else None  # None: shown if stderr is a terminal
     return tqdm(total=config.num_train_steps, initial=step, unit=" steps", disable=disable)
+
+
+FEW_ROWS = 50  # metrics of fewer held-out rows are mostly chance
 
 
 def describe_heldout(heldout, mlm_baseline):
@@ -287,6 +287,9 @@ def describe_heldout(heldout, mlm_baseline):
                f"give an MLM loss of {mlm_baseline:.3f}")
 
 
+LONG_WARMUP = 0.2  # of the run
+
+
 def warn_if_warmup_is_long(config):
     if config.num_warmup_steps > LONG_WARMUP * config.num_train_steps:
         print(f"warning: the learning rate rises for {config.num_warmup_steps:,} of "
@@ -294,11 +297,19 @@ def warn_if_warmup_is_long(config):
               f"{config.num_train_steps // 20}")
 
 
+SLOW_DAYS = 14
+
+
 def warn_if_slow(seconds):
     days = seconds / 86_400
     if days > SLOW_DAYS:
         tqdm.write(f"at this rate the rest takes {days:.0f} days; `--size tiny` takes minutes on "
                    "a CPU, and the other sizes need a GPU")
+
+
+LATE_STEP = 20_000  # earlier, a network may look stuck and still learn
+STUCK_MLM_LOSS = 6  # guessing by word frequency alone gives about 7 with BERT's vocabulary
+STUCK_SHARE = 0.97  # of the discriminator's loss if it always guesses the base rate
 
 
 def warn_if_stuck(metrics):
@@ -512,23 +523,22 @@ def compare_ranks(run):
 
 
 def read_together(read, *args):
-    """read(*args) on every rank, where `read` blocks until text is prepared. With one process just that.
+    """read(*args) on every rank, where `read` blocks until text is prepared.
 
-    If reading stops on one rank, it stops on all: data.Stopped is raised on every rank.
+    The first rank of each machine prepares the text. It reads first, and then the others read. If one of the
+    first ranks is stopped, data.Stopped is raised on every rank.
     """
     if WORLD_SIZE == 1:
         return read(*args)
-    # The first rank of each machine prepares the text. It reads first, and the others wait for it.
-    message = None
+    stopped = None
     if LOCAL_RANK == 0:
         try:
             result = read(*args)
-        except data.Stopped as error:
-            message = str(error)
-    if any_rank(message is not None):
-        messages = [each for each in from_all_ranks(message) if each is not None]
-        raise data.Stopped(max(messages))  # that of an error, or "" if all are of signals
-    if LOCAL_RANK > 0:  # the rows are there now
+        except data.Stopped as exception:
+            stopped = exception
+    if any_rank(stopped is not None):
+        raise next(each for each in from_all_ranks(stopped) if each is not None)
+    if LOCAL_RANK > 0:
         result = read(*args)
     return result
 
