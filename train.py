@@ -12,8 +12,8 @@ slice. One sum of the gradients over the ranks makes a step.
 
 import os
 
-# GNU OpenMP threads spin at barriers. By default, a second busy process slows training down several times.
-# It must be set before torch is imported, so finetune.py imports this file first.
+# How long threads of GNU OpenMP spin at barriers. By default, a second busy process slows training down
+# several times. This must be set before torch is imported, so finetune.py imports this file first.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
@@ -44,7 +44,7 @@ import model
 
 
 def read_variable(name, default):
-    """A number that torchrun sets. -1 if it is no number, which `check_ranks` refuses."""
+    """A number that torchrun sets, or -1 for anything else, which `check_ranks` refuses."""
     try:
         return int(os.environ.get(name) or default)
     except ValueError:
@@ -128,7 +128,7 @@ class TrainConfig(StepConfig):
 
 # All that a size means. A row lists what differs from the defaults of TrainConfig, DataConfig and
 # ElectraConfig, which are those of small. `finetuning` is the peak learning rate and the layer-wise decay of
-# finetune.py. (For small, 3e-4 is the paper's peak. The official code's default is 1e-4.)
+# finetune.py.
 SIZES = {
     "tiny": dict(
         data=["python-docs"], vocab="train:2048", max_length=32, batch_size=32, num_train_steps=9000,
@@ -137,7 +137,7 @@ SIZES = {
         max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         initializer_range=0.1,  # layers this narrow need it: with 0.02 hardly any context reaches a token
         generator_size=0.5, finetuning=(3e-4, 0.8)),
-    "small": dict(finetuning=(3e-4, 0.8)),
+    "small": dict(finetuning=(3e-4, 0.8)),  # as in the paper; the official code's default is 1e-4
     "base": dict(
         max_length=512, batch_size=256, num_train_steps=766_000, learning_rate=2e-4,
         embedding_size=768, hidden_size=768, num_attention_heads=12, intermediate_size=3072,
@@ -147,7 +147,7 @@ SIZES = {
         embedding_size=1024, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
         intermediate_size=4096, mask_prob=0.25, finetuning=(5e-5, 0.9)),
 }
-# Flags that a resumed run may change. All others decide its result.
+# Flags that a resumed run may change. Some of them change its rounding (see Run.numerics).
 MAY_CHANGE = {"micro_batch_size", "dtype", "device", "graph", "deterministic", "compile", "out", "log_every",
               "eval_every", "save_every", "restart", "eval_only", "prepare_only", "show"}
 
@@ -613,9 +613,9 @@ class Run:
     networks are brought into line with it at every start.
     """
 
-    def __init__(self, config, inputs, shards, electra, record, first_step):
+    def __init__(self, config, origin, shards, electra, record, first_step):
         self.config = config
-        self.inputs = inputs
+        self.origin = origin
         self.shards = shards
         self.electra = electra
         self.optimizer = build_optimizer(electra.named_parameters(), config)
@@ -726,7 +726,7 @@ class Run:
 
     def write_checkpoint(self, step, num_shards):
         """Write all that the run needs, as built-in types and tensors."""
-        record = dict(inputs=self.inputs._asdict(), settings=self.settings,
+        record = dict(inputs=self.origin._asdict(), settings=self.settings,
                       num_shards=num_shards,  # so many shards of the text have been read
                       history=self.shards.history(num_shards))  # their hashes
         state = dict(run=record, step=step, model=self.electra.state_dict(),
@@ -1033,193 +1033,6 @@ def print_sentences(outputs, input_ids, wordpiece):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def main(argv=None):
-    config, data_config, electra_config, typed = configure(argv)
-    if config.prepare_only:
-        prepare_only(config, data_config, electra_config, typed)
-        return
-    start_ranks(config)
-    with lock_run(config):
-        run = open_run(config, data_config, electra_config, typed)
-        # The first rank of each machine prepares the text in a child process.
-        preparation = run.shards.prepare_in_child() if LOCAL_RANK == 0 else nullcontext()
-        with preparation:
-            run.check_text()  # before anything in its folder is changed
-            print(run.shards.describe())
-            if not config.eval_only:
-                was_complete = run.shards.is_complete
-                warn_if_warmup_is_long(config)
-                run.start()
-                train(run)
-                if not was_complete:  # the whole text may deserve a warning that its beginning did not
-                    print(run.shards.describe())
-            report(run)
-    if WORLD_SIZE > 1:
-        dist.destroy_process_group()
-    if not config.eval_only:
-        folders = " and ".join(str(run.path / name) for name in networks_of(run.electra))
-        max_length = run.shards.config.max_length
-        print(f"\ntransformers can load {folders}; to fine-tune:\n"
-              f"python finetune.py --model {run.path} --task mrpc --max-length {max_length}")
-
-
-def open_run(config, data_config, electra_config, typed):
-    """The run in the folder, or a new one, with its weights. A run with other settings is refused.
-
-    Nothing is written. The checkpoint is read first, since it has the vocabulary and the networks' shape.
-    """
-    record = None
-    first_step = 0
-    state = read_checkpoint(config)  # on rank 0
-    if state is not None:
-        record = state["run"]
-        first_step = state["step"]
-    record, first_step = from_rank_0((record, first_step))
-
-    inputs = find_inputs(record, config, data_config, electra_config)
-    data_config, electra_config, wordpiece = apply_inputs(inputs, data_config, electra_config, typed)
-    shards = data.GrowingShards(data_config, wordpiece)
-    torch.manual_seed(data_config.seed)
-    electra = model.Electra(electra_config).train()
-    if record is None:
-        load_init(electra, config, data_config)
-    run = Run(config, inputs, shards, electra.to(config.device), record, first_step)
-
-    compare_ranks(run)
-    if record is not None:
-        run.check_settings()
-    if state is not None:
-        run.load(state)
-    run.copy_from_rank_0()
-    return run
-
-
-def prepare_only(config, data_config, electra_config, typed):
-    """Prepare the text, and print rows of it."""
-    inputs = read_inputs(config, data_config, electra_config)
-    data_config, _, wordpiece = apply_inputs(inputs, data_config, electra_config, typed)
-    shards = data.GrowingShards(data_config, wordpiece)
-    with shards.prepare_in_child():
-        shards.wait_for_shards(math.inf)
-    print(shards.describe())
-    for row in shards.load("train", 0)[: config.show]:
-        print("\n" + wordpiece.decode(row))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What a run is made from: a vocabulary, and the weights that --init names
-
-# Fields of ElectraConfig that weights prescribe.
-SHAPE = ("embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-         "intermediate_size", "max_position_embeddings", "type_vocab_size", "layer_norm_eps")
-
-
-class Inputs(NamedTuple):
-    """What a run is made from. Its checkpoint has a copy, since the sources may change or go."""
-
-    init: list  # --init and --vocab, as they were typed
-    vocab: str
-    tokens: list  # the vocabulary, in the order of the ids
-    shape: dict  # fields of ElectraConfig that the weights of --init prescribe
-    rules: dict  # fields of DataConfig that they prescribe: those for case and accents
-
-
-def find_inputs(record, config, data_config, electra_config):
-    """The Inputs of a run, from the record in its checkpoint. For a new run, those that the flags name.
-
-    If --init or --vocab have changed, the flags count, and `Run.check_settings` finds what differs. A
-    vocabulary file is always read again, since it may have changed, too.
-    """
-    if record is not None:
-        inputs = Inputs(**record["inputs"])
-        is_same = inputs.init == list(config.init) and inputs.vocab == data_config.vocab
-        if is_same and not Path(data_config.vocab).is_file():
-            return inputs
-    return read_inputs(config, data_config, electra_config)
-
-
-def read_inputs(config, data_config, electra_config):
-    """The Inputs that the flags name."""
-    init = list(config.init)
-    vocab = data_config.vocab
-    if not init:
-        return Inputs(init, vocab, data.load_wordpiece(data_config).tokens, shape={}, rules={})
-    folders = list(find_init(config, data_config, electra_config).values())
-    wordpieces = [data.read_tokenizer(folder)[0] for folder in folders]
-    tokenizations = {(each.sha256, each.do_lower_case, each.strip_accents) for each in wordpieces}
-    if len(tokenizations) > 1:
-        raise data.UserError(f"{folders[0]} and {folders[1]} have different vocabularies, or rules for case")
-    configs = [model.load_config(folder) for folder in folders]
-    shape = {name: getattr(configs[0], name) for name in SHAPE}
-    if len(folders) == 2:
-        shape["generator_size"] = configs[1].hidden_size / configs[0].hidden_size
-    wordpiece = wordpieces[0]
-    rules = dict(do_lower_case=wordpiece.do_lower_case, strip_accents=wordpiece.strip_accents)
-    return Inputs(init, vocab, wordpiece.tokens, shape, rules)
-
-
-def find_init(config, data_config, electra_config):
-    """{"discriminator": folder, "generator": folder} of --init, or one of them."""
-    first, *more = config.init
-    if electra_config.objective == "mlm":
-        if more:
-            raise data.UserError("--objective mlm has no discriminator; --init takes one folder")
-        names = {"generator": first}
-    else:
-        names = {"discriminator": first}
-        if more:
-            names["generator"] = more[0]
-        elif Path(first, "generator").is_dir():  # a run, which has both networks
-            names["generator"] = first
-    folders = {}
-    for network, name in names.items():
-        folders[network] = data.find_model(name, data_config.cache, network).resolve()
-        if config.run_path.resolve() in folders[network].parents:
-            raise data.UserError("--init names the run that would be overwritten; use another --out")
-    return folders
-
-
-def apply_inputs(inputs, data_config, electra_config, typed):
-    """(DataConfig, ElectraConfig, WordPiece) of a run that is made from these inputs."""
-    prescribed = typed & {"vocab", *inputs.shape, *inputs.rules}
-    if inputs.init and prescribed:
-        raise data.UserError(f"--init prescribes {', '.join(sorted(prescribed))}; leave these flags out")
-    data_config = replace(data_config, **inputs.rules)
-    wordpiece = data.WordPiece(inputs.tokens, data_config.do_lower_case, data_config.strip_accents)
-    electra_config = replace(
-        electra_config, **inputs.shape, vocab_size=len(wordpiece.tokens),
-        cls_token_id=wordpiece.cls_token_id, sep_token_id=wordpiece.sep_token_id,
-        mask_token_id=wordpiece.mask_token_id)
-    positions = electra_config.max_position_embeddings
-    if data_config.max_length > positions:
-        raise data.UserError(f"max_length {data_config.max_length} is beyond the model's {positions} "
-                             "positions; lower it, or raise --max-position-embeddings too")
-    return data_config, electra_config, wordpiece
-
-
-def load_init(electra, config, data_config):
-    """Fill the networks from the folders of --init, if it was given."""
-    if not config.init:
-        return
-    networks = networks_of(electra)
-    folders = find_init(config, data_config, electra.config)
-    if len(folders) < len(networks):
-        print("--init names no generator, so one starts from random weights; until it has learned, its "
-              "samples are easy to tell and teach the discriminator little")
-    if "generator" in folders:
-        model.load_weights(networks["generator"], folders["generator"])
-    if "discriminator" in folders:  # last, so that its embeddings stay, which both networks share
-        table = electra.generator.encoder.embeddings.word_embeddings.weight
-        table_of_generator = table.clone()
-        model.load_weights(networks["discriminator"], folders["discriminator"])
-        if "generator" in folders and not torch.equal(table, table_of_generator):
-            print("the two folders of --init have different embeddings; the discriminator's are used")
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Flags
 
 # torch 2.6 was seen to compile wrong gradients of embeddings on a CPU, and 2.11 to be right. Comparisons with
@@ -1230,11 +1043,11 @@ COMPILES_SINCE = "2.11"
 def configure(argv):
     """The three configs of a command line, with every automatic value filled in, and the flags typed.
 
-    It also sets up torch for them.
+    The flags typed are a set of field names. Torch is set up for the configs, too.
     """
     description = "Pre-train ELECTRA. After a stop or a kill the same command resumes."
-    configs, typed = parse(argv, description, (TrainConfig, data.DataConfig, model.ElectraConfig), SIZES)
-    config, data_config, electra_config = configs
+    (config, data_config, electra_config), typed_flags = parse(
+        argv, description, (TrainConfig, data.DataConfig, model.ElectraConfig), SIZES)
     refuse_output_in_text(config, data_config)
     config = resolve_device(config)
     if config.size == "tiny" and config.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -1246,7 +1059,7 @@ def configure(argv):
     if config.compile and config.device == "cpu" and torch.__version__ < COMPILES_SINCE:
         raise data.UserError(f"torch {torch.__version__} may compile wrong gradients of embeddings on a CPU; "
                              f"leave out --compile, or use torch {COMPILES_SINCE} or later")
-    return config, data_config, electra_config, typed
+    return config, data_config, electra_config, typed_flags
 
 
 def refuse_output_in_text(config, data_config):
@@ -1265,12 +1078,11 @@ def compiles_by_default(config):
 
 
 def parse(argv, description, config_classes, sizes):
-    """A config of each class from the command line, and the names of what was typed.
+    """A config of each class from the command line, and the set of the fields whose flags were typed.
 
-    A field whose type is annotated with a text is a flag, and the text is its help. Flags that were not typed
-    take the value in the size's row of `sizes`, or else the default.
+    A field whose type is annotated with a text is a flag, and the text is its help. A flag that was not typed
+    has its value in the size's row of `sizes`, or else its default.
     """
-    check_ranks()
     parser = argparse.ArgumentParser(description=description, usage="%(prog)s [--FLAG VALUE ...]",
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS,
                                      exit_on_error=False)
@@ -1287,9 +1099,8 @@ def parse(argv, description, config_classes, sizes):
     if unknown:
         raise data.UserError(f"there is no {' '.join(unknown)}; --help lists the flags")
     typed = vars(arguments)
-    size = typed.get("size", TrainConfig.size)
-    values = sizes.get(size, {}) | typed
-    configs = [make_config(config_class, values) for config_class in config_classes]
+    row = sizes.get(typed.get("size", TrainConfig.size), {})  # TrainConfig refuses an unknown size
+    configs = [make_config(config_class, row | typed) for config_class in config_classes]
     return configs, typed.keys()
 
 
@@ -1302,15 +1113,16 @@ def make_config(config_class, values):
 
 
 def add_flag(group, field, sizes):
-    """Make a field a flag. The help ends with its default, and those of sizes that differ."""
+    """Make a field a flag. Its help ends with its defaults: "peak learning rate (0.0005; tiny: 0.001)"."""
     kind, text, *_ = get_args(field.type)
-    defaults = [format_default(field.default)]
+    defaults = []
+    if field.default not in (None, "", ()):
+        defaults.append(format_default(field.default))
     for size, row in sizes.items():
         if field.name in row:
             defaults.append(f"{size}: {format_default(row[field.name])}")
-    shown = "; ".join(default for default in defaults if default)
-    if shown:
-        text = f"{text} ({shown})"
+    if defaults:
+        text = f"{text} ({'; '.join(defaults)})"
     options = dict(help=text.replace("%", "%%"))
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction  # adds --no-FLAG
@@ -1322,12 +1134,12 @@ def add_flag(group, field, sizes):
 
 
 def format_default(default):
-    """A default as --help shows it: nothing if there is none."""
+    """A default as --help shows it."""
     if isinstance(default, bool):
         return "on" if default else "off"
     if isinstance(default, list | tuple):
         return " ".join(default)
-    return "" if default is None else str(default)
+    return str(default)
 
 
 def resolve_device(config):
@@ -1390,7 +1202,201 @@ def compute_deterministically():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The command: what it prints, and its exit status
+# What a run is made from: a vocabulary, and the weights that --init names
+
+# Fields of ElectraConfig that weights prescribe.
+SHAPE = ("embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+         "intermediate_size", "max_position_embeddings", "type_vocab_size", "layer_norm_eps")
+
+
+class Origin(NamedTuple):
+    """What a run is made from. Its checkpoint has a copy, since the folders and files may change or go."""
+
+    init: list  # --init, as it was typed
+    vocab: str  # --vocab, as it was typed
+    tokens: list  # the vocabulary, in the order of the ids
+    shape: dict  # fields of ElectraConfig that the weights of --init prescribe
+    rules: dict  # fields of DataConfig that they prescribe: those for case and accents
+
+
+def saved_origin(record, config, data_config):
+    """The Origin in the record of a checkpoint. None if it must be read anew.
+
+    If --init or --vocab have changed, the new one is read, and `Run.check_settings` finds what differs.
+    """
+    origin = Origin(**record["inputs"])
+    if origin.init != list(config.init) or origin.vocab != data_config.vocab:
+        return None
+    if Path(data_config.vocab).is_file():  # it may have changed, too
+        return None
+    return origin
+
+
+def read_origin(config, data_config, init_folders):
+    """The Origin that --vocab or the folders of --init are."""
+    init = list(config.init)
+    vocab = data_config.vocab
+    if not init:
+        return Origin(init, vocab, data.load_wordpiece(data_config).tokens, shape={}, rules={})
+    folders = list(init_folders.values())
+    wordpieces = [data.read_tokenizer(folder)[0] for folder in folders]
+    tokenizations = {(each.sha256, each.do_lower_case, each.strip_accents) for each in wordpieces}
+    if len(tokenizations) > 1:
+        raise data.UserError(f"{folders[0]} and {folders[1]} have different vocabularies, or rules for case")
+    configs = [model.load_config(folder) for folder in folders]
+    shape = {name: getattr(configs[0], name) for name in SHAPE}
+    if len(folders) == 2:
+        shape["generator_size"] = configs[1].hidden_size / configs[0].hidden_size
+    wordpiece = wordpieces[0]
+    rules = dict(do_lower_case=wordpiece.do_lower_case, strip_accents=wordpiece.strip_accents)
+    return Origin(init, vocab, wordpiece.tokens, shape, rules)
+
+
+def find_init_folders(config, data_config, electra_config):
+    """The folders of --init by the networks that start from them: "discriminator", "generator" or both.
+
+    Without --init there are none.
+    """
+    if not config.init:
+        return {}
+    first, *more = config.init
+    if electra_config.objective == "mlm":
+        if more:
+            raise data.UserError("--objective mlm has no discriminator; --init takes one folder")
+        names = {"generator": first}
+    else:
+        names = {"discriminator": first}
+        if more:
+            names["generator"] = more[0]
+        elif Path(first, "generator").is_dir():  # a run, which has both networks
+            names["generator"] = first
+    folders = {}
+    for network, name in names.items():
+        folders[network] = data.find_model(name, data_config.cache, network).resolve()
+        if config.run_path.resolve() in folders[network].parents:
+            raise data.UserError("--init names the run that would be overwritten; use another --out")
+    return folders
+
+
+def apply_origin(origin, data_config, electra_config, typed_flags):
+    """The DataConfig, the ElectraConfig and the WordPiece of a run with this Origin."""
+    prescribed = {"vocab", *origin.shape, *origin.rules}
+    conflicts = sorted(typed_flags & prescribed)
+    if origin.init and conflicts:
+        raise data.UserError(f"--init prescribes {', '.join(conflicts)}; leave these flags out")
+    data_config = replace(data_config, **origin.rules)
+    wordpiece = data.WordPiece(origin.tokens, data_config.do_lower_case, data_config.strip_accents)
+    electra_config = replace(
+        electra_config, **origin.shape, vocab_size=len(wordpiece.tokens),
+        cls_token_id=wordpiece.cls_token_id, sep_token_id=wordpiece.sep_token_id,
+        mask_token_id=wordpiece.mask_token_id)
+    positions = electra_config.max_position_embeddings
+    if data_config.max_length > positions:
+        raise data.UserError(f"max_length {data_config.max_length} is beyond the model's {positions} "
+                             "positions; lower it, or raise --max-position-embeddings too")
+    return data_config, electra_config, wordpiece
+
+
+def load_init_weights(electra, init_folders):
+    """Fill the networks that have a folder of --init."""
+    networks = networks_of(electra)
+    if len(init_folders) < len(networks):
+        print("--init names no generator, so one starts from random weights; until it has learned, its "
+              "samples are easy to tell and teach the discriminator little")
+    if "generator" in init_folders:
+        model.load_weights(networks["generator"], init_folders["generator"])
+    if "discriminator" in init_folders:  # last, so that its embeddings stay, which both networks share
+        table = electra.generator.encoder.embeddings.word_embeddings.weight
+        table_of_generator = table.clone()
+        model.load_weights(networks["discriminator"], init_folders["discriminator"])
+        if "generator" in init_folders and not torch.equal(table, table_of_generator):
+            print("the two folders of --init have different embeddings; the discriminator's are used")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def main(argv=None):
+    check_ranks()
+    config, data_config, electra_config, typed_flags = configure(argv)
+    if config.prepare_only:
+        prepare_only(config, data_config, electra_config, typed_flags)
+        return
+    start_ranks(config)
+    with lock_run(config):
+        run = open_run(config, data_config, electra_config, typed_flags)
+        # The first rank of each machine prepares the text in a child process.
+        preparation = run.shards.prepare_in_child() if LOCAL_RANK == 0 else nullcontext()
+        with preparation:
+            run.check_text()  # before anything in its folder is changed
+            print(run.shards.describe())
+            if not config.eval_only:
+                was_complete = run.shards.is_complete
+                warn_if_warmup_is_long(config)
+                run.start()
+                train(run)
+                if not was_complete:  # the whole text may deserve a warning that its beginning did not
+                    print(run.shards.describe())
+            report(run)
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+    if not config.eval_only:
+        folders = " and ".join(str(run.path / name) for name in networks_of(run.electra))
+        max_length = run.shards.config.max_length
+        print(f"\ntransformers can load {folders}; to fine-tune:\n"
+              f"python finetune.py --model {run.path} --task mrpc --max-length {max_length}")
+
+
+def open_run(config, data_config, electra_config, typed_flags):
+    """The run in the folder, or a new one, with its weights. A run with other settings is refused.
+
+    Nothing is written. The checkpoint is read first, since it has the vocabulary and the networks' shape.
+    """
+    record = None
+    first_step = 0
+    state = read_checkpoint(config)  # on rank 0
+    if state is not None:
+        record = state["run"]
+        first_step = state["step"]
+    record, first_step = from_rank_0((record, first_step))
+    is_new = record is None
+
+    origin = None if is_new else saved_origin(record, config, data_config)
+    if origin is None:
+        init_folders = find_init_folders(config, data_config, electra_config)
+        origin = read_origin(config, data_config, init_folders)
+    data_config, electra_config, wordpiece = apply_origin(origin, data_config, electra_config, typed_flags)
+    shards = data.GrowingShards(data_config, wordpiece)
+    torch.manual_seed(data_config.seed)
+    electra = model.Electra(electra_config).train()
+    if is_new and config.init:
+        load_init_weights(electra, init_folders)
+    run = Run(config, origin, shards, electra.to(config.device), record, first_step)
+
+    compare_ranks(run)
+    if not is_new:
+        run.check_settings()
+    if state is not None:
+        run.load(state)
+    run.copy_from_rank_0()
+    return run
+
+
+def prepare_only(config, data_config, electra_config, typed_flags):
+    """Prepare the text, and print rows of it."""
+    origin = read_origin(config, data_config, find_init_folders(config, data_config, electra_config))
+    data_config, _, wordpiece = apply_origin(origin, data_config, electra_config, typed_flags)
+    shards = data.GrowingShards(data_config, wordpiece)
+    with shards.prepare_in_child():
+        shards.wait_for_shards(math.inf)  # all
+    print(shards.describe())
+    for row in shards.load("train", 0)[: config.show]:
+        print("\n" + wordpiece.decode(row))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a command prints, and its exit status
 
 
 def run_command(main):
@@ -1402,17 +1408,19 @@ def run_command(main):
         return 0
     except (data.UserError, model.ModelError) as error:
         print(error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)
         return 130
     except OSError as error:
         print_system_error(error)
+        return 1
     except RuntimeError as error:
         if "by peer" not in str(error):
             raise
         # torch.distributed: "Connection closed by peer". The other rank prints why it has ended.
         print(f"rank {RANK} stops because another one has", file=sys.stderr)
-    return 1
+        return 1
 
 
 def set_up_output():
@@ -1421,26 +1429,37 @@ def set_up_output():
         sys.stdout = open(os.devnull, "w")
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not in a notebook
-            # Files and pipes get UTF-8. A terminal may not know every character.
-            encoding = stream.encoding if stream.isatty() else "utf-8"
-            stream.reconfigure(encoding=encoding, errors="replace")
+    for stream in sys.stdout, sys.stderr:
+        if not isinstance(stream, io.TextIOWrapper):  # in a notebook
+            continue
+        stream.reconfigure(errors="replace")  # a terminal may not know every character
+        if not stream.isatty():
+            stream.reconfigure(encoding="utf-8")
 
 
 def print_system_error(error):
     """Print an OSError, for example of a full disk, with its file or the function that it comes from."""
-    where = ""
-    if not error.filename:
+    is_output_taken = flush_output()
+    if isinstance(error, BrokenPipeError):  # `| head` has read enough
+        return
+    if not is_output_taken:
+        where = " in standard output"
+    elif error.filename:
+        where = ""  # it is in the error's own text
+    else:
         where = f" in {traceback.extract_tb(error.__traceback__)[-1].name}"
+    print(f"{error}{where}; fix that, and the same command resumes", file=sys.stderr)
+
+
+def flush_output():
+    """Flush standard output. If it takes no more: discard the rest, and return False."""
     try:
         sys.stdout.flush()
     except OSError:
-        where = " in standard output"
-        # Discard what it did not take. Else Python reports the error again at exit.
+        # Python would try again at exit, and print the error a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if not isinstance(error, BrokenPipeError):  # `| head` has read enough
-        print(f"{error}{where}; fix that, and the same command resumes", file=sys.stderr)
+        return False
+    return True
 
 
 if __name__ == "__main__":
