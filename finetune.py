@@ -401,7 +401,7 @@ class Finetuner:
         torch.manual_seed(int(data.rng(seed, f"{self.experiment.task.name} classifier").integers(2**63)))
         self.network.load_state_dict(self.pretrained_network().state_dict())
         self.network.train()
-        train.reset_moments(self.optimizer)
+        train.reset_optimizer(self.optimizer)
         self.scaler.load_state_dict(self.scaler_state)
 
     def pretrained_network(self):

@@ -274,7 +274,13 @@ def progress_bar(config, step):
     return tqdm(total=config.num_train_steps, initial=step, unit=" steps", disable=disable)
 
 
+# What gets a warning.
 FEW_ROWS = 50  # metrics of fewer held-out rows are mostly chance
+LONG_WARMUP = 0.2  # of the run
+SLOW_DAYS = 14
+LATE_STEP = 20_000  # earlier, a network may look stuck and still learn
+STUCK_MLM_LOSS = 6  # guessing by word frequency alone gives about 7 with BERT's vocabulary
+STUCK_SHARE = 0.97  # of the discriminator's loss if it always guesses the base rate
 
 
 def describe_heldout(heldout, mlm_baseline):
@@ -287,9 +293,6 @@ def describe_heldout(heldout, mlm_baseline):
                f"give an MLM loss of {mlm_baseline:.3f}")
 
 
-LONG_WARMUP = 0.2  # of the run
-
-
 def warn_if_warmup_is_long(config):
     if config.num_warmup_steps > LONG_WARMUP * config.num_train_steps:
         print(f"warning: the learning rate rises for {config.num_warmup_steps:,} of "
@@ -297,19 +300,11 @@ def warn_if_warmup_is_long(config):
               f"{config.num_train_steps // 20}")
 
 
-SLOW_DAYS = 14
-
-
 def warn_if_slow(seconds):
     days = seconds / 86_400
     if days > SLOW_DAYS:
         tqdm.write(f"at this rate the rest takes {days:.0f} days; `--size tiny` takes minutes on "
                    "a CPU, and the other sizes need a GPU")
-
-
-LATE_STEP = 20_000  # earlier, a network may look stuck and still learn
-STUCK_MLM_LOSS = 6  # guessing by word frequency alone gives about 7 with BERT's vocabulary
-STUCK_SHARE = 0.97  # of the discriminator's loss if it always guesses the base rate
 
 
 def warn_if_stuck(metrics):
@@ -379,9 +374,10 @@ def make_step(config, electra, optimizer, scaler):
         # Counts of the whole batch, so that gradients of micro-batches add up to its gradient.
         counts = model.loss_counts(input_ids, electra.config)
         outputs = []
-        for ids, draws in micro_batches(input_ids[mine], uniforms[mine], config.micro_batch_size):
+        for micro_ids, micro_uniforms in micro_batches(
+                input_ids[mine], uniforms[mine], config.micro_batch_size):
             with autocast(config):
-                output = forward(ids, draws, counts)
+                output = forward(micro_ids, micro_uniforms, counts)
             scaler.scale(output.loss).backward()
             outputs.append(output._replace(loss=output.loss.detach()))  # keep the number, drop the graph
         add_up_gradients(electra)
@@ -409,8 +405,8 @@ def evaluate(config, electra, rows, seed):
     outputs = []
     electra.eval()
     with autocast(config):
-        for ids, draws in micro_batches(input_ids, uniforms, config.micro_batch_size):
-            outputs.append(electra(ids, draws, counts))
+        for micro_ids, micro_uniforms in micro_batches(input_ids, uniforms, config.micro_batch_size):
+            outputs.append(electra(micro_ids, micro_uniforms, counts))
     electra.train()
     return outputs, input_ids
 
@@ -433,10 +429,11 @@ class CudaGraphs:
     """A function of tensors on a GPU whose kernels are launched all at once, as a CUDA graph, for each shape.
 
     For a small network, launching a kernel takes longer than running it. The first calls of a shape run as
-    they are. The next one captures the function's kernels without running them, and from then on they are
-    replayed. Each replay writes its results into the same tensors. What the function reads besides its
-    inputs, such as weights and learning rates, must be changed in place. Dropout in a replay draws from
-    torch's generator as it is seeded at that time.
+    they are. The next one captures the function's kernels without running them. From then on they are
+    replayed, and each replay writes its results into the same tensors.
+
+    What the function reads besides its inputs, such as weights and learning rates, must be changed in place.
+    Dropout in a replay draws from torch's generator as it is seeded at that time.
     """
 
     def __init__(self, function):
@@ -450,10 +447,11 @@ class CudaGraphs:
         shapes = tuple(tensor.shape for tensor in inputs)
         self.num_calls[shapes] += 1
         if self.num_calls[shapes] <= WARM_UP_CALLS:
-            return self.call(inputs)
+            return self.run_eagerly(inputs)
         if shapes not in self.graphs:
+            static_inputs = [tensor.clone() for tensor in inputs]
             try:
-                self.graphs[shapes] = self.capture([tensor.clone() for tensor in inputs])
+                self.graphs[shapes] = static_inputs, self.capture(static_inputs)
             except RuntimeError as error:
                 # torch's generator on the GPU is unusable after a failed capture, so the run ends.
                 reason = str(error).partition("\n")[0]
@@ -464,7 +462,7 @@ class CudaGraphs:
             static.copy_(new)
         return replay()
 
-    def call(self, inputs):
+    def run_eagerly(self, inputs):
         """Call the function as it is, on the stream of the captures, as torch's notes ask for."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -473,10 +471,7 @@ class CudaGraphs:
         return results
 
     def capture(self, inputs):
-        """Record the function on these tensors: (inputs, replay).
-
-        To call it, copy into the inputs and call replay().
-        """
+        """Record the function on these tensors. Returns replay(), which runs it on what they hold by then."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             results = self.function(*inputs)
@@ -485,7 +480,7 @@ class CudaGraphs:
             graph.replay()
             return results
 
-        return inputs, replay
+        return replay
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -589,8 +584,8 @@ def from_all_ranks(value):
 # ------------------------------------------------------------------------------------------------------------
 # A run and its folder
 
-MIN_LOSS_SCALE = 1e-4  # of fp16; below it every step has overflowed for long
-# What `write_network` writes. Without a config.json, a folder is no network.
+MIN_LOSS_SCALE = 1e-4  # an fp16 scale below this: every step for a long time has overflowed
+# What `write_network` writes. --restart deletes config.json first: without it, a folder is no network.
 NETWORK_FILES = ("config.json", "tokenizer_config.json", "vocab.txt", "model.safetensors")
 
 
@@ -625,7 +620,7 @@ class Run:
         self.path = config.run_path
         self.checkpoint = self.path / "checkpoint.pt"
         self.log_path = self.path / "log.jsonl"
-        everything = asdict(config) | asdict(electra.config) | shards.row_settings
+        everything = asdict(config) | asdict(electra.config) | shards.row_settings  # flags that decide rows
         self.settings = {name: value for name, value in everything.items() if name not in MAY_CHANGE}
         # These change rounding and dropout. A resumed run may have others, so they are logged.
         self.numerics = dict(device=config.device, dtype=config.dtype, compile=config.compile,
@@ -672,8 +667,7 @@ class Run:
         if self.first_step > 0:
             self.export(self.first_step, self.path)
         if self.first_step == self.config.num_train_steps:
-            print(f"all {self.first_step} steps are done already; after a change of the code, use another "
-                  "--out")
+            print(f"all {self.first_step} steps are done; to train again, use --restart or another --out")
         elif self.record is not None:
             print(f"resuming after step {self.first_step} of {self.config.num_train_steps}")
 
@@ -682,13 +676,13 @@ class Run:
         lines = self.log_path.read_bytes().splitlines() if self.log_path.exists() else []
         entries = []
         for line in lines:
-            with suppress(LookupError, TypeError, ValueError):  # a line that is damaged, or has no step
+            with suppress(data.UserError):  # a damaged line is left out
                 entry = data.parse_json(line, self.log_path)
-                if entry["step"] <= self.first_step:
+                if entry.get("step", math.inf) <= self.first_step:  # the settings have no step
                     entries.append(entry)
         logged_numerics = [entry["numerics"] for entry in entries if "numerics" in entry]
         if not logged_numerics or logged_numerics[-1] != self.numerics:
-            entries.append(dict(step=self.first_step + 1, numerics=self.numerics))
+            entries.append(dict(step=self.first_step + 1, numerics=self.numerics))  # from the next step on
         with data.atomic_write(self.log_path) as file:
             for entry in [dict(settings=self.settings), *entries]:
                 file.write(json.dumps(entry).encode() + b"\n")
@@ -738,9 +732,8 @@ class Run:
     def load(self, state):
         """Load the networks and the optimizer of a checkpoint, as `read_checkpoint` returned it."""
         self.electra.load_state_dict(state["model"])
-        # Load the moments only. The groups stay, since their learning rates are tensors on this device.
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict(state["optimizer"] | dict(param_groups=groups))
+        groups = self.optimizer.state_dict()["param_groups"]  # they stay: their rates are on this device
+        self.optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=groups))
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
 
@@ -783,7 +776,8 @@ def read_checkpoint(config):
 def written_files(path):
     """Yield the files that a run may have written in its folder, apart from its checkpoint."""
     snapshots = [folder for folder in path.glob("step-*")
-                 if re.fullmatch(r"step-\d+", folder.name) and not folder.is_symlink()]
+                 if re.fullmatch(r"step-\d+", folder.name)
+                 and not folder.is_symlink()]  # which may lead to another run
     for parent in [path, *snapshots]:
         for network in ("generator", "discriminator"):
             for name in NETWORK_FILES:
@@ -794,10 +788,10 @@ def written_files(path):
 def write_network(folder, network, wordpiece, max_length, **more):
     """Write a network and its tokenizer as a folder that transformers can load.
 
-    Each file is replaced at once, and the weights are the only one that changes in a run. So a reader finds a
-    whole network at any time.
+    Each file is replaced atomically, and in a run only the weights change. So the network can be read at any
+    time.
     """
-    (folder / "tokenizer.json").unlink(missing_ok=True)  # another program's, which would outweigh these files
+    (folder / "tokenizer.json").unlink(missing_ok=True)  # transformers would prefer it to these files
     files = wordpiece.files(max_length) | model.pretrained_files(network, **more)
     for name, content in files.items():
         path = folder / name
@@ -819,31 +813,31 @@ def networks_of(electra):
 FIRST_ADAM_STEP = 1_000_000  # so late that Adam has no bias left to correct
 
 
-def build_optimizer(parameters, config, lr_scale=None):
+def build_optimizer(parameters, config, lr_scale_of=None):
     """torch's AdamW as the official Adam, which does not correct the bias of its moments. [D24]
 
     AdamW corrects it by dividing by 1 - beta^step. Steps are counted from FIRST_ADAM_STEP, where that is 1 to
     the last bit. So the update is exactly the official one, and the fused kernel can be used. `parameters`
-    are (name, parameter) pairs, and `lr_scale(name)` is a parameter's share of the learning rate.
+    are (name, parameter) pairs, and `lr_scale_of(name)` is a parameter's share of the learning rate.
     """
-    groups = {}
+    members = {}  # of the groups, by weight decay and share
     for name, parameter in parameters:
         decay = config.weight_decay if parameter.ndim > 1 else 0.0  # [D25] not of LayerNorms and biases
-        scale = lr_scale(name) if lr_scale else 1.0
-        groups.setdefault((decay, scale), []).append(parameter)
-    # Rates are tensors on the device, for a CUDA graph to read.
+        lr_scale = lr_scale_of(name) if lr_scale_of else 1.0
+        members.setdefault((decay, lr_scale), []).append(parameter)
+    groups = []
+    for (decay, lr_scale), params in members.items():
+        lr = torch.zeros((), device=params[0].device)  # a tensor, for a CUDA graph to read
+        groups.append(dict(params=params, lr=lr, lr_scale=lr_scale, weight_decay=decay))
     optimizer = torch.optim.AdamW(
-        [dict(weight_decay=decay, lr_scale=scale, params=members,
-              lr=torch.zeros((), device=members[0].device))
-         for (decay, scale), members in groups.items()],
-        betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon, fused=True,
+        groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon, fused=True,
         capturable=config.device.startswith("cuda"))
-    reset_moments(optimizer)
+    reset_optimizer(optimizer)
     return optimizer
 
 
-def reset_moments(optimizer):
-    """Set the moments to 0, in place if they exist, since a CUDA graph may hold their addresses."""
+def reset_optimizer(optimizer):
+    """Give Adam the state of its first step, in place if there is one: a CUDA graph may hold its address."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
@@ -1000,36 +994,35 @@ def choose_readable(rows, wordpiece):
 
 def print_sentences(outputs, input_ids, wordpiece):
     """Print rows: what was predicted, what the generator put there, and what the discriminator flagged."""
+    print(LEGEND)
     corrupted_ids = concatenate(outputs, "corrupted_ids")
     is_replaced = concatenate(outputs, "is_replaced")
     is_predicted = torch.zeros_like(is_replaced).scatter(
         1, concatenate(outputs, "positions"), concatenate(outputs, "is_used"))
-    print(LEGEND)
-    if outputs[0].disc_logits is None:
-        is_flagged = torch.zeros_like(is_replaced)
-        verdicts = {False: ""}
-    else:
+    is_flagged = torch.zeros_like(is_replaced)
+    has_discriminator = outputs[0].disc_logits is not None
+    if has_discriminator:
         print(DISCRIMINATOR_LEGEND)
         logits = concatenate(outputs, "disc_logits")
         descending = logits[input_ids != 0].sort(descending=True).values
-        is_flagged = logits > descending[is_replaced.sum()]  # as many as were replaced
-        verdicts = {True: " ✓", False: " ✗"}
-    tensors = (input_ids, corrupted_ids, is_predicted, is_flagged)
-    for row in zip(*[tensor[:, :SHOWN_TOKENS].tolist() for tensor in tensors], strict=True):
+        highest_unflagged = descending[is_replaced.sum()]
+        is_flagged = logits > highest_unflagged
+    for row, ids in enumerate(input_ids):
         words = []
-        for original, seen, predicted, flagged in zip(*row, strict=True):
-            if original == 0:  # [PAD]
-                break
+        for place, original in enumerate(ids[ids != 0][:SHOWN_TOKENS]):
             word = wordpiece.tokens[original]
-            if seen != original:
-                word = f"[{word}→{wordpiece.tokens[seen]}{verdicts[flagged]}]"
-            elif flagged:
+            if is_replaced[row, place]:
+                word = f"{word}→{wordpiece.tokens[corrupted_ids[row, place]]}"
+                if has_discriminator:
+                    word += " ✓" if is_flagged[row, place] else " ✗"
+                word = f"[{word}]"
+            elif is_flagged[row, place]:
                 word = f"[{word} !]"
-            elif predicted:
+            elif is_predicted[row, place]:
                 word = f"[{word} =]"
             words.append(word)
-        text = " ".join(words)
-        print("\n" + re.sub(r"(?<!\]) ##", "", text))  # joins word pieces, unless the first one is marked
+        # Joins "un ##related", but not "[un =] ##related".
+        print("\n" + re.sub(r"(?<!\]) ##", "", " ".join(words)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1353,13 +1346,8 @@ def open_run(config, data_config, electra_config, typed_flags):
 
     Nothing is written. The checkpoint is read first, since it has the vocabulary and the networks' shape.
     """
-    record = None
-    first_step = 0
-    state = read_checkpoint(config)  # on rank 0
-    if state is not None:
-        record = state["run"]
-        first_step = state["step"]
-    record, first_step = from_rank_0((record, first_step))
+    state = read_checkpoint(config)  # on rank 0; the others need only two parts of it
+    record, first_step = from_rank_0((state["run"], state["step"]) if state else (None, 0))
     is_new = record is None
 
     origin = None if is_new else saved_origin(record, config, data_config)
