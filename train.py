@@ -44,7 +44,7 @@ import model
 
 
 def read_variable(name, default):
-    """A number that torchrun sets, or -1 for anything else, which `check_ranks` refuses."""
+    """A number that torchrun sets, or -1 for anything else, which `main` refuses."""
     try:
         return int(os.environ.get(name) or default)
     except ValueError:
@@ -54,11 +54,6 @@ def read_variable(name, default):
 RANK = read_variable("RANK", default=0)  # the number of this process
 LOCAL_RANK = read_variable("LOCAL_RANK", default=0)  # its number on this machine
 WORLD_SIZE = read_variable("WORLD_SIZE", default=1)  # how many processes there are
-
-
-def check_ranks():
-    if not 0 <= LOCAL_RANK <= RANK < WORLD_SIZE:
-        raise torchrun_error()
 
 
 def torchrun_error():
@@ -127,8 +122,7 @@ class TrainConfig(StepConfig):
 
 
 # All that a size means. A row lists what differs from the defaults of TrainConfig, DataConfig and
-# ElectraConfig, which are those of small. `finetuning` is the peak learning rate and the layer-wise decay of
-# finetune.py.
+# ElectraConfig, which are those of small. `finetuning` is finetune.py's learning rate and layer-wise decay.
 SIZES = {
     "tiny": dict(
         data=["python-docs"], vocab="train:2048", max_length=32, batch_size=32, num_train_steps=9000,
@@ -177,12 +171,12 @@ def train(run):
     saved_at = time.perf_counter()
     stopwatch = Stopwatch(run.first_step)
     with stop_signals() as signals, progress_bar(config, run.first_step) as bar:
-        if LOCAL_RANK == 0:  # the rank that waits for text; a signal ends its waiting
+        if LOCAL_RANK == 0:  # this rank waits for text, which a signal ends
             run.shards.signals = signals
         for step in range(run.first_step, config.num_train_steps):
             if any_rank(bool(signals)):
                 raise stop_early(run, step, order)
-            done = step + 1  # so many steps, as soon as this one is taken
+            done = step + 1  # steps, once this one is taken
             is_last = done == config.num_train_steps
             is_evaluated = is_last or done % config.eval_every == 0
 
@@ -195,7 +189,7 @@ def train(run):
             try:
                 epoch, rows = read_together(order.batch, step)
                 if is_evaluated and heldout is None:
-                    # If this wait ends the run, the step is not taken. So each saved step is evaluated.
+                    # Before the step: if this wait ends the run, no step is saved without its evaluation.
                     heldout = read_together(run.shards.heldout, HELDOUT_ROWS)
                     mlm_baseline = unigram_entropy(heldout, electra.config)
                     describe_heldout(heldout, mlm_baseline)
@@ -252,7 +246,7 @@ def stop_early(run, step, order, error=None):
 
 
 class Stopwatch:
-    """Measures the seconds that a step takes since the last `restart`, at least one step after it.
+    """Measures the seconds that a step takes since the last `restart`, which is at least one step ago.
 
     The loop restarts it at the end of each step that is logged, and of the first, which compiles. So neither
     compiling nor evaluating counts.
@@ -274,7 +268,7 @@ def progress_bar(config, step):
     return tqdm(total=config.num_train_steps, initial=step, unit=" steps", disable=disable)
 
 
-# What gets a warning.
+# Limits of the warnings below.
 FEW_ROWS = 50  # metrics of fewer held-out rows are mostly chance
 LONG_WARMUP = 0.2  # of the run
 SLOW_DAYS = 14
@@ -520,8 +514,8 @@ def compare_ranks(run):
 def read_together(read, *args):
     """read(*args) on every rank, where `read` blocks until text is prepared.
 
-    The first rank of each machine prepares the text. It reads first, and then the others read. If one of the
-    first ranks is stopped, data.Stopped is raised on every rank.
+    The first rank of each machine prepares the text. It reads first, and then the others read. If it is
+    stopped on any machine, every rank raises data.Stopped.
     """
     if WORLD_SIZE == 1:
         return read(*args)
@@ -566,11 +560,6 @@ def gather_outputs(outputs):
         tensors = [None if tensor is None else tensor.cpu() for tensor in output]
         ours.append(model.Output(*tensors))
     return [output for theirs in from_all_ranks(ours) for output in theirs]
-
-
-def from_rank_0(value):
-    """The value of rank 0."""
-    return from_all_ranks(value)[0]
 
 
 def from_all_ranks(value):
@@ -646,7 +635,7 @@ class Run:
         read_together(self.shards.wait_for_shards, 1)
         if self.record is None:
             return
-        history = read_together(self.shards.history, self.record["num_shards"])
+        history = read_together(self.shards.history, self.record["num_shards"])  # hashes of shards
         if history != self.record["history"]:
             place = self.shards.changed_file(self.record["history"])
             raise data.UserError(self.refusal(f"the text differs in {place} or after it"))
@@ -741,7 +730,7 @@ class Run:
         """Give all ranks the networks and the optimizer of rank 0."""
         if WORLD_SIZE == 1:
             return
-        scaler_state = from_rank_0(self.scaler.state_dict())
+        scaler_state = from_all_ranks(self.scaler.state_dict())[0]
         if scaler_state:
             self.scaler.load_state_dict(scaler_state)
         for tensor in self.electra.state_dict().values():
@@ -788,8 +777,7 @@ def written_files(path):
 def write_network(folder, network, wordpiece, max_length, **more):
     """Write a network and its tokenizer as a folder that transformers can load.
 
-    Each file is replaced atomically, and in a run only the weights change. So the network can be read at any
-    time.
+    It can be read at any time: a file is replaced atomically, and in a run only the weights change.
     """
     (folder / "tokenizer.json").unlink(missing_ok=True)  # transformers would prefer it to these files
     files = wordpiece.files(max_length) | model.pretrained_files(network, **more)
@@ -1005,7 +993,7 @@ def print_sentences(outputs, input_ids, wordpiece):
         print(DISCRIMINATOR_LEGEND)
         logits = concatenate(outputs, "disc_logits")
         descending = logits[input_ids != 0].sort(descending=True).values
-        highest_unflagged = descending[is_replaced.sum()]
+        highest_unflagged = descending[is_replaced.sum()]  # as many are flagged as were replaced
         is_flagged = logits > highest_unflagged
     for row, ids in enumerate(input_ids):
         words = []
@@ -1034,9 +1022,9 @@ COMPILES_SINCE = "2.11"
 
 
 def configure(argv):
-    """The three configs of a command line, with every automatic value filled in, and the flags typed.
+    """The three configs of a command line, with automatic values resolved, and the names of flags typed.
 
-    The flags typed are a set of field names. Torch is set up for the configs, too.
+    It also sets up torch for them.
     """
     description = "Pre-train ELECTRA. After a stop or a kill the same command resumes."
     (config, data_config, electra_config), typed_flags = parse(
@@ -1071,7 +1059,7 @@ def compiles_by_default(config):
 
 
 def parse(argv, description, config_classes, sizes):
-    """A config of each class from the command line, and the set of the fields whose flags were typed.
+    """A config of each class from the command line, and the names of the fields whose flags were typed.
 
     A field whose type is annotated with a text is a flag, and the text is its help. A flag that was not typed
     has its value in the size's row of `sizes`, or else its default.
@@ -1108,9 +1096,7 @@ def make_config(config_class, values):
 def add_flag(group, field, sizes):
     """Make a field a flag. Its help ends with its defaults: "peak learning rate (0.0005; tiny: 0.001)"."""
     kind, text, *_ = get_args(field.type)
-    defaults = []
-    if field.default not in (None, "", ()):
-        defaults.append(format_default(field.default))
+    defaults = [] if field.default in (None, "", ()) else [format_default(field.default)]
     for size, row in sizes.items():
         if field.name in row:
             defaults.append(f"{size}: {format_default(row[field.name])}")
@@ -1227,10 +1213,9 @@ def saved_origin(record, config, data_config):
 
 def read_origin(config, data_config, init_folders):
     """The Origin that --vocab or the folders of --init are."""
-    init = list(config.init)
-    vocab = data_config.vocab
-    if not init:
-        return Origin(init, vocab, data.load_wordpiece(data_config).tokens, shape={}, rules={})
+    if not config.init:
+        tokens = data.load_wordpiece(data_config).tokens
+        return Origin([], data_config.vocab, tokens, shape={}, rules={})
     folders = list(init_folders.values())
     wordpieces = [data.read_tokenizer(folder)[0] for folder in folders]
     tokenizations = {(each.sha256, each.do_lower_case, each.strip_accents) for each in wordpieces}
@@ -1242,14 +1227,11 @@ def read_origin(config, data_config, init_folders):
         shape["generator_size"] = configs[1].hidden_size / configs[0].hidden_size
     wordpiece = wordpieces[0]
     rules = dict(do_lower_case=wordpiece.do_lower_case, strip_accents=wordpiece.strip_accents)
-    return Origin(init, vocab, wordpiece.tokens, shape, rules)
+    return Origin(list(config.init), data_config.vocab, wordpiece.tokens, shape, rules)
 
 
 def find_init_folders(config, data_config, electra_config):
-    """The folders of --init by the networks that start from them: "discriminator", "generator" or both.
-
-    Without --init there are none.
-    """
+    """The folders of --init, if it was given, by the networks that start from them."""
     if not config.init:
         return {}
     first, *more = config.init
@@ -1311,7 +1293,8 @@ def load_init_weights(electra, init_folders):
 
 
 def main(argv=None):
-    check_ranks()
+    if not 0 <= LOCAL_RANK <= RANK < WORLD_SIZE:
+        raise torchrun_error()
     config, data_config, electra_config, typed_flags = configure(argv)
     if config.prepare_only:
         prepare_only(config, data_config, electra_config, typed_flags)
@@ -1347,9 +1330,8 @@ def open_run(config, data_config, electra_config, typed_flags):
     Nothing is written. The checkpoint is read first, since it has the vocabulary and the networks' shape.
     """
     state = read_checkpoint(config)  # on rank 0; the others need only two parts of it
-    record, first_step = from_rank_0((state["run"], state["step"]) if state else (None, 0))
+    record, first_step = from_all_ranks((state["run"], state["step"]) if state else (None, 0))[0]
     is_new = record is None
-
     origin = None if is_new else saved_origin(record, config, data_config)
     if origin is None:
         init_folders = find_init_folders(config, data_config, electra_config)
@@ -1377,7 +1359,7 @@ def prepare_only(config, data_config, electra_config, typed_flags):
     data_config, _, wordpiece = apply_origin(origin, data_config, electra_config, typed_flags)
     shards = data.GrowingShards(data_config, wordpiece)
     with shards.prepare_in_child():
-        shards.wait_for_shards(math.inf)  # all
+        shards.wait_for_shards(math.inf)  # the whole text
     print(shards.describe())
     for row in shards.load("train", 0)[: config.show]:
         print("\n" + wordpiece.decode(row))
