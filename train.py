@@ -499,7 +499,7 @@ def start_ranks(config):
 def compare_ranks(run):
     """Raise data.UserError if ranks have other text, vocabularies or flags than this one."""
     ours = dict(run.settings)
-    names_and_sizes = [identity.name_and_size for identity in run.shards.identities]
+    names_and_sizes = [identity.portable for identity in run.shards.identities]
     ours["files"] = data.digest(names_and_sizes)
     ours["init"] = len(run.config.init)  # paths may differ between machines
     ours["log_every"] = run.config.log_every  # ranks meet when they log and evaluate
