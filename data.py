@@ -429,10 +429,10 @@ def python_docs():
 def find_sentences(source):
     """The sentences of prose in the docstrings and comments of a Python file, each once."""
     blocks = re.findall(r'"""(.*?)"""', source, re.DOTALL)
-    # Lines of comments become "#text". A run of such lines is a block.
-    comments = re.sub(r"^[ \t]*#+ ?", "#", source, flags=re.MULTILINE)
-    for block in re.findall(r"(?:^#.*\n)+", comments, re.MULTILINE):
-        blocks.append(block.replace("#", ""))
+    runs = itertools.groupby(source.split("\n"), key=lambda line: line.lstrip().startswith("#"))
+    for is_comment, lines in runs:
+        if is_comment:
+            blocks.append("\n".join(lines).replace("#", ""))
     found = []
     for block in blocks:
         for paragraph in re.split(r"\n\s*\n", block):
