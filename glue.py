@@ -432,7 +432,7 @@ NUMBER = re.compile(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?")
 
 
 def check_classes(first_seen, title):
-    """Refuse labels that cannot name classes. `first_seen` is from `find_labels`."""
+    """Refuse labels that cannot name classes, and point out decimals. `first_seen` is from `find_labels`."""
     for text, where in first_seen.items():
         if not text or re.search(r"[\t\r\n]", text):
             raise data.UserError(f"{where}: the label is {text!r}; it must be a word, without tab or line "
