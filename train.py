@@ -781,14 +781,18 @@ def written_files(path):
     yield path / "log.jsonl"
 
 
-def write_network(folder, network, wordpiece, max_length, **more):
-    """Write a network and its tokenizer as a folder that transformers can load.
+def write_network(folder, network, wordpiece, max_length):
+    """Write a network and its tokenizer as a folder that transformers can load."""
+    write_folder(folder, wordpiece.files(max_length) | model.pretrained_files(network))
+
+
+def write_folder(folder, files):
+    """Write the files of a network, {name: bytes}.
 
     Each file is replaced at once, and the weights are the only one that changes in a run. So a reader finds a
     whole network at any time.
     """
     (folder / "tokenizer.json").unlink(missing_ok=True)  # another program's, which would outweigh these files
-    files = wordpiece.files(max_length) | model.pretrained_files(network, **more)
     for name, content in files.items():
         path = folder / name
         if not path.is_file() or path.read_bytes() != content:
