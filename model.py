@@ -31,7 +31,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -46,7 +45,8 @@ class ElectraConfig:
     """The shape of a network, under HuggingFace's names, and the objective. The defaults are those of small.
 
     The shape is the discriminator's; `generator_config` derives the generator's. A field with a text is a
-    flag of train.py, and the text is its help. The two numbers are the least and the greatest value allowed.
+    flag of train.py, and the text is its help; with an empty text it is none. The two numbers are the least
+    and the greatest value allowed.
     """
 
     vocab_size: Annotated[int, "", 1, 65_535] = 30522  # data.py stores ids in 16 bits
@@ -80,6 +80,11 @@ class ElectraConfig:
         if self.objective not in ("electra", "mlm"):
             raise ModelError(f"there is no objective {self.objective}; there are electra and mlm")
 
+    def with_vocabulary(self, wordpiece):
+        """This config with the size and the special tokens of a data.WordPiece."""
+        return replace(self, vocab_size=len(wordpiece.tokens), cls_token_id=wordpiece.cls_token_id,
+                       sep_token_id=wordpiece.sep_token_id, mask_token_id=wordpiece.mask_token_id)
+
     def generator_config(self):
         """The shape of the generator."""
         if self.objective == "mlm":
@@ -108,7 +113,7 @@ def check_ranges(config):
             continue
         kind, _, least, most = annotation
         value = getattr(config, field.name)
-        is_number = type(value) in (int, kind)  # a bool is none, although isinstance says so
+        is_number = type(value) in (int, kind)  # isinstance would take True for an int
         if not (is_number and least <= value <= most):  # NaN is in no range
             raise ModelError(f"{field.name} is {value}; it must be between {least} and {most} "
                              f"({kind.__name__})")
@@ -121,7 +126,8 @@ def check_ranges(config):
 class Output(NamedTuple):
     """The result of a forward pass.
 
-    Its losses are sums, divided by the counts of the whole batch. So those of micro-batches add up.
+    A loss is the sum over the rows of this pass, divided by the count of the whole batch. So the losses of
+    micro-batches add up to the loss of the batch.
     """
 
     loss: torch.Tensor  # () to call backward() on
@@ -150,9 +156,10 @@ class Electra(nn.Module):
     def forward(self, input_ids, uniforms=None, counts=None):
         """One pass of the objective over rows of token ids (B, L) that begin with [CLS], zero-padded.
 
-        `uniforms` (B, L + 2K) float32 in [0, 1) is all the randomness apart from dropout. It is passed in, so
-        that a step is a function of (seed, step) on any device; by default it is drawn here. For a
-        micro-batch, pass `counts` (2,), the `loss_counts` of the whole batch.
+        `uniforms` (B, L + 2K) float32 in [0, 1) is all the randomness apart from dropout: L numbers of a row
+        choose its positions, K choose between [MASK] and staying visible, and K draw the samples. They are
+        passed in, so that a step is a function of (seed, step) on any device; by default they are drawn here.
+        For a micro-batch, pass `counts` (2,), the `loss_counts` of the whole batch.
         """
         B, L = input_ids.shape
         K = self.config.num_slots(L)
@@ -160,7 +167,7 @@ class Electra(nn.Module):
             uniforms = torch.rand(B, L + 2 * K, device=input_ids.device)
         if counts is None:
             counts = loss_counts(input_ids, self.config)
-        num_predicted, num_tokens = (counts + 1e-6).unbind()  # not 0, thanks to the official code's epsilon
+        num_predicted, num_tokens = counts + 1e-6  # as in the official code, so that neither is 0
         # Computed once, from the original ids: a sampled [PAD] or [SEP] must not change them.
         attention_mask, token_type_ids = attention_mask_and_token_types(input_ids, self.config.sep_token_id)
 
@@ -224,27 +231,28 @@ def attention_mask_and_token_types(input_ids, sep_token_id):
     return attention_mask, token_type_ids
 
 
-def mask_tokens(input_ids, priorities, uniforms, config):
+def mask_tokens(input_ids, priorities, mask_uniforms, config):
     """Choose what to predict, and mask it: positions, is_used, labels (B, K) and masked ids (B, L).
 
     A row has K slots, and uses the first `num_predictions` of them. The tokens with the highest of the random
-    `priorities` (B, L) are predicted; the labels are these tokens. `uniforms` (B, K) decide between [MASK]
-    and staying visible. Here two of five tokens are predicted, and the second stays visible:
+    `priorities` (B, L) are predicted; the labels are these tokens. `mask_uniforms` (B, K) decide between
+    [MASK] and staying visible. Here two of five tokens are predicted, and the second stays visible:
 
     >>> ids = torch.tensor([[101, 5, 6, 7, 102]])
     >>> priorities = torch.tensor([[0.9, 0.1, 0.8, 0.5, 0.9]])
     >>> mask_tokens(ids, priorities, torch.tensor([[0.2, 0.95]]), ElectraConfig(mask_prob=0.4))
     (tensor([[2, 3]]), tensor([[True, True]]), tensor([[6, 7]]), tensor([[101,   5, 103,   7, 102]]))
     """
-    K = uniforms.shape[1]
-    # [D09] Unlike the official code, positions are drawn without replacement.
+    K = mask_uniforms.shape[1]
+    # [D09] Unlike the official code, positions are drawn without replacement. `topk` sorts by priority, so
+    # tokens that must not be predicted come last, in spare slots.
     drawn = priorities.masked_fill(~selectable(input_ids, config), -1.0).topk(K).indices  # (B, K)
     slots = torch.arange(K, device=input_ids.device)
     is_used = slots < num_predictions(input_ids, config)[:, None]  # (B, K)
     positions = torch.where(is_used, drawn, 0)  # spare slots point at [CLS], and write it over itself
 
     labels = input_ids.gather(1, positions)
-    becomes_mask = is_used & (uniforms < 0.85)  # [D06] the others stay as they are
+    becomes_mask = is_used & (mask_uniforms < 0.85)  # [D06] the others stay as they are
     shown = torch.where(becomes_mask, config.mask_token_id, labels)
     masked_ids = input_ids.scatter(1, positions, shown)
     return positions, is_used, labels, masked_ids
@@ -280,14 +288,14 @@ def sample(log_probs, uniforms):
     tensor([[1]])
     """
     cumulative = log_probs.exp().cumsum(-1)  # (B, K, V)
-    total = cumulative[..., -1:]  # 1 up to rounding; no threshold may exceed it
+    total = cumulative[..., -1:]  # perhaps 0.9999999; the numbers are scaled to it, so that none exceeds it
     thresholds = uniforms[..., None] * total  # (B, K, 1)
     sampled = torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)
     return sampled.clamp(max=log_probs.shape[-1] - 1)  # NaN lands past the end; train.py reports it
 
 
 def corrupt(input_ids, positions, is_used, labels, sampled):
-    """Replace every predicted token of the original text, not of the masked one, by its sample: (B, L). [D12]
+    """The original text, not the masked one, with a sample in place of each predicted token: (B, L). [D12]
 
     >>> ids = torch.tensor([[101, 5, 6, 102]])
     >>> positions = torch.tensor([[2, 0]])
@@ -495,8 +503,9 @@ def is_eager_cpu(tensor):
 # ------------------------------------------------------------------------------------------------------------
 # Weights in and out, as HuggingFace folders
 
-# HuggingFace's words for the parts of our names, so that encoder.layers.0.output_norm.weight becomes
-# electra.encoder.layer.0.output.LayerNorm.weight.
+# HuggingFace's words for the parts of our names. For example, encoder.layers.0.output_norm.weight becomes
+# electra.encoder.layer.0.output.LayerNorm.weight, and ...0.query_key_value.weight first becomes
+# ...0.attention.self.weight, and then three: ...0.attention.self.query.weight and its like.
 HUGGINGFACE_NAMES = {
     "encoder": "electra",
     "norm": "LayerNorm",
@@ -521,64 +530,59 @@ def huggingface_tensors(network):
     for our_name, tensor in network.state_dict().items():
         name = ".".join(HUGGINGFACE_NAMES.get(part, part) for part in our_name.split("."))
         if "attention.self." in name:  # one matrix here, three there
+            before, after = name.split("attention.self.")
             for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                tensors[name.replace("self.", f"self.{part}.")] = rows
+                tensors[f"{before}attention.self.{part}.{after}"] = rows
         else:
             tensors[name] = tensor
     return tensors
 
 
-def pretrained_files(network, **more):
-    """{name: bytes} of the files with a network's weights and config (plus `more`), for transformers to load.
+def pretrained_files(network):
+    """{name: bytes} of the files with a network's weights and config, for transformers to load.
 
     config.json is the last to be written, since a folder that has it counts as complete.
     """
-    config = asdict(network.config) | {
+    return {"model.safetensors": weights_file(network), "config.json": config_file(config_fields(network))}
+
+
+def weights_file(network):
+    tensors = {name: tensor.float().cpu() for name, tensor in huggingface_tensors(network).items()}
+    return to_safetensors(tensors)
+
+
+def config_fields(network):
+    return asdict(network.config) | {
         "model_type": "electra", "architectures": [network.architecture], "hidden_act": "gelu",
         "pad_token_id": 0, "tie_word_embeddings": True,
-    } | more
-    tensors = {name: tensor.float().cpu() for name, tensor in huggingface_tensors(network).items()}
-    return {"model.safetensors": to_safetensors(tensors),
-            "config.json": (json.dumps(config, indent=2) + "\n").encode()}
+    }
 
 
-def load_electra(discriminator_folder, generator_folder):
-    """An Electra from the folders of its two networks, with the special tokens of their vocabulary."""
-    config = load_config(discriminator_folder)
+def config_file(fields):
+    return (json.dumps(fields, indent=2) + "\n").encode()
+
+
+def load_electra(discriminator_folder, generator_folder, wordpiece):
+    """An Electra from the folders of its two networks. `wordpiece` is a data.WordPiece of theirs."""
+    config = load_config(discriminator_folder).with_vocabulary(wordpiece)
     generator_size = load_config(generator_folder).hidden_size / config.hidden_size
-    tokens = read_special_tokens(discriminator_folder)
-    electra = Electra(replace(config, generator_size=generator_size, **tokens))
+    electra = Electra(replace(config, generator_size=generator_size))
     load_weights(electra.generator, generator_folder)
     load_weights(electra.discriminator, discriminator_folder)  # also the embeddings, which they share
     return electra
 
 
-def read_special_tokens(folder):
-    """The fields of ElectraConfig that a folder's vocabulary sets. (data.py reads more of it.)"""
-    path = Path(folder) / "vocab.txt"
-    with name_damage(folder, "a model folder with a vocabulary"):
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-            ids = {line.strip(): number for number, line in enumerate(lines)}
-        else:
-            ids = json.loads(path.with_name("tokenizer.json").read_bytes())["model"]["vocab"]
-        return dict(vocab_size=1 + max(ids.values()), cls_token_id=ids["[CLS]"], sep_token_id=ids["[SEP]"],
-                    mask_token_id=ids["[MASK]"])
-
-
 def load_config(folder):
     """The ElectraConfig in a folder's config.json. Other fields are ignored."""
     path = Path(folder) / "config.json"
-    with name_damage(path, "the config of a model"):
+    with refuse_damage(path, "the config of a network like these"):
         content = json.loads(path.read_bytes())
-        kind = content.get("model_type")
-        activation = content.get("hidden_act", "gelu")
-        positions = content.get("position_embedding_type", "absolute")
-    if (kind, activation, positions) != ("electra", "gelu", "absolute"):
-        raise ModelError(f"{path} describes a model of type {kind!r} with activation {activation!r} and "
-                         f"{positions!r} positions, and not 'electra' with 'gelu' and 'absolute' ones")
-    names = {field.name for field in fields(ElectraConfig)}
-    with name_damage(path, "the config of a model"):
+        kind = (content.get("model_type"), content.get("hidden_act", "gelu"),
+                content.get("position_embedding_type", "absolute"))
+        if kind != ("electra", "gelu", "absolute"):
+            raise ModelError(f"model_type, hidden_act and position_embedding_type are {kind}, and should be "
+                             "electra, gelu and absolute")
+        names = {field.name for field in fields(ElectraConfig)}
         config = ElectraConfig(**{name: value for name, value in content.items() if name in names})
     check_size(config, folder)
     return config
@@ -631,7 +635,7 @@ def load_weights(network, folder, encoder_only=False):
 def cut_padding(tensor, vocab_size, name):
     """A tensor without the rows that pad its vocabulary to a multiple of 64 or the like."""
     surplus = len(tensor) - vocab_size
-    if 0 < surplus <= min(1024, vocab_size // 4):  # more rows would be another vocabulary
+    if 0 < surplus <= min(1024, vocab_size // 4):  # a guess: with more rows it is another vocabulary
         print(f"the last {surplus} rows of {name} are padding, and are left out")
         return tensor[:vocab_size]
     return tensor
@@ -641,7 +645,7 @@ def read_weights(folder):
     """The tensors of a HuggingFace folder by name, fp32 on the CPU."""
     tensors = {}
     for path in find_weights(folder):
-        with name_damage(path, "a file of weights"):
+        with refuse_damage(path, "a file of weights"):
             if path.suffix == ".safetensors":
                 found = read_safetensors(path)
             else:
@@ -663,7 +667,7 @@ def find_weights(folder):
     path = Path(folder) / "model.safetensors.index.json"
     if not path.is_file():
         raise ModelError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
-    with name_damage(path, "a list of files of weights"):
+    with refuse_damage(path, "a list of files of weights"):
         names = json.loads(path.read_bytes())["weight_map"].values()
         return [path.with_name(name) for name in sorted(set(names))]
 
@@ -674,7 +678,7 @@ DAMAGE = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError
 
 
 @contextmanager
-def name_damage(path, expected):
+def refuse_damage(path, expected):
     """Turn an error that a damaged file causes into a sentence that names the file and what it should be."""
     try:
         yield
@@ -696,7 +700,7 @@ def to_safetensors(tensors):
     for name, tensor in tensors.items():
         end = start + 4 * tensor.numel()
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
-        parts.append(np.ascontiguousarray(tensor.numpy(), dtype="<f4"))
+        parts.append(tensor.numpy().astype("<f4", copy=False).tobytes())
         start = end
     data = b"".join(parts)
     header["__metadata__"] = {"format": "pt", "sha256": hashlib.sha256(data).hexdigest()}
@@ -718,6 +722,6 @@ def read_safetensors(path):
     for name, entry in header.items():
         if entry["dtype"] in DTYPES:
             start, end = entry["data_offsets"]
-            raw = bytearray(data[start:end])
+            raw = bytearray(data[start:end])  # a copy: a tensor's memory must be writable
             tensors[name] = torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
     return tensors

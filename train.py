@@ -499,7 +499,7 @@ def start_ranks(config):
 def compare_ranks(run):
     """Raise data.UserError if ranks have other text, vocabularies or flags than this one."""
     ours = dict(run.settings)
-    names_and_sizes = [identity.name_and_size for identity in run.shards.identities]
+    names_and_sizes = [identity.portable for identity in run.shards.identities]
     ours["files"] = data.digest(names_and_sizes)
     ours["init"] = len(run.config.init)  # paths may differ between machines
     ours["log_every"] = run.config.log_every  # ranks meet when they log and evaluate
@@ -774,13 +774,17 @@ def written_files(path):
     yield path / "log.jsonl"
 
 
-def write_network(folder, network, wordpiece, max_length, **more):
-    """Write a network and its tokenizer as a folder that transformers can load.
+def write_network(folder, network, wordpiece, max_length):
+    """Write a network and its tokenizer as a folder that transformers can load."""
+    write_folder(folder, wordpiece.files(max_length) | model.pretrained_files(network))
+
+
+def write_folder(folder, files):
+    """Write the files of a network, {name: bytes}.
 
     It can be read at any time: a file is replaced atomically, and in a run only the weights change.
     """
     (folder / "tokenizer.json").unlink(missing_ok=True)  # transformers would prefer it to these files
-    files = wordpiece.files(max_length) | model.pretrained_files(network, **more)
     for name, content in files.items():
         path = folder / name
         if not path.is_file() or path.read_bytes() != content:

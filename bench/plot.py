@@ -81,7 +81,7 @@ def plot(runs, out, official=False):
 def plot_sentence(run, text, out, seed=0):
     """Draw a sentence as it was, masked, as the generator fills it in, and what the discriminator says."""
     wordpiece, _ = data.read_tokenizer(Path(run) / "discriminator")
-    electra = model.load_electra(Path(run) / "discriminator", Path(run) / "generator").eval()
+    electra = model.load_electra(Path(run) / "discriminator", Path(run) / "generator", wordpiece).eval()
     [ids] = wordpiece.encode([text])
     input_ids = torch.tensor([[wordpiece.cls_token_id, *ids, wordpiece.sep_token_id]])
     L = input_ids.shape[1]

@@ -689,7 +689,7 @@ def test_a_config_that_cannot_be_is_refused_before_a_network_is_built(tmp_path, 
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     monkeypatch.setattr(torch, "empty", None)
     with pytest.raises(ModelError, match=f"{tmp_path}.* is damaged"):
-        model.load_electra(tmp_path, tmp_path)
+        model.load_electra(tmp_path, tmp_path, data.WordPiece(SMALL_VOCAB))
 
 
 @pytest.mark.parametrize("change", [
@@ -1111,10 +1111,10 @@ CUT_SHORT = struct.pack("<Q", 61) + b'{"a": {"dtype": "F32", "shape": [2], "data
     ("--task cola rte wnli --glue-dir part", {}, "there is no part/RTE/train.tsv; --glue-dir takes a folder"),
     ("--predict-file a.tsv --model out/small/discriminator", {}, "has no Classifier; --model takes"),
     ("", {"config.json": None}, "there is no model in out/small/discriminator; pre-train one"),
-    ("", {"config.json": b"{"}, "config.json is damaged, or not the config of a model"),
-    ("", {"config.json": b'{"model_type": "bert"}'}, "describes a model of type 'bert'"),
+    ("", {"config.json": b"{"}, "config.json is damaged, or not the config of a network"),
+    ("", {"config.json": b'{"model_type": "bert"}'}, "model_type, .* are .'bert', 'gelu'"),
     ("", {"config.json": b'{"model_type": "electra", "position_embedding_type": "relative_key"}'},
-     "'relative_key' positions, and not"),
+     "'gelu', 'relative_key'., and should be electra, gelu and absolute"),
     ("", {"vocab.txt": None}, "is not a model folder: it has neither vocab.txt nor tokenizer.json"),
     ("", {"vocab.txt": b"\n".join([b"[PAD]", b"[UNK]", b"[CLS]", b"[SEP]", b"[MASK]"])},
      "word_embeddings.weight has shape .48, 40., and should have .5, 40."),
@@ -1311,6 +1311,15 @@ def test_a_damaged_config_of_a_saved_network_is_made_again(toy_glue):
             finetune.Predictor(path.parent)
         tune("--task wnli --save")
         assert path.read_bytes() == before
+
+
+def test_a_saved_network_of_many_labels_is_taken(toy_glue):
+    """The digest of its config.json does not depend on the order of the numbers 9 and 10."""
+    labels = [f"{number:02}" for number in range(12)]
+    rows = "".join(f"{label}\tba do\n" for label in labels)
+    write_files("own", {f"{split}.tsv": f"label\tsentence\n{rows}".encode() for split in ("train", "dev")})
+    tune("--task own --save")
+    assert finetune.Predictor(find_network("own-own")).labels == labels
 
 
 def test_closed_standard_input_and_a_rank_of_a_scheduler(toy_glue, monkeypatch, capsys):
