@@ -1033,10 +1033,11 @@ HISTORY_DIGITS = 16  # hexadecimal, for each shard
 
 
 class Stopped(UserError):
-    """Waiting for text ended: preparing it failed, or a signal arrived.
+    """Waiting for text ended. `error` is the message of a child that failed, or None after a signal."""
 
-    The message is the child's error, or empty after a signal.
-    """
+    def __init__(self, error=None):
+        super().__init__(error or "stopped; the same command resumes")
+        self.error = error
 
 
 class GrowingShards(Shards):
@@ -1122,7 +1123,7 @@ class GrowingShards(Shards):
                 if has_ended:
                     raise Stopped(self.child_error())
                 if self.signals:
-                    raise Stopped("")
+                    raise Stopped
                 bar.update(self.total("rows") - bar.n)
                 time.sleep(0.05)
 
@@ -1188,7 +1189,7 @@ class Order:
         begin = step * self.batch_size
         while self.end < begin + self.batch_size:
             if self.shards.signals:  # a resume at a far step skips many groups
-                raise Stopped("")
+                raise Stopped
             self.epoch, group, members = next(self.groups)
             self.end += sum(self.shards.infos[shard]["rows"] for shard in members)
             if self.end > begin:  # else all of the group comes before the step, and it is not read

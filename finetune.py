@@ -408,7 +408,7 @@ class Finetuner:
         # The CUDA graphs hold the tensors of self.network, so another network is copied into it.
         self.network.load_state_dict(self.pretrained_network().state_dict())
         self.network.train()
-        train.reset_moments(self.optimizer)
+        train.reset_optimizer(self.optimizer)
         self.scaler.load_state_dict(self.scaler_state)
 
     def pretrained_network(self):

@@ -615,7 +615,7 @@ class Recorded(train.CudaGraphs):
         self.num_calls = collections.Counter()
         self.graphs = {}
 
-    def call(self, inputs):
+    def run_eagerly(self, inputs):
         return self.function(*inputs)
 
     def capture(self, inputs):
@@ -630,7 +630,7 @@ class Recorded(train.CudaGraphs):
                 old.copy_(tensor)
             return results[0]
 
-        return inputs, replay
+        return replay
 
 
 @pytest.fixture
