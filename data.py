@@ -10,7 +10,8 @@
     growing shards   a child process adds shards while this process trains
     order            (seed, step) -> the rows of a training step
 
-After them come model folders, vocabularies, downloads, and helpers for files.
+After them come model folders, vocabularies, downloads, and helpers for files. A *sealed* file ends with a
+checksum. [Dnn] marks a detail that DETAILS.md explains.
 
 The disk holds one array, uint16 (rows, max_length), zero-padded, in shards: attention mask and token types
 follow from the ids. The same text, vocabulary and seed give the same bytes, however often the run is killed,
@@ -96,7 +97,7 @@ def prepare(config, wordpiece=None):
         shards.refresh()  # the other process may have added some
         if shards.is_complete:
             return shards
-        shard_texts = read_shard_texts(config, start=shards.next_position, number=len(shards.infos))
+        shard_texts = read_shard_texts(config, start=shards.next_position, first_number=len(shards.infos))
         for train, heldout, info in build_shards(shard_texts, shards.wordpiece, config):
             shards.add(train, heldout, info)
         if shards.total("rows") == 0:
@@ -126,16 +127,17 @@ OPENWEBTEXT = dict(
 class Position(NamedTuple):
     """A place between two documents of the text."""
 
-    file: int  # its number
-    documents: int  # of the file, before the place
-    checksum: int  # their CRC-32
+    file_number: int
+    num_documents: int  # of that file, before the place
+    checksum: int  # CRC-32 of these documents
 
 
 START = Position(0, 0, 0)
 
 
-def read_shard_texts(config, start, number):
-    """Yield (number, documents, Position after them) of each shard. `number` is that of the first."""
+def read_shard_texts(config, start, first_number):
+    """Yield (number, documents, Position after them) of each shard. The first has `first_number`."""
+    number = first_number
     documents = []
     size = 0
     for text, position in read_documents(config, start):
@@ -156,19 +158,19 @@ def read_documents(config, start=START):
     Reads the file of `start` from its beginning, and refuses it if the documents before `start` have changed.
     """
     for file_number, name in enumerate(find_files(config)):
-        if file_number < start.file:
+        if file_number < start.file_number:
             continue
-        is_new = start == START or file_number > start.file
+        is_past_start = start == START or file_number > start.file_number
         checksum = 0
         for count, text in enumerate(read_source(name, config), 1):
             text = text.replace("\r\n", "\n").strip()
             checksum = zlib.crc32(text.encode(), checksum)
             position = Position(file_number, count, checksum)
-            if text and is_new:
+            if text and is_past_start:
                 yield text, position
             if position == start:  # also in its checksum: the documents before it are the same
-                is_new = True
-        if not is_new:
+                is_past_start = True
+        if not is_past_start:
             raise UserError(f"{without_secrets(name)} has changed since its beginning was prepared; use "
                             "another --cache")
 
@@ -181,7 +183,7 @@ def find_files(config):
             files += find_openwebtext(config.cache)
         elif os.path.isdir(name):
             files += sorted(filter(is_readable, walk(name)))
-        elif name == "python-docs" or is_address(name) or os.path.exists(name):
+        elif not is_path(name) or os.path.exists(name):
             files.append(name)
         else:
             raise UserError(f"there is no {without_secrets(name)}; --data takes paths, addresses, "
@@ -271,9 +273,9 @@ def read_source(name, config):
         return
     is_openwebtext = any(name in addresses for addresses in OPENWEBTEXT.values())
     one_document = config.one_document_per_file or is_openwebtext
+    source = without_secrets(name)  # also without ?query, so that an address ends like the name of a file
     with open_source(name) as stream:
-        # Without a query, an address ends like the name of a file.
-        yield from read_file(stream, without_secrets(name), one_document)
+        yield from read_file(stream, source, one_document)
 
 
 def read_file(stream, source, one_document):
@@ -293,7 +295,7 @@ def read_file(stream, source, one_document):
             else:
                 yield from read_jsonl(file, source)
     except (EOFError, OSError, RecursionError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
-        if isinstance(error, OSError) and error.errno:  # an error of the disk; damage has no number
+        if isinstance(error, OSError) and error.errno:  # of the disk; an error about damage has no number
             raise
         raise UserError(f"{source} is damaged or cut short ({error}); make or fetch it again") from error
 
@@ -330,7 +332,10 @@ def read_tar(file):
 
 
 class Member(tarfile.TarInfo):
-    """A member of a tar. A header that is damaged or missing is an error; tarfile takes it for the end."""
+    """A member of a tar. A header that is damaged or missing is an error.
+
+    tarfile takes it for the end of the archive, and would leave out the rest without a word.
+    """
 
     @classmethod
     def fromtarfile(cls, tar):
@@ -394,7 +399,7 @@ def find_text(row, source):
     return text
 
 
-# Five plain words or more, from a capital letter to a full stop.
+# A capitalized word, four plain words or more, and a full stop.
 SENTENCE = re.compile(r"[A-Z][a-z']*(?:[,;:]? [A-Za-z][a-z]*(?:[-'][a-z]+)*){4,}[.?!]")
 
 
@@ -424,10 +429,10 @@ def python_docs():
 def find_sentences(source):
     """The sentences of prose in the docstrings and comments of a Python file, each once."""
     blocks = re.findall(r'"""(.*?)"""', source, re.DOTALL)
-    # Lines of comments become "#text". A run of such lines is a block.
-    comments = re.sub(r"^[ \t]*#+ ?", "#", source, flags=re.MULTILINE)
-    for block in re.findall(r"(?:^#.*\n)+", comments, re.MULTILINE):
-        blocks.append(block.replace("#", ""))
+    runs = itertools.groupby(source.split("\n"), key=lambda line: line.lstrip().startswith("#"))
+    for is_comment, lines in runs:
+        if is_comment:
+            blocks.append("\n".join(lines).replace("#", ""))
     found = []
     for block in blocks:
         for paragraph in re.split(r"\n\s*\n", block):
@@ -463,11 +468,6 @@ except AttributeError:  # macOS
     CORES = os.cpu_count()
 WORKERS = min(8, CORES)  # processes that turn text into rows; a single reader can keep about 8 busy
 HELDOUT_EVERY = 100  # one document in 100 is held out
-# Stripping accents removes all characters of the category Mn. Up to U+036F they belong to Latin, Greek and
-# Cyrillic, and from U+FE00 on mostly to emoji. Between are vowel signs of Hindi, Thai and Arabic, voicing
-# marks of Japanese and the like.
-MARKS = [chr(code) for code in range(0x370, 0xFE00) if unicodedata.category(chr(code)) == "Mn"]
-ANY_MARK = re.compile(f"[{''.join(MARKS)}]")
 
 
 def build_shards(shard_texts, wordpiece, config):
@@ -479,20 +479,23 @@ def build_shards(shard_texts, wordpiece, config):
         for number, documents, end in shard_texts:
             yield build_shard(number, documents, end, wordpiece, config)
         return
-    errors = []  # of reading the text: at most one
+    errors = []  # of reading the text: at most one, raised after the shards before it are written
     shard_texts = until_error(shard_texts, errors)
     busy = deque()  # connections to the workers, in the order of their shards
     with ExitStack() as stack:
+        # A text for each worker.
         for shard_text in itertools.islice(shard_texts, WORKERS):
             worker = stack.enter_context(start_worker(wordpiece, config))
             send(worker, shard_text)
             busy.append(worker)
+        # In turn, a shard from a worker, and the next text to it.
         for shard_text in shard_texts:
             worker = busy.popleft()
             shard = receive(worker)
             send(worker, shard_text)  # before the shard is written: a worker that waits is a core that waits
             busy.append(worker)
             yield shard
+        # The last shards.
         for worker in busy:
             yield receive(worker)
     if errors:
@@ -500,10 +503,7 @@ def build_shards(shard_texts, wordpiece, config):
 
 
 def until_error(shard_texts, errors):
-    """Yield what can be read. An error that ends it goes to `errors`.
-
-    It is raised after the shards before it are written, so that the same command goes on from there.
-    """
+    """Yield what can be read. An error ends it, and goes to `errors`."""
     try:
         yield from shard_texts
     except (UserError, OSError) as error:
@@ -586,11 +586,6 @@ def to_array(rows, length):
     return np.array(rows, dtype=np.uint16).reshape(-1, length)  # reshape: an empty list has shape (0,)
 
 
-def count_marks(texts):
-    """The number of MARKS in texts, also in characters that Unicode takes apart into a letter and a mark."""
-    return sum(len(ANY_MARK.findall(unicodedata.normalize("NFD", text))) for text in texts)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Rows: a document -> WordPiece ids -> rows of two segments
 
@@ -622,6 +617,9 @@ def build_rows(lines, seed, wordpiece, config):
 def split_line(line, max_length):
     """Cut a line that is longer than a row into rows, and each row into quarters.
 
+    Quarters lose fewer tokens than thirds, see LOG.md. A full row still loses 3 ids: [CLS] and two [SEP] take
+    their places.
+
     >>> split_line([1, 2, 3, 4, 5, 6, 7, 8, 9], 8), split_line([1, 2, 3], 8)
     ([[1, 2], [3, 4], [5, 6], [7, 8], [9]], [[1, 2, 3]])
     """
@@ -645,10 +643,7 @@ def segment(lines, max_length, uniform):
     segments only train token type 1 and the second [SEP], which sentence pairs need in fine-tuning.
 
     Lines are collected until they hold `target` ids, usually max_length, and then dealt out to two segments.
-    In the example max_length is 12, so the first segment should stay below (12 - 3) // 2 = 4 ids. After the
-    first four lines there are 12 ids. [1, 2] goes to the first segment; [3, 4, 5] crosses the middle, and a
-    coin, uniform() < 0.5, sends it to the second; [12] fits into the first and still joins it. A row has room
-    for 9 ids beside [CLS] and two [SEP], so 3 are dropped. The last line becomes an example of its own.
+    In the example max_length is 12, which four lines fill. The last line becomes an example of its own.
 
     >>> list(segment([[1, 2], [3, 4, 5], [6, 7, 8, 9, 10, 11], [12], [13]], 12, lambda: 0.5))
     [([1, 2, 12], [3, 4, 5, 6, 7, 8], 3), ([13], [], 0)]
@@ -680,7 +675,15 @@ def draw_target(max_length, uniform):
 
 
 def deal_out(lines, target, max_length, uniform):
-    """Deal lines out to two segments that meet near the middle, and drop what overflows a row."""
+    """Deal lines out to two segments that meet near the middle, and drop what overflows a row.
+
+    In the example the first segment should stay below (12 - 3) // 2 = 4 ids. [1, 2] goes to it. [3, 4, 5]
+    crosses the middle, and a coin, uniform() < 0.5, sends it to the second. [12] fits into the first, and
+    still joins it. A row has room for 9 ids beside [CLS] and two [SEP], so 3 are dropped.
+
+    >>> deal_out([[1, 2], [3, 4, 5], [6, 7, 8, 9, 10, 11], [12]], 12, 12, lambda: 0.5)
+    ([1, 2, 12], [3, 4, 5, 6, 7, 8], 3)
+    """
     half = (target - 3) // 2
     if uniform() < 0.1:
         half = math.inf  # everything goes to the first segment
@@ -734,7 +737,8 @@ class WordPiece:
         # As in the official code, only words over 200 characters become [UNK] for their length.
         self.tokenizer = Tokenizer(models.WordPiece(ids, unk_token=UNK, max_input_chars_per_word=200))
         self.tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        self.normalizer = normalizers.BertNormalizer(  # for `normalize`
+        # Not within the tokenizer, since `normalize` is faster.
+        self.normalizer = normalizers.BertNormalizer(
             lowercase=self.do_lower_case, strip_accents=self.strip_accents)
 
     def encode(self, lines):
@@ -744,7 +748,10 @@ class WordPiece:
         return [encoding.ids for encoding in encodings]
 
     def normalize(self, line):
-        """What `normalizer` makes of a line, a third faster: printable ASCII needs only lower-casing."""
+        """What `normalizer` makes of a line, a third faster: printable ASCII needs only lower-casing.
+
+        BertNormalizer works character by character, so pieces of a line may be normalized one by one.
+        """
         line = NOT_PRINTABLE_ASCII.sub(lambda match: self.normalizer.normalize_str(match[0]), line)
         if self.do_lower_case:
             line = line.lower()
@@ -791,8 +798,20 @@ def unknown_warning(share):
     if share <= 0.05:
         return ""
     return (f"warning: {share:.0%} of the tokens are [UNK]. Usual causes: a vocabulary of another "
-            "language, case or accents; a vocabulary of another kind (\u2581, \u0120); words of over 200 "
+            "language, case or accents; a vocabulary of another kind (with ▁ or Ġ); words of over 200 "
             "characters (text without spaces); lines of vocab.txt that hold more than a token")
+
+
+# Combining marks (category Mn) that change a word when they are stripped as accents: vowel signs of Hindi,
+# Thai and Arabic, voicing marks of Japanese and the like. Those up to U+036F belong to Latin, Greek and
+# Cyrillic, and those from U+FE00 on mostly to emoji.
+MARKS = [chr(code) for code in range(0x370, 0xFE00) if unicodedata.category(chr(code)) == "Mn"]
+ANY_MARK = re.compile(f"[{''.join(MARKS)}]")
+
+
+def count_marks(texts):
+    """The number of MARKS in texts, also in characters that Unicode takes apart into a letter and a mark."""
+    return sum(len(ANY_MARK.findall(unicodedata.normalize("NFD", text))) for text in texts)
 
 
 def vocab_bytes(tokens):
@@ -834,20 +853,21 @@ class Shards:
             "seed": config.seed,
         }
         self.folder = self.find_folder()
-        self.folder.mkdir(parents=True, exist_ok=True)  # the child process must find the same
+        self.folder.mkdir(parents=True, exist_ok=True)  # so that the child process finds this one
         self.refresh()
 
     def find_folder(self):
         """The folder for these shards: one made from the same files, or from a copy of them, or a new one.
 
-        Its name ends with a hash of the files' names and sizes, and one of their times and inodes. Where only
-        the second differs, the SHA-256 of each file decides.
+        Folders are named SOURCE-KEY-TIMES. If KEY and TIMES agree, the files are the same. If only KEY does,
+        they may be a copy: then the SHA-256 of each file decides.
         """
-        key = digest([self.row_settings, [identity.name_and_size for identity in self.identities]])
-        times = digest([identity.time_and_inode for identity in self.identities])
+        key = digest([self.row_settings, [identity.portable for identity in self.identities]])
+        times = digest([identity.local for identity in self.identities])
         cache = Path(self.config.cache)
-        for folder in cache.glob(f"*-{key}-{times}"):
-            return folder
+        same = sorted(cache.glob(f"*-{key}-{times}"))
+        if same:
+            return same[0]
         complete = sorted(cache.glob(f"*-{key}-*/complete"))
         if complete:
             hashes = hash_files(self.files)
@@ -897,7 +917,7 @@ class Shards:
 
     def add(self, train, heldout, info):
         """Write the next shard, if the files that its text comes from are still those that were found."""
-        for number in range(self.next_position.file, end_of(info).file + 1):
+        for number in range(self.next_position.file_number, end_of(info).file_number + 1):
             if identify(self.files[number], self.root) != self.identities[number]:
                 raise UserError(f"{self.files[number]} {CHANGED}")
         file = io.BytesIO()
@@ -936,9 +956,11 @@ class Shards:
             option = "" if self.config.split_long_lines else ", or use --split-long-lines"
             yield ("warning: many tokens are dropped. ELECTRA takes a line for a sentence or a paragraph: "
                    f"raise --max-length{option}")
-        if warning := unknown_warning(unknown_share):
-            yield warning  # which explains rows of few tokens, too
-        elif kept < 0.4 * (self.total("rows") + self.total("heldout_rows")) * self.config.max_length:
+        warning = unknown_warning(unknown_share)
+        if warning:
+            yield warning
+        room = (self.total("rows") + self.total("heldout_rows")) * self.config.max_length
+        if kept < 0.4 * room and not warning:  # words that become [UNK] fill little room, too
             yield ("warning: rows are mostly padding. A blank line ends a document: if it should not, use "
                    "--one-document-per-file, else lower --max-length")
         if self.wordpiece.cased_share() > 0.05:
@@ -971,9 +993,8 @@ def hash_files(files):
 class Identity(NamedTuple):
     """What tells, without reading it, whether a file of the text is still the same."""
 
-    name_and_size: list  # which a copy has, too
-    # The inode tells apart files of equal size whose times were all set to 0, as in images of containers.
-    time_and_inode: list
+    portable: list  # what a copy has, too: name, and size or versions
+    local: list  # time and inode. In an image of a container all times may be 0.
 
 
 def identify_text(files):
@@ -1012,10 +1033,11 @@ HISTORY_DIGITS = 16  # hexadecimal, for each shard
 
 
 class Stopped(UserError):
-    """Waiting for text ended: preparing it failed, or a signal arrived.
+    """Waiting for text ended. `error` is the message of a child that failed, or None after a signal."""
 
-    The message is the child's error, or empty after a signal.
-    """
+    def __init__(self, error=None):
+        super().__init__(error or "stopped; the same command resumes")
+        self.error = error
 
 
 class GrowingShards(Shards):
@@ -1036,6 +1058,7 @@ class GrowingShards(Shards):
         """Run `prepare` in a child process for as long as the context lasts.
 
         Its stdout holds nothing but an error message, and is captured. Its progress shows on the terminal.
+        multiprocessing would import the main program in it, which may be a script that starts training.
         """
         if self.is_complete:
             yield
@@ -1052,7 +1075,7 @@ class GrowingShards(Shards):
                 yield
             finally:
                 child.kill()
-                with suppress(BrokenPipeError):  # ignore data that could not be sent
+                with suppress(BrokenPipeError):  # data that could not be sent
                     child.stdin.close()
 
     def wait_for_shards(self, count):
@@ -1060,22 +1083,23 @@ class GrowingShards(Shards):
         self.wait_until(lambda: len(self.infos) >= count)
 
     def history(self, number):
-        """The first digits of the SHA-256 of each of the first `number` shards, or of all shards if fewer.
+        """What a checkpoint keeps of the text that a run has read, so that a resumed run can compare it.
 
-        A run that has used so many shards can go on with any text that has the same history. Blocks until
-        they are there.
+        It is the first digits of the SHA-256 of each of `number` shards, or of all if there are fewer. Blocks
+        until they are there.
         """
         self.wait_for_shards(number)
         return "".join(info["sha256"][:HISTORY_DIGITS] for info in self.infos[:number])
 
     def changed_file(self, history):
-        """The file or address in which, or after which, the text differs from that of another history."""
-        file_number = 0
+        """The file or address in which the first shard begins that differs from another history."""
+        begin = START
         for number, info in enumerate(self.infos):
-            if not history.startswith(info["sha256"][:HISTORY_DIGITS], HISTORY_DIGITS * number):
+            place = HISTORY_DIGITS * number
+            if info["sha256"][:HISTORY_DIGITS] != history[place : place + HISTORY_DIGITS]:
                 break
-            file_number = end_of(info).file
-        return without_secrets(self.files[file_number])
+            begin = end_of(info)
+        return without_secrets(self.files[begin.file_number])
 
     def heldout(self, limit):
         """The first `limit` held-out rows, int64, or all if the whole text has fewer. Blocks until then."""
@@ -1099,7 +1123,7 @@ class GrowingShards(Shards):
                 if has_ended:
                     raise Stopped(self.child_error())
                 if self.signals:
-                    raise Stopped("")
+                    raise Stopped
                 bar.update(self.total("rows") - bar.n)
                 time.sleep(0.05)
 
@@ -1151,11 +1175,10 @@ class Order:
         self.seed = shards.config.seed
         self.groups = self.list_groups()
         self.rows = np.zeros((0, shards.config.max_length), dtype=np.uint16)  # a part of the sequence
-        self.begin = 0  # the places in the sequence at which it begins and ends
-        self.end = 0
+        self.end = 0  # the place in the sequence where `rows` ends
         self.epoch = 0  # of the last of `rows`
-        # A resumed run needs so many shards unchanged. If the text had fewer, the run has seen its end, and
-        # the text must not have grown.
+        # The end of the last group read in epoch 0. It lies beyond the last shard once the run has seen the
+        # end of the text: then a text that has grown is another one for a resumed run.
         self.num_shards_used = 0
 
     def batch(self, step):
@@ -1166,17 +1189,14 @@ class Order:
         begin = step * self.batch_size
         while self.end < begin + self.batch_size:
             if self.shards.signals:  # a resume at a far step skips many groups
-                raise Stopped("")
+                raise Stopped
             self.epoch, group, members = next(self.groups)
             self.end += sum(self.shards.infos[shard]["rows"] for shard in members)
-            if self.end > begin:
+            if self.end > begin:  # else all of the group comes before the step, and it is not read
                 self.rows = np.concatenate([self.rows, self.read(self.epoch, group, members)])
-            else:  # all of the group comes before the step, and it is not read
-                self.rows = self.rows[:0]
-                self.begin = self.end
-        assert begin >= self.begin, "the step is earlier than the last one"
-        self.rows = self.rows[begin - self.begin :]
-        self.begin = begin
+        num_left = self.end - begin  # rows from this step on, the last of `rows`
+        assert num_left <= len(self.rows), "the step is earlier than the last one"
+        self.rows = self.rows[-num_left:]
         return self.epoch, self.rows[: self.batch_size].astype(np.int64)
 
     def read(self, epoch, group, members):
@@ -1447,7 +1467,7 @@ def load_vocab(config):
         raise UserError(f"--vocab {config.vocab} is not possible; rows are uint16, so take 6 to 65535")
     # Training is not reproducible to the byte, so the vocabulary of a text is kept.
     identities = identify_text(find_files(config))
-    files = [identity.name_and_size + identity.time_and_inode for identity in identities]
+    files = [identity.portable + identity.local for identity in identities]
     fingerprint = [files, config.one_document_per_file, config.do_lower_case, config.strip_accents,
                    match[1]]
     path = Path(config.cache) / f"{source_name(config)}-{digest(fingerprint)}.vocab"

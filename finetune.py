@@ -1,18 +1,19 @@
 """Fine-tune on GLUE or on your own labels, and score: `python finetune.py --task mrpc --seeds 10`.
 
-`sweep` runs all tasks with all seeds, and `Finetuner.run` one task with one seed: read these two first. Each
-finished seed is a line of out/glue/results.jsonl and is not run again. The result of a seed does not depend
-on other seeds or tasks.
+`main` makes an Experiment of each task. `sweep` runs all of them with all seeds, and `Finetuner.run` one with
+one seed: read these first. Each finished seed is a line of out/glue/results.jsonl and is not run again. The
+result of a seed does not depend on other seeds or tasks.
 
 The table has the mean, deviation, median and best that papers print. --submit writes files for
-gluebenchmark.com. --save keeps the best network of a task, and `Predictor` uses it. `main` is at the end.
+gluebenchmark.com. --save keeps the best network of a task, and `Predictor` uses it.
 """
 
-# First, since it sets how OpenMP's threads wait, which torch reads when it is imported.
+# First: train.py sets GOMP_SPINCOUNT, which must be there when torch is imported.
 import train
 
 # isort: split
 import collections
+import functools
 import hashlib
 import io
 import itertools
@@ -42,8 +43,9 @@ HEAD_DROPOUT = 0.1  # before the classifier; --dropout is the encoder's
 
 @dataclass(frozen=True)
 class RecipeConfig(train.StepConfig):
-    """Flags of all fine-tuning, each with its help. StepConfig adds Adam, device, dtype and graphs."""
+    """Flags of all fine-tuning, here and in extras/. StepConfig adds Adam, device, dtype and graphs."""
 
+    # In brackets: the type, the help and, of a number, the least and the largest value.
     seeds: Annotated[int, "number of seeds: 0, 1, ...", 1, 1_000_000] = 1
     model: Annotated[str, "a run of train.py, a folder in HuggingFace's format, or a name on "
                           "the hub"] = "out/small"
@@ -87,18 +89,133 @@ class FinetuneConfig(RecipeConfig):
 def fill_in_recipe(config, task, hidden_size):
     """Fill in the flags that are 0: epochs by task, learning rate and decay by width.
 
-    A width between two sizes takes the values of the larger one.
+    A width between two sizes takes the values of the larger one, and a width above all those of the largest.
     """
-    recipes = {}  # (learning rate, layer-wise decay) by width
-    for size in train.SIZES.values():
-        width = size.get("hidden_size", model.ElectraConfig.hidden_size)
-        recipes[width] = size["finetuning"]
-    not_narrower = [width for width in recipes if width >= hidden_size]
-    width = min(not_narrower, default=max(recipes))  # what is wider than all takes the values of the largest
-    learning_rate, layerwise_lr_decay = recipes[width]
+    for size in train.SIZES.values():  # from the narrowest to the widest
+        learning_rate, layerwise_lr_decay = size["finetuning"]
+        if hidden_size <= size.get("hidden_size", model.ElectraConfig.hidden_size):
+            break
     return replace(config, learning_rate=config.learning_rate or learning_rate,
                    layerwise_lr_decay=config.layerwise_lr_decay or layerwise_lr_decay,
                    num_train_epochs=config.num_train_epochs or task.num_train_epochs)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Experiments
+
+# Flags that do not decide a result, here and in extras/. (Of model, task and folders the content does.)
+NOT_SETTINGS = {"task", "seeds", "model", "random_weights", "glue_dir", "keep_predictions", "submit", "save",
+                "predict_file", "format", "cache", "out", "device", "graph", "deterministic", "data_dir"}
+
+
+class Experiment:
+    """A task, its config and the model: everything that decides a result, except the seed.
+
+    `test_splits` are predicted, too. Subclasses in extras/, for questions and for words, override the methods
+    from `read` to `saved_fields`.
+    """
+
+    def __init__(self, task, config, pretrained, test_splits=()):
+        self.task = task
+        self.config = fill_in_recipe(config, task, pretrained.config.hidden_size)
+        self.pretrained = pretrained
+        self.test_splits = test_splits
+        self.short_name = task.name[:40]  # in names of files, which have a limit
+        self.sha256 = dict(task.sha256)  # by split; `read_splits` adds what the task lacks
+        # Everything is read here once, so that damage is reported now, not in the middle of the night. It is
+        # read again before it is used: no sweep holds the examples of all tasks in memory.
+        self.read_splits()
+
+    def read_splits(self):
+        """The examples by split. Files that changed since they were read before are refused."""
+        examples = {}
+        for split in ["train", *self.task.dev_splits, *self.test_splits]:
+            examples[split], sha256 = self.read(split)
+            if self.sha256.setdefault(split, sha256) != sha256:
+                raise data.UserError(f"the files of {self.task.title} have changed; run the same command "
+                                     "again")
+        return examples
+
+    def tokenize_splits(self):
+        """The Tokenized examples by split."""
+        return {split: self.tokenize(split, examples) for split, examples in self.read_splits().items()}
+
+    def read(self, split):
+        """The examples of a split, and the SHA-256 of their file."""
+        return self.task.read(split, self.config.cache, self.config.glue_dir)
+
+    def tokenize(self, split, examples):
+        """The Tokenized examples of a split. Prints a line about them."""
+        tokenized = tokenize_examples(examples, self.pretrained.wordpiece, self.config.max_length,
+                                      both_orders=self.task.both_orders and split == "train")
+        summary = summarize(self.task, examples, tokenized.lengths, self.config.max_length)
+        print_split(self, split, tokenized.rows, summary)
+        return tokenized
+
+    def new_network(self):
+        """A network with random weights, whose `losses` are trained."""
+        return Classifier(self.pretrained.config, self.task.labels)
+
+    def predict(self, network, tokenized):
+        return predict_rows(network, tokenized.rows, self.task, self.config)
+
+    def evaluate(self, predictions, splits):
+        """The metrics, and whether all answers are the same, from predictions and Tokenized by split."""
+        dev_splits = self.task.dev_splits
+        metrics = self.task.score(predictions, {split: splits[split].labels for split in dev_splits})
+        is_constant = bool(np.ptp(predictions[dev_splits[0]]) < 1e-5)
+        return dict(metrics=metrics, is_constant=is_constant)
+
+    def saved_fields(self, seed):
+        """What config.json must tell `Predictor`. (`seed` is for squad.py: each has a threshold.)"""
+        id2label = {str(number): label for number, label in enumerate(self.task.labels)}
+        return dict(id2label=id2label, label_range=self.task.label_range,
+                    num_sentences=len(self.task.sentence_columns))
+
+    @property
+    def folder(self):
+        return Path(self.config.out)
+
+    def settings(self):
+        """The settings that decide a result, as stored in results.jsonl."""
+        flags = {name: value for name, value in asdict(self.config).items() if name not in NOT_SETTINGS}
+        wordpiece = self.pretrained.wordpiece
+        return flags | dict(
+            data={split: self.sha256[split] for split in ("train", *self.task.dev_splits)},
+            shape=asdict(self.pretrained.config), weights=self.pretrained.weights_sha256,
+            vocab=wordpiece.sha256, do_lower_case=wordpiece.do_lower_case,
+            strip_accents=wordpiece.strip_accents)
+
+    def run_name(self, seed):
+        """The name of a seed's lock and predictions. Other settings have other names."""
+        return f"{self.short_name}-{seed}-{data.digest(self.settings())}"
+
+    def network_path(self):
+        """The folder of the best seed's network. Other settings have other folders."""
+        return self.folder / "networks" / f"{self.short_name}-{data.digest(self.settings())}"
+
+    def predictions_path(self, seed):
+        test_digest = data.digest([self.sha256[split] for split in self.test_splits])
+        return self.folder / "predictions" / f"{self.run_name(seed)}-{test_digest}.npz"
+
+    def finished(self):
+        """{seed: its line of results.jsonl} of the finished seeds, in ascending order.
+
+        If test sets are to be predicted, a seed without these predictions is not finished.
+        """
+        settings = self.settings()
+        results = {}
+        for result in read_results(self.folder / "results.jsonl"):
+            if result["task"] == self.task.name and result["settings"] == settings:
+                results[result["seed"]] = result
+        finished = {}
+        for seed in range(self.config.seeds):  # an earlier command may have had more seeds
+            if seed not in results:
+                continue
+            if self.test_splits and not self.predictions_path(seed).exists():
+                continue
+            finished[seed] = results[seed]
+        return finished
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -126,7 +243,7 @@ def sweep_and_report(config, experiments):
 
 
 def sweep(experiments):
-    """Fine-tune each task with each seed, and append a line to results.jsonl.
+    """Fine-tune in each Experiment with each seed, and append a line to results.jsonl.
 
     Finished seeds are skipped. Several processes may share a sweep: each skips the seeds that others are
     working on.
@@ -137,7 +254,7 @@ def sweep(experiments):
             with data.try_lock(experiment.folder / "locks" / experiment.run_name(seed)) as is_ours:
                 if not is_ours:  # another process is working on it
                     continue
-                if seed in experiment.finished():  # perhaps another process has just finished it
+                if seed in experiment.finished():  # by an earlier command, or just now by another process
                     continue
                 if finetuner is None:
                     finetuner = Finetuner(experiment, experiment.tokenize_splits())
@@ -154,13 +271,13 @@ def run_and_record(finetuner, seed):
     splits = finetuner.splits
     task = experiment.task
     config = experiment.config
-    scores = experiment.score(predictions, splits)
+    outcome = experiment.evaluate(predictions, splits)
     if experiment.test_splits:
         write_predictions(experiment, seed, predictions)
     append_result(experiment, dict(
         task=task.name,
         seed=seed,
-        **scores,
+        **outcome,
         examples={split: len(tokenized.rows) for split, tokenized in splits.items()},
         seconds=seconds,
         finished=time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -170,125 +287,14 @@ def run_and_record(finetuner, seed):
         torch=str(torch.__version__),
         settings=experiment.settings(),
     ))
-    shown = ", ".join(f"{metric} {100 * value:.1f}" for metric, value in scores["metrics"].items())
+    shown = ", ".join(f"{metric} {100 * score:.1f}" for metric, score in outcome["metrics"].items())
     print(f"{task.title}, seed {seed}: {shown} ({seconds:.0f} s)")
-    if config.save and seed == best_seed(experiment):
+    if config.save and seed == best_seed(experiment):  # so far
         save_network(experiment, seed, finetuner.network)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Experiments, and their results on disk
-
-# Flags that do not decide a result. (Of model, task and folders the content decides: see `settings`.)
-NOT_SETTINGS = {"task", "seeds", "model", "random_weights", "glue_dir", "keep_predictions", "submit", "save",
-                "predict_file", "format", "cache", "out", "device", "graph", "deterministic", "data_dir"}
-
-
-class Experiment:
-    """A task, and everything that decides its results except the seed.
-
-    `test_splits` are predicted, too. Subclasses in extras/, for questions and for words, override the methods
-    from `read` to `saved_fields`.
-    """
-
-    def __init__(self, task, config, pretrained, test_splits=()):
-        self.task = task
-        self.config = fill_in_recipe(config, task, pretrained.config.hidden_size)
-        self.pretrained = pretrained
-        self.test_splits = test_splits
-        # Everything is read here once, so that damage is reported now, not in the middle of the night.
-        _, self.sha256 = self.read_splits()
-
-    def read(self, split):
-        """The examples of a split, and the SHA-256 of their file."""
-        return self.task.read(split, self.config.cache, self.config.glue_dir)
-
-    def tokenize(self, split, examples):
-        """The Tokenized examples of a split. A line about them is printed."""
-        tokenized = tokenize_examples(examples, self.pretrained.wordpiece, self.config.max_length,
-                                      both_orders=self.task.both_orders and split == "train")
-        found = describe(self.task, examples, tokenized.lengths, self.config.max_length)
-        print_split(self, split, tokenized.rows, found)
-        return tokenized
-
-    def new_network(self):
-        """A network with random weights, whose `losses` are trained."""
-        return Classifier(self.pretrained.config, self.task.labels)
-
-    def predict(self, network, tokenized):
-        return predict_rows(network, tokenized.rows, self.task, self.config)
-
-    def score(self, predictions, splits):
-        """What results.jsonl has of the predictions and the Tokenized examples of each split."""
-        dev_splits = self.task.dev_splits
-        metrics = self.task.score(predictions, {split: splits[split].labels for split in dev_splits})
-        is_constant = bool(np.ptp(predictions[dev_splits[0]]) < 1e-5)  # every example has the same answer
-        return dict(metrics=metrics, is_constant=is_constant)
-
-    def saved_fields(self, seed):
-        """What `Predictor` needs to know of the seed's network, for config.json."""
-        return dict(id2label=dict(enumerate(self.task.labels)), label_range=self.task.label_range,
-                    num_sentences=len(self.task.sentence_columns))
-
-    def read_splits(self):
-        """The examples by split, and the SHA-256 of their files by split."""
-        examples = {}
-        sha256 = {}
-        for split in ["train", *self.task.dev_splits, *self.test_splits]:
-            examples[split], sha256[split] = self.read(split)
-        return examples, sha256
-
-    def tokenize_splits(self):
-        """The Tokenized examples by split."""
-        examples, sha256 = self.read_splits()  # again: no sweep holds the examples of all tasks in memory
-        if sha256 != self.sha256:
-            raise data.UserError(f"the files of {self.task.title} have changed; run the same command again")
-        return {split: self.tokenize(split, examples[split]) for split in examples}
-
-    @property
-    def folder(self):
-        return Path(self.config.out)
-
-    def settings(self):
-        """The settings that decide a result, as stored in results.jsonl."""
-        flags = {name: value for name, value in asdict(self.config).items() if name not in NOT_SETTINGS}
-        pretrained = self.pretrained
-        wordpiece = pretrained.wordpiece
-        return flags | dict(
-            data={split: self.sha256[split] for split in ("train", *self.task.dev_splits)},
-            shape=asdict(pretrained.config), weights=pretrained.weights_sha256, vocab=wordpiece.sha256,
-            do_lower_case=wordpiece.do_lower_case, strip_accents=wordpiece.strip_accents)
-
-    def run_name(self, seed):
-        """The name of a seed's lock and predictions. Other settings have other names."""
-        return f"{self.task.name[:40]}-{seed}-{data.digest(self.settings())}"
-
-    def network_path(self):
-        """The folder of the best seed's network. Other settings have other folders."""
-        return self.folder / "networks" / f"{self.task.name[:40]}-{data.digest(self.settings())}"
-
-    def predictions_path(self, seed):
-        test_digest = data.digest([self.sha256[split] for split in self.test_splits])
-        return self.folder / "predictions" / f"{self.run_name(seed)}-{test_digest}.npz"
-
-    def finished(self):
-        """The result of each finished seed, a line of results.jsonl, by seed in ascending order.
-
-        If test sets are to be predicted, a seed without these predictions is not finished.
-        """
-        settings = self.settings()
-        results = {}
-        for result in read_results(self.folder / "results.jsonl"):
-            if result["task"] == self.task.name and result["settings"] == settings:
-                results[result["seed"]] = result
-        finished = {}
-        for seed in range(self.config.seeds):  # an earlier command may have had more seeds
-            if seed not in results:
-                continue
-            if self.test_splits and not self.predictions_path(seed).exists():
-                continue
-            finished[seed] = results[seed]
-        return finished
+# Results on disk
 
 
 def read_results(path):
@@ -299,7 +305,8 @@ def read_results(path):
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         where = f"{path}, line {number}"
         result = data.parse_json(line, where)
-        if result.pop("digest", None) != data.digest(result):
+        digest = result.pop("digest", None)
+        if digest != data.digest(result):
             raise data.UserError(f"{where} is damaged or of an earlier version; delete this line, and its "
                                  "seed is run again")
         results.append(result)
@@ -312,7 +319,7 @@ def append_result(experiment, result):
     line = json.dumps(result | dict(digest=data.digest(result))) + "\n"
     with lock_outputs(experiment.folder, "results"):
         lines = path.read_bytes() if path.exists() else b""
-        if lines and not lines.endswith(b"\n"):  # an editor has removed it
+        if lines and not lines.endswith(b"\n"):  # an editor has removed the last line's end
             lines += b"\n"
         with data.atomic_write(path) as file:
             file.write(lines + line.encode())
@@ -320,11 +327,11 @@ def append_result(experiment, result):
 
 def lock_outputs(folder, what):
     """A lock on the files that all processes of a sweep share. It waits for another process."""
-    return data.lock(folder / "locks" / "results", f"waiting to write the {what}")
+    return data.lock(folder / "locks" / "outputs", f"waiting to write the {what}")
 
 
 def write_predictions(experiment, seed, predictions):
-    """Write a seed's predictions of the test sets."""
+    """Write a seed's predictions of the test sets, with a seal that shows damage."""
     content = io.BytesIO()
     np.savez(content, **{split: predictions[split] for split in experiment.test_splits})
     data.write_sealed(experiment.predictions_path(seed), content.getvalue())
@@ -364,11 +371,10 @@ class Finetuner:
         self.optimizer = train.build_optimizer(
             self.network.named_parameters(), config,
             lambda name: lr_scale(name, num_layers, config.layerwise_lr_decay))
-        device_type = torch.device(config.device).type
-        self.scaler = torch.amp.GradScaler(device_type, enabled=config.dtype == "fp16")
+        self.scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
         self.scaler_state = self.scaler.state_dict()  # with which each seed begins
-        take_step = make_step(self.network, self.optimizer, self.scaler, config)
-        self.take_step = train.CudaGraphs(take_step) if config.graph else take_step
+        step = functools.partial(take_step, self.network, self.optimizer, self.scaler, config)
+        self.take_step = train.CudaGraphs(step) if config.graph else step
 
     def run(self, seed):
         """Train on splits["train"] and return the predictions of the other splits, NumPy arrays (N,)."""
@@ -398,11 +404,12 @@ class Finetuner:
 
     def reset(self, seed):
         """Go back to the pre-trained weights, a new head and empty moments, all in place."""
-        # The seed of the head's weights, and of dropout.
-        torch.manual_seed(int(data.rng(seed, f"{self.experiment.task.name} classifier").integers(2**63)))
+        generator = data.rng(seed, f"{self.experiment.task.name} classifier")
+        torch.manual_seed(int(generator.integers(2**63)))  # for the weights of the new head, and for dropout
+        # The CUDA graphs hold the tensors of self.network, so another network is copied into it.
         self.network.load_state_dict(self.pretrained_network().state_dict())
         self.network.train()
-        train.reset_moments(self.optimizer)
+        train.reset_optimizer(self.optimizer)
         self.scaler.load_state_dict(self.scaler_state)
 
     def pretrained_network(self):
@@ -414,17 +421,13 @@ class Finetuner:
         return network
 
 
-def make_step(network, optimizer, scaler, config):
-    """The function that takes an optimizer step on ids (B, L) and labels (B,)."""
-
-    def take_step(ids, labels):
-        optimizer.zero_grad(set_to_none=True)
-        with train.autocast(config):
-            loss = network.losses(ids, labels).sum()  # [D34] not the mean
-        scaler.scale(loss).backward()
-        train.update_weights(network, optimizer, scaler, config)
-
-    return take_step
+def take_step(network, optimizer, scaler, config, ids, labels):
+    """Take an optimizer step on ids (B, L) and labels (B,)."""
+    optimizer.zero_grad(set_to_none=True)
+    with train.autocast(config):
+        loss = network.losses(ids, labels).sum()  # [D34] not the mean
+    scaler.scale(loss).backward()
+    train.update_weights(network, optimizer, scaler, config)
 
 
 def lr_scale(name, num_hidden_layers, decay):
@@ -461,7 +464,7 @@ def batches(rows, order, size, config):
         indices = order[start : start + size]
         length = int(count_tokens(rows[indices]).max())
         if config.device.startswith("cuda"):
-            length = 16 * math.ceil(length / 16)
+            length = min(16 * math.ceil(length / 16), rows.shape[1])
         ids = rows[indices, :length].astype(np.int32)
         yield indices, train.to_device(ids, config.device)
 
@@ -471,13 +474,12 @@ def count_tokens(rows):
     return (rows != 0).sum(1)
 
 
-@torch.no_grad()
 def predict_batches(network, rows, config):
     """Yield each batch's row indices and output, without dropout. Rows of like length share a batch."""
     network.eval()
     order = np.argsort(count_tokens(rows), kind="stable")
     for indices, ids in batches(rows, order, EVAL_BATCH_SIZE, config):
-        with train.autocast(config):
+        with torch.no_grad(), train.autocast(config):
             output = network(ids)
         yield indices, output
 
@@ -489,7 +491,7 @@ def predict_batches(network, rows, config):
 class Classifier(nn.Module):
     """The pre-trained encoder, then dropout and one linear layer on [CLS]. [D29]"""
 
-    # Saved as a plain encoder, which transformers can load. Its classification head has another layer.
+    # For config.json. (ElectraForSequenceClassification has one layer more in its head.)
     architecture = "ElectraModel"
 
     def __init__(self, config, labels):
@@ -497,7 +499,8 @@ class Classifier(nn.Module):
         self.config = config
         self.encoder = model.Encoder(config)
         self.dropout = nn.Dropout(HEAD_DROPOUT)
-        num_outputs = len(labels) or 1  # a regression has no labels
+        self.is_regression = not labels
+        num_outputs = 1 if self.is_regression else len(labels)
         self.classifier = nn.Linear(config.hidden_size, num_outputs)
         model.init_glorot_uniform(self.classifier)
 
@@ -511,7 +514,7 @@ class Classifier(nn.Module):
     def losses(self, input_ids, labels):
         """(B,): cross-entropy or, in a regression, the squared error of the output. [D31]"""
         logits = self(input_ids)
-        if labels.is_floating_point():  # in a regression
+        if self.is_regression:
             return (logits.squeeze(1) - labels) ** 2
         return F.cross_entropy(logits, labels, reduction="none")
 
@@ -575,25 +578,25 @@ def truncate(first, second, length):
     return first, second
 
 
-def describe(task, examples, lengths, max_length):
-    """What was found in a split, for `print_split`: its rows, labels, empty sentences and lengths."""
+def summarize(task, examples, lengths, max_length):
+    """What `print_split` shall print of a split: its rows, labels, empty sentences and lengths."""
     labels = [example.label for example in examples]
     if labels[0] is None:
-        found = "no labels"
+        shown = "no labels"
     elif task.is_regression:
         low = glue.unscale(min(labels), task.label_range)
         high = glue.unscale(max(labels), task.label_range)
-        found = f"labels from {low:g} to {high:g}"
+        shown = f"labels from {low:g} to {high:g}"
     else:
-        found = format_label_counts(task.labels[label] for label in labels)
+        shown = format_label_counts(task.labels[label] for label in labels)
     sentences = [example.first for example in examples]
     if len(task.sentence_columns) == 2:
         sentences += [example.second for example in examples]
     num_empty = sentences.count("")
     if num_empty:
-        found += f"; empty sentences: {num_empty:,}"
+        shown += f"; empty sentences: {num_empty:,}"
     share_cut = np.mean(lengths > max_length)
-    return (f"{len(examples):,} rows; {found}; the longest has {lengths.max():,} tokens, "
+    return (f"{len(examples):,} rows; {shown}; the longest has {lengths.max():,} tokens, "
             f"{share_cut:.1%} are cut")
 
 
@@ -603,10 +606,10 @@ def format_label_counts(labels):
     return glue.join_few([f"{label}: {count:,}" for label, count in counts])
 
 
-def print_split(experiment, split, rows, found):
-    """Print what was found in a split, and the share of [UNK] in its rows."""
+def print_split(experiment, split, rows, summary):
+    """Print the summary of a split, and the share of [UNK] in its rows."""
     unknown = experiment.pretrained.wordpiece.unknown_share(rows)
-    print(f"{experiment.task.title}, {split}: {found}; {unknown:.1%} [UNK]")
+    print(f"{experiment.task.title}, {split}: {summary}; {unknown:.1%} [UNK]")
     if warning := data.unknown_warning(unknown):
         print(warning)
 
@@ -635,12 +638,13 @@ def load_pretrained(config):
     check_length(folder, model_config.max_position_embeddings, trained_length, config.max_length)
     if config.random_weights:
         return Pretrained(folder, model_config, wordpiece, None, "random")
-    if "ElectraForMaskedLM" in (data.read_json(folder / "config.json").get("architectures") or ()):
+    architectures = data.read_json(folder / "config.json").get("architectures") or []
+    if "ElectraForMaskedLM" in architectures:
         print(f"{folder} is a generator or a masked language model; its encoder is fine-tuned")
-    network = Classifier(model_config, labels=())  # only its encoder is filled and used
+    network = Classifier(model_config, labels=())  # `load_weights` fills its encoder
     model.load_weights(network, folder, encoder_only=True)
     encoder_state = network.encoder.state_dict()
-    sha256 = hashlib.sha256()
+    sha256 = hashlib.sha256()  # of the tensors: a copy in another format is the same model
     for tensor in encoder_state.values():
         sha256.update(tensor.numpy())
     return Pretrained(folder, model_config, wordpiece, encoder_state, sha256.hexdigest())
@@ -664,23 +668,23 @@ def format_table(results, tasks):
 
     `results` has the lines of results.jsonl by task and seed.
     """
-    scores = {name: collect_scores(results[name]) for name in tasks if results[name]}
-    has_averages = len(glue.TASKS.keys() & tasks) > 1
+    percentages = {name: collect_percentages(results[name]) for name in tasks if results[name]}
+    has_averages = sum(name in glue.TASKS for name in tasks) > 1
     width = max(10, *(len(task.title) + 1 for task in tasks.values()))
-    lines = [f"{'':{width}}{'':22} seeds    mean     sd  median   best"]
-    for name in scores:
+    lines = [f"{'':{width}}{'':22}{'seeds':>6}{'mean':>8}{'sd':>7}{'median':>8}{'best':>7}"]
+    for name in percentages:
         task = tasks[name]
-        for metric, values in scores[name].items():
+        for metric, values in percentages[name].items():
             is_averaged = name in glue.AVERAGED_BY_ELECTRA and metric == task.metrics[0]
             star = "*" if has_averages and is_averaged else ""
             lines.append(f"{task.title:{width}}{metric + star:22}{format_statistics(values)}")
-    for name in scores:
+    for name in percentages:
         lines += notes_on_constants(tasks[name], results[name])
     if has_averages:
-        lines.append("ELECTRA's average of 8 (* of each, no WNLI): "
-                     + format_average(glue.average_of_8, glue.AVERAGED_BY_ELECTRA, scores))
+        lines.append("ELECTRA's average of 8 (the metrics with *, no WNLI): "
+                     + format_average(glue.average_of_8, glue.AVERAGED_BY_ELECTRA, percentages))
         lines.append("GLUE's average of 9 (a task's metrics averaged first): "
-                     + format_average(glue.average_of_9, glue.TASKS, scores))
+                     + format_average(glue.average_of_9, glue.TASKS, percentages))
     if "wnli" in tasks:
         lines.append("WNLI's dev set is adversarial: the majority class scores 56.3, models rarely more")
     return "\n".join(lines)
@@ -695,13 +699,13 @@ def notes_on_constants(task, results):
             "little data, more --num-train-epochs help"]
 
 
-def collect_scores(results):
-    """The percentages of a task's seeds by metric, arrays (seeds,)."""
-    scores = collections.defaultdict(list)
+def collect_percentages(results):
+    """The percentages of a task's seeds by metric, lists."""
+    percentages = collections.defaultdict(list)
     for result in results.values():
-        for metric, value in result["metrics"].items():
-            scores[metric].append(100 * value)
-    return {metric: np.array(values) for metric, values in scores.items()}
+        for metric, score in result["metrics"].items():
+            percentages[metric].append(100 * score)
+    return percentages
 
 
 def format_statistics(values):
@@ -710,17 +714,17 @@ def format_statistics(values):
             f"{np.max(values):7.2f}")
 
 
-def format_average(average, needed, scores):
+def format_average(average, needed, percentages):
     """An average or, if it cannot be formed, the tasks that are missing."""
-    missing = [glue.TASKS[name].title for name in needed if name not in scores]
+    missing = [glue.TASKS[name].title for name in needed if name not in percentages]
     if missing:
         return f"needs {', '.join(missing)}"
-    shown = []
-    for title, statistic in ("means", np.mean), ("medians", np.median):
-        by_task = {name: {metric: statistic(values) for metric, values in scores[name].items()}
-                   for name in needed}
-        shown.append(f"{average(by_task):.2f} from {title}")
-    return ", ".join(shown)
+    means = {}
+    medians = {}
+    for name in needed:
+        means[name] = {metric: np.mean(values) for metric, values in percentages[name].items()}
+        medians[name] = {metric: np.median(values) for metric, values in percentages[name].items()}
+    return f"{average(means):.2f} from means, {average(medians):.2f} from medians"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -740,8 +744,8 @@ def submit(experiments, config):
         predictions = read_predictions(experiment, seed)
         for split in experiment.test_splits:
             files[task.submission_name(split)] = glue.submission_file(task, predictions[split])
-    tasks = {experiment.task.name for experiment in experiments}
-    is_whole = tasks >= glue.TASKS.keys()
+    names = {experiment.task.name for experiment in experiments}
+    is_whole = names.issuperset(glue.TASKS)
     folder = Path(config.out)
     with lock_outputs(folder, "submission"):
         for name, text in files.items():
@@ -751,7 +755,7 @@ def submit(experiments, config):
             glue.write_submission(folder / "submission.zip", files)
     print(f"{folder / 'submission'} has the test predictions of the seeds with the best dev scores: "
           f"{', '.join(best)}")
-    if not is_whole and tasks & glue.TASKS.keys():
+    if not is_whole and not names.isdisjoint(glue.TASKS):
         print("submission.zip for gluebenchmark.com needs --task all")
 
 
@@ -763,12 +767,12 @@ def save_best(experiments):
     """Save the network of each task's best seed. If the sweep did not save it, the seed is run again."""
     for experiment in experiments:
         seed = best_seed(experiment)
-        folder = experiment.network_path()
         if not is_saved(experiment, seed):  # it finished under a command without --save or with more seeds
             finetuner = Finetuner(experiment, experiment.tokenize_splits())
             finetuner.run(seed)
             save_network(experiment, seed, finetuner.network)
-        print(f"{folder} holds the network of seed {seed}, {experiment.task.title}'s best on dev")
+        print(f"{experiment.network_path()} holds the network of seed {seed}, {experiment.task.title}'s best "
+              "on dev")
 
 
 def is_saved(experiment, seed):
@@ -786,27 +790,26 @@ def save_network(experiment, seed, network):
     config.json is written last. It has the hashes of the other files and a digest of its own fields, so that
     parts of two networks are never taken for one.
     """
-    wordpiece = experiment.pretrained.wordpiece
-    max_length = experiment.config.max_length
-    files = wordpiece.files(max_length) | model.pretrained_files(network)
-    del files["config.json"]
+    files = experiment.pretrained.wordpiece.files(experiment.config.max_length)
+    files["model.safetensors"] = model.weights_file(network)
     sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    fields = dict(head=type(network).__name__, run_name=experiment.run_name(seed), sha256=sha256,
-                  **experiment.saved_fields(seed))
-    config = json.loads(model.pretrained_files(network, **fields)["config.json"])
+    fields = model.config_fields(network) | dict(
+        head=type(network).__name__, run_name=experiment.run_name(seed), sha256=sha256,
+        **experiment.saved_fields(seed))
+    files["config.json"] = model.config_file(fields | dict(digest=digest_fields(fields)))
     with lock_outputs(experiment.folder, "network"):
-        train.write_network(experiment.network_path(), network, wordpiece, max_length, **fields,
-                            digest=digest_fields(config))
+        train.write_folder(experiment.network_path(), files)
 
 
 def read_saved_config(folder):
-    """The fields of a saved network's config.json, after a check of all its files. {} of other folders."""
+    """The fields of a saved network's config.json, after a check of all files. {} of a folder without one."""
     path = folder / "config.json"
     fields = data.read_json(path) if path.is_file() else {}
     if "head" not in fields:
         return {}
     advice = "is damaged, or of an earlier version; the command that saved it makes it again"
-    if fields.pop("digest", None) != digest_fields(fields):
+    digest = fields.pop("digest", None)
+    if digest != digest_fields(fields):
         raise data.UserError(f"{path} {advice}")
     for name, sha256 in fields["sha256"].items():
         path = folder / name
@@ -816,7 +819,7 @@ def read_saved_config(folder):
 
 
 def digest_fields(fields):
-    """A digest of fields in any order, since other programs may sort them."""
+    """A digest of fields in any order: another program may have sorted them."""
     return data.digest(json.dumps(fields, sort_keys=True))
 
 
@@ -849,9 +852,8 @@ def load_saved(folder, class_name):
     id2label = fields.get("id2label", {})
     labels = [id2label[str(number)] for number in range(len(id2label))]  # the keys may have any order
     config = model.load_config(folder)
-    wordpiece, trained_length = data.read_tokenizer(folder)
-    positions = config.max_position_embeddings
-    return Saved(folder, fields, labels, config, wordpiece, min(trained_length or positions, positions))
+    wordpiece, max_length = data.read_tokenizer(folder)
+    return Saved(folder, fields, labels, config, wordpiece, max_length)
 
 
 class Predictor:
@@ -865,17 +867,15 @@ class Predictor:
 
     def __init__(self, folder, config=None):
         self.config = config or FinetuneConfig(device="cpu", dtype="fp32")
-        saved = load_saved(folder, "Classifier")
-        self.wordpiece = saved.wordpiece
-        self.max_length = saved.max_length
-        self.labels = saved.labels
-        self.label_range = saved.fields["label_range"]  # of a regression, else None
-        self.num_sentences = saved.fields["num_sentences"]  # 2 if it takes pairs
-        self.network = saved.load_into(Classifier(saved.config, self.labels), self.config.device)
+        self.saved = load_saved(folder, "Classifier")
+        self.labels = self.saved.labels
+        self.num_sentences = self.saved.fields["num_sentences"]  # 2 if it takes pairs
+        self.network = self.saved.load_into(Classifier(self.saved.config, self.labels), self.config.device)
+        self.is_regression = self.network.is_regression
 
     def predict(self, texts):
         """For each sentence or pair of sentences: (label, {label: probability}), or (number, {})."""
-        is_one_text = isinstance(texts, str | dict)  # its letters or keys are no texts
+        is_one_text = isinstance(texts, str | dict)  # list() would give its letters or keys
         texts = list(texts)
         if is_one_text or not all(self.takes(text) for text in texts):
             kind = "texts" if self.num_sentences == 1 else "pairs"
@@ -884,12 +884,13 @@ class Predictor:
         if not texts:
             return []
         examples = [glue.Example(text) if isinstance(text, str) else glue.Example(*text) for text in texts]
-        rows = tokenize_examples(examples, self.wordpiece, self.max_length).rows
-        if warning := data.unknown_warning(self.wordpiece.unknown_share(rows)):
+        rows = tokenize_examples(examples, self.saved.wordpiece, self.saved.max_length).rows
+        if warning := data.unknown_warning(self.saved.wordpiece.unknown_share(rows)):
             print(warning, file=sys.stderr)
         logits = torch.from_numpy(compute_logits(self.network, rows, self.config))
-        if not self.labels:
-            return [(glue.unscale(number, self.label_range), {}) for number in logits[:, 0].tolist()]
+        if self.is_regression:
+            label_range = self.saved.fields["label_range"]
+            return [(glue.unscale(number, label_range), {}) for number in logits[:, 0].tolist()]
         predictions = []
         for probabilities in logits.softmax(1).tolist():
             label = self.labels[int(np.argmax(probabilities))]
@@ -908,20 +909,17 @@ def predict_file(config):
     """Print a table of predictions for a file of any size, in its order."""
     predictor = Predictor(config.model, config)
     columns = glue.SINGLE if predictor.num_sentences == 1 else glue.PAIR
-
-    def read_row(row, where):
-        return glue.read_sentences(row, columns, where)
-
-    for number, chunk in enumerate(read_chunks(config, read_row)):
-        if number == 0:
+    for number, chunk in enumerate(read_chunks(config)):
+        texts = [glue.read_sentences(row, columns, where) for where, row in chunk]
+        if number == 0:  # not earlier: of a file that is refused nothing is printed
             print("prediction", *predictor.labels, sep="\t")
-        for answer, probabilities in predictor.predict(chunk):
-            shown = answer if predictor.labels else f"{answer:{glue.Task.number_format}}"
+        for answer, probabilities in predictor.predict(texts):
+            shown = f"{answer:{glue.Task.number_format}}" if predictor.is_regression else answer
             print(shown, *(f"{probability:.4f}" for probability in probabilities.values()), sep="\t")
 
 
-def read_chunks(config, read_row):
-    """Yield lists of what `read_row(row, where)` gives for each row of --predict-file."""
+def read_chunks(config):
+    """Yield lists of CHUNK rows of --predict-file, as `glue.read_table` yields them."""
     if config.predict_file == "-":
         source = "standard input"
         if not hasattr(sys.stdin, "buffer"):
@@ -931,7 +929,7 @@ def read_chunks(config, read_row):
         source = config.predict_file
         file = open(source, "rb")
     with file:
-        rows = (read_row(row, where) for where, row in glue.read_table(file, source, config.format))
+        rows = glue.read_table(file, source, config.format)
         while chunk := list(itertools.islice(rows, CHUNK)):
             yield chunk
 
@@ -942,8 +940,8 @@ def read_chunks(config, read_row):
 
 def main(argv=None):
     description = "Fine-tune and score. The same command resumes; a finished seed is not repeated."
-    [config], _ = train.parse(argv, description, [FinetuneConfig], sizes={})
-    config = train.resolve_device(config)
+    configs, _ = train.parse(argv, description, [FinetuneConfig], sizes={})
+    config = train.resolve_device(configs[0])
     if config.predict_file:
         predict_file(config)
         return

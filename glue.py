@@ -1,8 +1,8 @@
 """GLUE: nine tasks and a diagnostic set. Where they come from, how they are read, scored and submitted.
 
-An example is (first sentence, second sentence or "", label). Read the table of tasks, then `GlueTask.read`.
+An example is (first sentence, second sentence or "", label). Read the table of tasks, then `read_official`.
 Each file is checked for the official number of rows, each download for its published SHA-256. `own_task`
-turns a folder of your own files into a task.
+turns a folder of your own files into a task. [Dnn] marks a detail that DETAILS.md explains.
 """
 
 import csv
@@ -14,7 +14,7 @@ import math
 import re
 import sys
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -34,9 +34,9 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What fine-tuning and scoring must know. A subclass has a property `splits`, and reads the examples.
+    """What fine-tuning and scoring must know. A subclass adds the property `splits`, and how they are read.
 
-    The splits are "train", then those that begin with "dev", then test sets.
+    `splits` are names: "train", then those that begin with "dev", then test sets.
     """
 
     title: str
@@ -45,8 +45,10 @@ class Task:
     label_range: tuple = None  # a regression's lowest and highest label; they are scaled to 0 and 1
     num_train_epochs: int = 3  # [D32]
     both_orders: bool = False  # [D30] trained on both orders of the sentences
+    submission_names: dict = None  # the file to submit for each test set, if that is not TITLE.tsv
+    sha256: dict = field(default_factory=dict)  # by split, of the files that these fields come from
 
-    number_format: ClassVar = ".6g"  # of a regression's predictions
+    number_format: ClassVar = ".6g"  # of a regression's predictions, where they are printed or submitted
 
     @property
     def name(self):
@@ -55,7 +57,7 @@ class Task:
 
     @functools.cached_property
     def class_numbers(self):
-        """The number of each class by its name."""
+        """The number of each class by its name. A task of your own may have thousands."""
         return {label: number for number, label in enumerate(self.labels)}
 
     @property
@@ -71,12 +73,11 @@ class Task:
         return [split for split in self.splits if split != "train" and split not in self.dev_splits]
 
     def submission_name(self, split):
-        """The name of the file to submit for a test set. MNLI has three of them."""
-        of_mnli = dict(test_matched="MNLI-m.tsv", test_mismatched="MNLI-mm.tsv", diagnostic="AX.tsv")
-        return of_mnli.get(split, f"{self.title}.tsv")
+        """The name of the file to submit for a test set."""
+        return self.submission_names[split] if self.submission_names else f"{self.title}.tsv"
 
     def score(self, predictions, labels):
-        """Metrics by name from predictions and labels by split. MNLI has "mismatched accuracy" as well."""
+        """{metric: score} from {split: predictions} and {split: labels}. MNLI has "mismatched accuracy"."""
         scores = {}
         for split in self.dev_splits:
             prefix = "mismatched " if split == "dev_mismatched" else ""
@@ -169,6 +170,7 @@ TASKS = {
                   test_mismatched=9_847, diagnostic=1_104),
         sentence_columns=("sentence1", "sentence2"), label_column="gold_label", labels=THREE_WAY,
         metrics=("accuracy",),
+        submission_names=dict(test_matched="MNLI-m.tsv", test_mismatched="MNLI-mm.tsv", diagnostic="AX.tsv"),
     ),
     "qnli": GlueTask(
         title="QNLI",
@@ -205,28 +207,6 @@ MRPC_DEV_IDS = (GLUE_URL + "mrpc_dev_ids.tsv", 6_222,
                 "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7")
 
 
-def find_tasks(names, is_regression=False):
-    """The tasks of a command, by name: tasks of GLUE (case and hyphens do not matter), folders, or all."""
-    tasks = {}
-    for name in names:
-        simple_name = name.lower().replace("-", "")
-        if simple_name == "all":
-            found = list(TASKS.values())
-        elif simple_name in TASKS:
-            found = [TASKS[simple_name]]
-        elif Path(name).is_dir():
-            found = [own_task(Path(name), is_regression)]
-        else:
-            raise data.UserError(f"there is no task {data.without_secrets(name)}; there are "
-                                 f"{', '.join(TASKS)}, all, and folders with train and dev as .tsv, .csv or "
-                                 ".jsonl")
-        for task in found:
-            if tasks.get(task.name, task) != task:
-                raise data.UserError(f"two tasks are called {task.title}; rename a folder")
-            tasks[task.name] = task
-    return tasks
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Reading GLUE's files
 
@@ -261,7 +241,7 @@ def read_mrpc(split, cache):
     header, *rows = original.removesuffix(b"\n").split(b"\n")
     kept = [header]
     for row in rows:
-        ids = tuple(row.split(b"\t")[1:3])
+        ids = tuple(row.split(b"\t")[1:3])  # the columns #1 ID and #2 ID
         row_split = "dev" if ids in dev_ids else "train"
         if row_split == split:
             kept.append(row)
@@ -272,7 +252,7 @@ def read_mrpc(split, cache):
 def fetch_official(download, cache, flag="--glue-dir"):
     """The path of an official file: downloaded, unless it is there, and checked.
 
-    `flag` is the option that takes a copy of your own. Errors name it.
+    Errors name `flag`, which takes a copy of your own. (extras/squad.py has another one.)
     """
     address, size, sha256 = download
     path = Path(cache) / "glue" / address.rsplit("/", 1)[1]
@@ -287,9 +267,9 @@ def parse_official(task, split, raw, source):
     Only "\\n" ends a line and only "\\t" a field. Quotes are characters like any other. Rows that lack fields
     are skipped: QQP has a few. The official number of rows shows that nothing else was lost.
     """
-    is_test = split in task.test_splits  # a test set always names its columns
+    is_test = split in task.test_splits
     lines = data.decode_utf8(raw, source).removesuffix("\n").split("\n")
-    if task.header and not is_test:
+    if task.header and not is_test:  # a test set names its columns
         header = task.header
         first_line = 1
     else:
@@ -356,7 +336,30 @@ def unscale(numbers, label_range):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Your own tasks. Nothing of GLUE needs this section.
+# The tasks of a command, and your own
+
+
+def find_tasks(names, is_regression=False):
+    """The tasks of a command, by name: tasks of GLUE (case and hyphens do not matter), folders, or all."""
+    tasks = {}
+    for name in names:
+        simple_name = name.lower().replace("-", "")
+        if simple_name == "all":
+            found = list(TASKS.values())
+        elif simple_name in TASKS:
+            found = [TASKS[simple_name]]
+        elif Path(name).is_dir():
+            found = [own_task(Path(name), is_regression)]
+        else:
+            # The name may be an address with a token.
+            raise data.UserError(f"there is no task {data.without_secrets(name)}; there are "
+                                 f"{', '.join(TASKS)}, all, and folders with train and dev as .tsv, .csv or "
+                                 ".jsonl")
+        for task in found:
+            if task.name in tasks and tasks[task.name] != task:
+                raise data.UserError(f"two tasks are called {task.title}; rename a folder")
+            tasks[task.name] = task
+    return tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,7 +368,6 @@ class OwnTask(Task):
 
     files: dict  # path by split
     sentence_columns: tuple  # SINGLE or PAIR, in all files
-    train_sha256: str  # of the file that the labels come from
 
     @property
     def splits(self):
@@ -375,10 +377,7 @@ class OwnTask(Task):
         """The examples of a split, in file order, and the SHA-256 of its file."""
         path = self.files[split]
         raw = path.read_bytes()
-        sha256 = hashlib.sha256(raw).hexdigest()
-        if split == "train" and sha256 != self.train_sha256:
-            raise data.UserError(f"the files of {self.title} have changed; run the same command again")
-        return parse_own(self, split, raw, path), sha256
+        return parse_own(self, split, raw, path), hashlib.sha256(raw).hexdigest()
 
 
 def own_task(folder, is_regression):
@@ -390,17 +389,20 @@ def own_task(folder, is_regression):
     rows = list(read_table(io.BytesIO(raw), train))
     first_seen = find_labels(rows)
     if is_regression:
-        values = {read_number(text, where) for text, where in first_seen.items()}
-        label_range = (min(values), max(values))
+        numbers = {read_number(text, where) for text, where in first_seen.items()}
+        num_labels = len(numbers)  # 1 and 1.0 are one
+        label_range = (min(numbers), max(numbers))
         label_fields = dict(labels=(), label_range=label_range, metrics=("spearman", "pearson"))
     else:
-        values = sort_classes(first_seen, title)
-        label_fields = dict(labels=tuple(values), metrics=("accuracy", "macro f1", "matthews"))
-    if len(values) < 2:
+        check_classes(first_seen, title)
+        num_labels = len(first_seen)
+        labels = tuple(sorted(first_seen, key=class_order))
+        label_fields = dict(labels=labels, metrics=("accuracy", "macro f1", "matthews"))
+    if num_labels < 2:
         raise data.UserError(f"{train} needs at least two different labels")
     where, first_row = rows[0]
     return OwnTask(title=title, files=files, sentence_columns=find_columns(first_row, where),
-                   train_sha256=hashlib.sha256(raw).hexdigest(), **label_fields)
+                   sha256=dict(train=hashlib.sha256(raw).hexdigest()), **label_fields)
 
 
 def find_own_files(folder):
@@ -429,22 +431,20 @@ def find_labels(rows):
 NUMBER = re.compile(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?")
 
 
-def sort_classes(first_seen, title):
-    """The names of the classes: numbers by value, words by letters. `first_seen` is from `find_labels`."""
+def check_classes(first_seen, title):
+    """Refuse labels that cannot name classes, and point out decimals. `first_seen` is from `find_labels`."""
     for text, where in first_seen.items():
         if not text or re.search(r"[\t\r\n]", text):
             raise data.UserError(f"{where}: the label is {text!r}; it must be a word, without tab or line "
                                  "break")
-    classes = sorted(first_seen, key=class_order)
-    decimals = [text for text in classes if "." in text and NUMBER.fullmatch(text)]
+    decimals = [text for text in first_seen if "." in text and NUMBER.fullmatch(text)]
     if decimals:
         print(f"{title}: labels such as {decimals[0]} are names of classes; --regression makes them numbers")
-    return classes
 
 
 def class_order(text):
-    value = float(text) if NUMBER.fullmatch(text) else 0
-    return value, text
+    """Numbers by value, then words by letters."""
+    return (0, float(text), text) if NUMBER.fullmatch(text) else (1, 0, text)
 
 
 def parse_own(task, split, raw, source):
@@ -474,7 +474,7 @@ def find_columns(row, where):
     """The columns with the sentences of a row: SINGLE or PAIR."""
     if "sentence1" in row and "sentence2" in row:
         return PAIR
-    if "sentence" in row and "sentence2" not in row:
+    if "sentence" in row and "sentence2" not in row:  # with sentence2 it is a misspelled sentence1
         return SINGLE
     raise data.UserError(f"{where} has no column sentence, or sentence1 and sentence2; there are "
                          f"{', '.join(map(str, row))}")
@@ -487,10 +487,9 @@ def read_cell(row, column, where):
     value = row[column]
     if isinstance(value, str):
         return data.without_surrogates(value).strip()
-    is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
-    if not is_number:
-        raise data.UserError(f"{where}: column {column} is {value!r}, neither text nor a number")
-    return json.dumps(value)  # a boolean as `true`, not as Python's `True`
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return json.dumps(value)  # a boolean as `true`, not as Python's `True`
+    raise data.UserError(f"{where}: column {column} is {value!r}, neither text nor a number")
 
 
 def read_table(file, source, kind=""):
@@ -520,7 +519,7 @@ def read_lines(file, source):
     """Yield ("SOURCE, line N", text) for each line of a binary file."""
     for number, line in enumerate(file, 1):
         where = f"{source}, line {number}"
-        if number == 1 and b"\r" in line.rstrip(b"\r\n"):  # Python does not end a line there
+        if number == 1 and b"\r" in line.rstrip(b"\r\n"):  # CR alone ends no line in Python
             raise data.UserError(f"the lines of {source} end with CR; save it with line ends LF or CR LF")
         yield where, data.decode_utf8(line, where)
 
@@ -537,7 +536,7 @@ def split_tsv(lines):
     """Yield ("SOURCE, line N", fields) for each line. Quotes are characters like any other."""
     for where, line in lines:
         fields = line.rstrip("\r\n").split("\t")
-        # In a table of several columns, `name_fields` sees that fields are missing.
+        # It begins a cell of several lines. (In a table of more columns, `name_fields` finds too few fields.)
         if len(fields) == 1 and line.startswith('"') and line.count('"') % 2:
             raise data.UserError(f"{where} opens a quote and does not close it; cells of several lines need "
                                  "a .csv or .jsonl file")
@@ -551,7 +550,7 @@ def split_csv(lines, source):
     first_line = 1
     try:
         for fields in reader:
-            yield f"{source}, line {first_line}", fields or [""]
+            yield f"{source}, line {first_line}", fields or [""]  # csv has [] for an empty line
             first_line = reader.line_num + 1
     except csv.Error as error:
         raise data.UserError(f"{source}, line {first_line} is not CSV: a quote opens here and is not closed "
@@ -581,14 +580,14 @@ def name_fields(rows):
 AVERAGED_BY_ELECTRA = tuple(name for name in TASKS if name != "wnli")
 
 
-def average_of_8(metrics):
-    """ELECTRA's average: the main metric of every task except WNLI. `metrics` are by task and name."""
-    return float(np.mean([metrics[name][TASKS[name].metrics[0]] for name in AVERAGED_BY_ELECTRA]))
+def average_of_8(scores):
+    """ELECTRA's average of {task: {metric: score}}: the main metric of every task except WNLI."""
+    return float(np.mean([scores[name][TASKS[name].metrics[0]] for name in AVERAGED_BY_ELECTRA]))
 
 
-def average_of_9(metrics):
-    """The GLUE leaderboard's average: the mean over tasks of each task's mean metric."""
-    return float(np.mean([np.mean(list(metrics[name].values())) for name in TASKS]))
+def average_of_9(scores):
+    """The GLUE leaderboard's average of {task: {metric: score}}: the mean of the tasks' means."""
+    return float(np.mean([np.mean(list(scores[name].values())) for name in TASKS]))
 
 
 def accuracy(predictions, labels):
@@ -604,7 +603,7 @@ def macro_f1(predictions, labels):
 def f1(predictions, labels, positive=1):
     """F1 of the class `positive`.
 
-    (The official F1Scorer counts its predictions as labels, so its recall is wrong. This is the usual F1.)
+    (ELECTRA's F1Scorer counts its predictions as labels, so its recall is wrong. This is the usual F1.)
     """
     hits = np.sum((predictions == positive) & (labels == positive))
     total = np.sum(predictions == positive) + np.sum(labels == positive)
@@ -612,7 +611,7 @@ def f1(predictions, labels, positive=1):
 
 
 def matthews(predictions, labels):
-    """Matthews' correlation for any number of classes, known as R_K (Gorodkin, 2004)."""
+    """Matthews' correlation; of more than two classes it is known as R_K (Gorodkin, 2004)."""
     num_classes = 1 + max(predictions.max(), labels.max())
     predicted = np.bincount(predictions, minlength=num_classes) / len(predictions)  # share of each class
     actual = np.bincount(labels, minlength=num_classes) / len(labels)
@@ -638,7 +637,7 @@ def tied_ranks(values):
 
 
 def pearson(predictions, labels):
-    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:  # the range is 0: one of them is constant
         return 0.0
     return float(np.corrcoef(predictions.astype(np.float64), labels.astype(np.float64))[0, 1])
 
@@ -654,7 +653,7 @@ METRICS = {"accuracy": accuracy, "f1": f1, "macro f1": macro_f1, "matthews": mat
 def submission_file(task, predictions):
     """The text of a file to submit."""
     if task.is_regression:
-        numbers = unscale(np.clip(predictions, 0, 1), task.label_range) + 0.0  # [D31] + 0.0: no "-0.000"
+        numbers = unscale(np.clip(predictions, 0, 1), task.label_range)  # [D31]
         values = [f"{number:{task.number_format}}" for number in numbers]
     else:
         values = [task.labels[int(number)] for number in predictions]
@@ -669,5 +668,4 @@ def write_submission(path, files):
             for split in task.test_splits:
                 name = task.submission_name(split)
                 member = zipfile.ZipInfo(name)  # dated 1980: the same predictions give the same bytes
-                member.external_attr = 0o644 << 16  # readable by all
                 archive.writestr(member, files[name], zipfile.ZIP_DEFLATED)

@@ -538,19 +538,28 @@ def huggingface_tensors(network):
     return tensors
 
 
-def pretrained_files(network, **more):
+def pretrained_files(network):
     """{name: bytes} of the files with a network's weights and config, for transformers to load.
 
-    `more` are further fields of config.json. That file is the last to be written, since a folder that has it
-    counts as complete.
+    config.json is the last to be written, since a folder that has it counts as complete.
     """
-    config = asdict(network.config) | {
+    return {"model.safetensors": weights_file(network), "config.json": config_file(config_fields(network))}
+
+
+def weights_file(network):
+    tensors = {name: tensor.float().cpu() for name, tensor in huggingface_tensors(network).items()}
+    return to_safetensors(tensors)
+
+
+def config_fields(network):
+    return asdict(network.config) | {
         "model_type": "electra", "architectures": [network.architecture], "hidden_act": "gelu",
         "pad_token_id": 0, "tie_word_embeddings": True,
-    } | more
-    tensors = {name: tensor.float().cpu() for name, tensor in huggingface_tensors(network).items()}
-    return {"model.safetensors": to_safetensors(tensors),
-            "config.json": (json.dumps(config, indent=2) + "\n").encode()}
+    }
+
+
+def config_file(fields):
+    return (json.dumps(fields, indent=2) + "\n").encode()
 
 
 def load_electra(discriminator_folder, generator_folder, wordpiece):

@@ -12,8 +12,8 @@ slice. One sum of the gradients over the ranks makes a step.
 
 import os
 
-# GNU OpenMP threads spin at barriers. By default, a second busy process slows training down several times.
-# It must be set before torch is imported, so finetune.py imports this file first.
+# How long threads of GNU OpenMP spin at barriers. By default, a second busy process slows training down
+# several times. This must be set before torch is imported, so finetune.py imports this file first.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
@@ -44,7 +44,7 @@ import model
 
 
 def read_variable(name, default):
-    """A number that torchrun sets. -1 if it is no number, which `check_ranks` refuses."""
+    """A number that torchrun sets, or -1 for anything else, which `main` refuses."""
     try:
         return int(os.environ.get(name) or default)
     except ValueError:
@@ -54,11 +54,6 @@ def read_variable(name, default):
 RANK = read_variable("RANK", default=0)  # the number of this process
 LOCAL_RANK = read_variable("LOCAL_RANK", default=0)  # its number on this machine
 WORLD_SIZE = read_variable("WORLD_SIZE", default=1)  # how many processes there are
-
-
-def check_ranks():
-    if not 0 <= LOCAL_RANK <= RANK < WORLD_SIZE:
-        raise torchrun_error()
 
 
 def torchrun_error():
@@ -127,8 +122,7 @@ class TrainConfig(StepConfig):
 
 
 # All that a size means. A row lists what differs from the defaults of TrainConfig, DataConfig and
-# ElectraConfig, which are those of small. `finetuning` is the peak learning rate and the layer-wise decay of
-# finetune.py. (For small, 3e-4 is the paper's peak. The official code's default is 1e-4.)
+# ElectraConfig, which are those of small. `finetuning` is finetune.py's learning rate and layer-wise decay.
 SIZES = {
     "tiny": dict(
         data=["python-docs"], vocab="train:2048", max_length=32, batch_size=32, num_train_steps=9000,
@@ -137,7 +131,7 @@ SIZES = {
         max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         initializer_range=0.1,  # layers this narrow need it: with 0.02 hardly any context reaches a token
         generator_size=0.5, finetuning=(3e-4, 0.8)),
-    "small": dict(finetuning=(3e-4, 0.8)),
+    "small": dict(finetuning=(3e-4, 0.8)),  # as in the paper; the official code's default is 1e-4
     "base": dict(
         max_length=512, batch_size=256, num_train_steps=766_000, learning_rate=2e-4,
         embedding_size=768, hidden_size=768, num_attention_heads=12, intermediate_size=3072,
@@ -147,7 +141,7 @@ SIZES = {
         embedding_size=1024, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
         intermediate_size=4096, mask_prob=0.25, finetuning=(5e-5, 0.9)),
 }
-# Flags that a resumed run may change. All others decide its result.
+# Flags that a resumed run may change. Some of them change its rounding (see Run.numerics).
 MAY_CHANGE = {"micro_batch_size", "dtype", "device", "graph", "deterministic", "compile", "out", "log_every",
               "eval_every", "save_every", "restart", "eval_only", "prepare_only", "show"}
 
@@ -156,16 +150,9 @@ MAY_CHANGE = {"micro_batch_size", "dtype", "device", "graph", "deterministic", "
 # The loop
 
 HELDOUT_ROWS = 1024  # the first so many held-out rows are evaluated
-FEW_ROWS = 50  # metrics of fewer held-out rows are mostly chance
 SAVE_SECONDS = 600  # a kill costs no more work than this
 # After these shares of the steps the networks are kept, for the table of score against compute of the paper.
 SNAPSHOTS = (0.01, 0.0625, 0.125, 0.25, 0.5, 0.75)
-LONG_WARMUP = 0.2  # of the run; a longer one gets a warning
-SLOW_DAYS = 14  # a run that takes longer gets one, too
-# Late in training, a network that is this bad has learned next to nothing, and gets a warning.
-LATE_STEP = 20_000  # earlier, a network may look stuck and still learn
-STUCK_SHARE = 0.97  # the discriminator's loss as a share of that of guessing the base rate
-STUCK_MLM_LOSS = 6  # guessing by word frequency alone gives about 7 with BERT's vocabulary
 
 
 def train(run):
@@ -178,103 +165,116 @@ def train(run):
     optimizer = run.optimizer
     seed = run.shards.config.seed
     take_step = make_step(config, electra, optimizer, run.scaler)
+    order = data.Order(run.shards, config.batch_size)
     snapshot_steps = {round(share * config.num_train_steps) for share in SNAPSHOTS}
     heldout = None  # read before the first evaluation
-    step = run.first_step
-    stopwatch = Stopwatch(step)
     saved_at = time.perf_counter()
-    try:
-        with stop_signals() as signals, progress_bar(config, step) as bar:
-            run.shards.signals = signals  # a signal also ends waiting for text
-            order = data.Order(run.shards, config.batch_size)
-            while step < config.num_train_steps:
-                if any_rank(bool(signals)):
-                    raise data.Stopped("")  # caught below, where the run is saved
-                is_last = step + 1 == config.num_train_steps
-                is_evaluated = is_last or (step + 1) % config.eval_every == 0
+    stopwatch = Stopwatch(run.first_step)
+    with stop_signals() as signals, progress_bar(config, run.first_step) as bar:
+        if LOCAL_RANK == 0:  # this rank waits for text, which a signal ends
+            run.shards.signals = signals
+        for step in range(run.first_step, config.num_train_steps):
+            if any_rank(bool(signals)):
+                raise stop_early(run, step, order)
+            done = step + 1  # steps, once this one is taken
+            is_last = done == config.num_train_steps
+            is_evaluated = is_last or done % config.eval_every == 0
 
-                # Learning rate.
-                lr = learning_rate(step, config.learning_rate, config.num_train_steps,
-                                   config.num_warmup_steps)
-                for group in optimizer.param_groups:
-                    group["lr"].fill_(lr * group["lr_scale"])  # a tensor (see build_optimizer)
+            # Learning rate.
+            lr = learning_rate(step, config.learning_rate, config.num_train_steps, config.num_warmup_steps)
+            for group in optimizer.param_groups:
+                group["lr"].fill_(lr * group["lr_scale"])  # a tensor (see build_optimizer)
 
-                # Rows. This waits until the text is prepared that far, on all ranks.
+            # Rows. This waits until the text is prepared that far, on all ranks.
+            try:
                 epoch, rows = read_together(order.batch, step)
                 if is_evaluated and heldout is None:
-                    # Before the step, since waiting may end the run, and each step taken here is evaluated.
+                    # Before the step: if this wait ends the run, no step is saved without its evaluation.
                     heldout = read_together(run.shards.heldout, HELDOUT_ROWS)
                     mlm_baseline = unigram_entropy(heldout, electra.config)
                     describe_heldout(heldout, mlm_baseline)
+            except data.Stopped as stopped:
+                raise stop_early(run, step, order, stopped.error) from None
 
-                # Step.
-                input_ids = to_device(rows, config.device)
-                uniforms = to_device(draw_uniforms(seed, "train", step, rows, electra.config), config.device)
-                seed_dropout(seed, step)
-                outputs, grad_norm = take_step(input_ids, uniforms)
-                step += 1
-                bar.update()
+            # Step.
+            input_ids = to_device(rows, config.device)
+            uniforms = to_device(draw_uniforms(seed, "train", step, rows, electra.config), config.device)
+            seed_dropout(seed, step)
+            outputs, grad_norm = take_step(input_ids, uniforms)
+            bar.update()
 
-                # Log. This waits for the device.
-                is_logged = is_evaluated or step == 1 or step % config.log_every == 0
-                if is_logged:
-                    metrics = compute_metrics(gather_outputs(outputs), input_ids)
-                    rate = round(input_ids.numel() / stopwatch.seconds_per_step(step))  # with padding
-                    run.log("train", step, epoch, lr=lr, **metrics, grad_norm=grad_norm.item(),
-                            **fp16_metrics(run.scaler, optimizer, step), tokens_per_second=rate)
-                    bar.set_description(f"loss {metrics['loss']:.3f}, {rate:,} tokens/s")
-                if step == run.first_step + 100:
-                    warn_if_slow(stopwatch.seconds_per_step(step) * (config.num_train_steps - step))
+            # Log. This waits for the device.
+            is_logged = is_evaluated or done == 1 or done % config.log_every == 0
+            if is_logged:
+                metrics = compute_metrics(gather_outputs(outputs), input_ids)
+                rate = round(input_ids.numel() / stopwatch.seconds_per_step(done))  # with padding
+                run.log("train", done, epoch, lr=lr, **metrics, grad_norm=grad_norm.item(),
+                        **fp16_metrics(run.scaler, optimizer, done), tokens_per_second=rate)
+                bar.set_description(f"loss {metrics['loss']:.3f}, {rate:,} tokens/s")
+            if done == run.first_step + 100:
+                warn_if_slow(stopwatch.seconds_per_step(done) * (config.num_train_steps - done))
 
-                # Evaluate.
-                if is_evaluated and len(heldout):
-                    metrics = compute_metrics(*evaluate(config, electra, heldout, seed))
-                    run.log("heldout", step, epoch, **metrics, unigram_entropy=mlm_baseline)
-                    tqdm.write(f"step {step}, held-out text: {describe_metrics(metrics)}")
-                    if step >= max(LATE_STEP, 2 * config.num_warmup_steps):
-                        warn_if_stuck(metrics)
+            # Evaluate.
+            if is_evaluated and len(heldout):
+                metrics = compute_metrics(*evaluate(config, electra, heldout, seed))
+                run.log("heldout", done, epoch, **metrics, unigram_entropy=mlm_baseline)
+                tqdm.write(f"step {done}, held-out text: {describe_metrics(metrics)}")
+                if done >= max(LATE_STEP, 2 * config.num_warmup_steps):
+                    warn_if_stuck(metrics)
 
-                # Save.
-                if step in snapshot_steps:
-                    run.export(step, run.path / f"step-{step}")
-                is_overdue = time.perf_counter() - saved_at > SAVE_SECONDS
-                if is_last or is_overdue or step % config.save_every == 0:
-                    run.save(step, order)
-                    saved_at = time.perf_counter()
-                if is_logged or step == run.first_step + 1:  # the first step compiles
-                    stopwatch.restart(step)
-    except data.Stopped as error:
-        if step > run.first_step:
-            run.save(step, order)
-        any_rank(False)  # waits until rank 0 has saved: torchrun ends all ranks as soon as one has ended
-        message = str(error)  # what is wrong with the text, or "" after a signal
-        if not message:
-            command = "the same command without --restart" if config.restart else "the same command"
-            message = f"stopped after step {step}; {command} resumes"
-        raise data.UserError(message) from None
+            # Save.
+            if done in snapshot_steps:
+                run.export(done, run.path / f"step-{done}")
+            is_overdue = time.perf_counter() - saved_at > SAVE_SECONDS
+            if is_last or is_overdue or done % config.save_every == 0:
+                run.save(done, order)
+                saved_at = time.perf_counter()
+            if is_logged or step == run.first_step:  # the first step compiles
+                stopwatch.restart(done)
+
+
+def stop_early(run, step, order, error=None):
+    """Save a run after `step` steps. Returns the data.UserError that ends it.
+
+    `error` says what is wrong with the text. After a signal there is none, and the message is how to resume.
+    """
+    if step > run.first_step:
+        run.save(step, order)
+    any_rank(False)  # waits until rank 0 has saved: torchrun ends all ranks as soon as one has ended
+    command = "the same command without --restart" if run.config.restart else "the same command"
+    return data.UserError(error or f"stopped after step {step}; {command} resumes")
 
 
 class Stopwatch:
-    """Measures the seconds that a step takes since the last `restart`.
+    """Measures the seconds that a step takes since the last `restart`, which is at least one step ago.
 
     The loop restarts it at the end of each step that is logged, and of the first, which compiles. So neither
     compiling nor evaluating counts.
     """
 
-    def __init__(self, step):
-        self.restart(step)
+    def __init__(self, done):
+        self.restart(done)
 
-    def restart(self, step):
+    def restart(self, done):
         self.started_at = time.perf_counter()
-        self.first_step = step
+        self.done_before = done
 
-    def seconds_per_step(self, step):
-        return (time.perf_counter() - self.started_at) / (step - self.first_step)
+    def seconds_per_step(self, done):
+        return (time.perf_counter() - self.started_at) / (done - self.done_before)
 
 
 def progress_bar(config, step):
     disable = True if RANK > 0 else None  # None: shown if stderr is a terminal
     return tqdm(total=config.num_train_steps, initial=step, unit=" steps", disable=disable)
+
+
+# Limits of the warnings below.
+FEW_ROWS = 50  # metrics of fewer held-out rows are mostly chance
+LONG_WARMUP = 0.2  # of the run
+SLOW_DAYS = 14
+LATE_STEP = 20_000  # earlier, a network may look stuck and still learn
+STUCK_MLM_LOSS = 6  # guessing by word frequency alone gives about 7 with BERT's vocabulary
+STUCK_SHARE = 0.97  # of the discriminator's loss if it always guesses the base rate
 
 
 def describe_heldout(heldout, mlm_baseline):
@@ -368,9 +368,10 @@ def make_step(config, electra, optimizer, scaler):
         # Counts of the whole batch, so that gradients of micro-batches add up to its gradient.
         counts = model.loss_counts(input_ids, electra.config)
         outputs = []
-        for ids, draws in micro_batches(input_ids[mine], uniforms[mine], config.micro_batch_size):
+        for micro_ids, micro_uniforms in micro_batches(
+                input_ids[mine], uniforms[mine], config.micro_batch_size):
             with autocast(config):
-                output = forward(ids, draws, counts)
+                output = forward(micro_ids, micro_uniforms, counts)
             scaler.scale(output.loss).backward()
             outputs.append(output._replace(loss=output.loss.detach()))  # keep the number, drop the graph
         add_up_gradients(electra)
@@ -398,8 +399,8 @@ def evaluate(config, electra, rows, seed):
     outputs = []
     electra.eval()
     with autocast(config):
-        for ids, draws in micro_batches(input_ids, uniforms, config.micro_batch_size):
-            outputs.append(electra(ids, draws, counts))
+        for micro_ids, micro_uniforms in micro_batches(input_ids, uniforms, config.micro_batch_size):
+            outputs.append(electra(micro_ids, micro_uniforms, counts))
     electra.train()
     return outputs, input_ids
 
@@ -422,10 +423,11 @@ class CudaGraphs:
     """A function of tensors on a GPU whose kernels are launched all at once, as a CUDA graph, for each shape.
 
     For a small network, launching a kernel takes longer than running it. The first calls of a shape run as
-    they are. The next one captures the function's kernels without running them, and from then on they are
-    replayed. Each replay writes its results into the same tensors. What the function reads besides its
-    inputs, such as weights and learning rates, must be changed in place. Dropout in a replay draws from
-    torch's generator as it is seeded at that time.
+    they are. The next one captures the function's kernels without running them. From then on they are
+    replayed, and each replay writes its results into the same tensors.
+
+    What the function reads besides its inputs, such as weights and learning rates, must be changed in place.
+    Dropout in a replay draws from torch's generator as it is seeded at that time.
     """
 
     def __init__(self, function):
@@ -439,10 +441,11 @@ class CudaGraphs:
         shapes = tuple(tensor.shape for tensor in inputs)
         self.num_calls[shapes] += 1
         if self.num_calls[shapes] <= WARM_UP_CALLS:
-            return self.call(inputs)
+            return self.run_eagerly(inputs)
         if shapes not in self.graphs:
+            static_inputs = [tensor.clone() for tensor in inputs]
             try:
-                self.graphs[shapes] = self.capture([tensor.clone() for tensor in inputs])
+                self.graphs[shapes] = static_inputs, self.capture(static_inputs)
             except RuntimeError as error:
                 # torch's generator on the GPU is unusable after a failed capture, so the run ends.
                 reason = str(error).partition("\n")[0]
@@ -453,7 +456,7 @@ class CudaGraphs:
             static.copy_(new)
         return replay()
 
-    def call(self, inputs):
+    def run_eagerly(self, inputs):
         """Call the function as it is, on the stream of the captures, as torch's notes ask for."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -462,10 +465,7 @@ class CudaGraphs:
         return results
 
     def capture(self, inputs):
-        """Record the function on these tensors: (inputs, replay).
-
-        To call it, copy into the inputs and call replay().
-        """
+        """Record the function on these tensors. Returns replay(), which runs it on what they hold by then."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             results = self.function(*inputs)
@@ -474,7 +474,7 @@ class CudaGraphs:
             graph.replay()
             return results
 
-        return inputs, replay
+        return replay
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -499,7 +499,7 @@ def start_ranks(config):
 def compare_ranks(run):
     """Raise data.UserError if ranks have other text, vocabularies or flags than this one."""
     ours = dict(run.settings)
-    names_and_sizes = [identity.name_and_size for identity in run.shards.identities]
+    names_and_sizes = [identity.portable for identity in run.shards.identities]
     ours["files"] = data.digest(names_and_sizes)
     ours["init"] = len(run.config.init)  # paths may differ between machines
     ours["log_every"] = run.config.log_every  # ranks meet when they log and evaluate
@@ -512,23 +512,22 @@ def compare_ranks(run):
 
 
 def read_together(read, *args):
-    """read(*args) on every rank, where `read` blocks until text is prepared. With one process just that.
+    """read(*args) on every rank, where `read` blocks until text is prepared.
 
-    If reading stops on one rank, it stops on all: data.Stopped is raised on every rank.
+    The first rank of each machine prepares the text. It reads first, and then the others read. If it is
+    stopped on any machine, every rank raises data.Stopped.
     """
     if WORLD_SIZE == 1:
         return read(*args)
-    # The first rank of each machine prepares the text. It reads first, and the others wait for it.
-    message = None
+    stopped = None
     if LOCAL_RANK == 0:
         try:
             result = read(*args)
-        except data.Stopped as error:
-            message = str(error)
-    if any_rank(message is not None):
-        messages = [each for each in from_all_ranks(message) if each is not None]
-        raise data.Stopped(max(messages))  # that of an error, or "" if all are of signals
-    if LOCAL_RANK > 0:  # the rows are there now
+        except data.Stopped as exception:
+            stopped = exception
+    if any_rank(stopped is not None):
+        raise next(each for each in from_all_ranks(stopped) if each is not None)
+    if LOCAL_RANK > 0:
         result = read(*args)
     return result
 
@@ -563,11 +562,6 @@ def gather_outputs(outputs):
     return [output for theirs in from_all_ranks(ours) for output in theirs]
 
 
-def from_rank_0(value):
-    """The value of rank 0."""
-    return from_all_ranks(value)[0]
-
-
 def from_all_ranks(value):
     """The values of all ranks, in their order."""
     values = [value] * WORLD_SIZE
@@ -579,8 +573,8 @@ def from_all_ranks(value):
 # ------------------------------------------------------------------------------------------------------------
 # A run and its folder
 
-MIN_LOSS_SCALE = 1e-4  # of fp16; below it every step has overflowed for long
-# What `write_network` writes. Without a config.json, a folder is no network.
+MIN_LOSS_SCALE = 1e-4  # an fp16 scale below this: every step for a long time has overflowed
+# What `write_network` writes. --restart deletes config.json first: without it, a folder is no network.
 NETWORK_FILES = ("config.json", "tokenizer_config.json", "vocab.txt", "model.safetensors")
 
 
@@ -603,9 +597,9 @@ class Run:
     networks are brought into line with it at every start.
     """
 
-    def __init__(self, config, inputs, shards, electra, record, first_step):
+    def __init__(self, config, origin, shards, electra, record, first_step):
         self.config = config
-        self.inputs = inputs
+        self.origin = origin
         self.shards = shards
         self.electra = electra
         self.optimizer = build_optimizer(electra.named_parameters(), config)
@@ -615,7 +609,7 @@ class Run:
         self.path = config.run_path
         self.checkpoint = self.path / "checkpoint.pt"
         self.log_path = self.path / "log.jsonl"
-        everything = asdict(config) | asdict(electra.config) | shards.row_settings
+        everything = asdict(config) | asdict(electra.config) | shards.row_settings  # flags that decide rows
         self.settings = {name: value for name, value in everything.items() if name not in MAY_CHANGE}
         # These change rounding and dropout. A resumed run may have others, so they are logged.
         self.numerics = dict(device=config.device, dtype=config.dtype, compile=config.compile,
@@ -641,7 +635,7 @@ class Run:
         read_together(self.shards.wait_for_shards, 1)
         if self.record is None:
             return
-        history = read_together(self.shards.history, self.record["num_shards"])
+        history = read_together(self.shards.history, self.record["num_shards"])  # hashes of shards
         if history != self.record["history"]:
             place = self.shards.changed_file(self.record["history"])
             raise data.UserError(self.refusal(f"the text differs in {place} or after it"))
@@ -662,8 +656,7 @@ class Run:
         if self.first_step > 0:
             self.export(self.first_step, self.path)
         if self.first_step == self.config.num_train_steps:
-            print(f"all {self.first_step} steps are done already; after a change of the code, use another "
-                  "--out")
+            print(f"all {self.first_step} steps are done; to train again, use --restart or another --out")
         elif self.record is not None:
             print(f"resuming after step {self.first_step} of {self.config.num_train_steps}")
 
@@ -672,13 +665,13 @@ class Run:
         lines = self.log_path.read_bytes().splitlines() if self.log_path.exists() else []
         entries = []
         for line in lines:
-            with suppress(LookupError, TypeError, ValueError):  # a line that is damaged, or has no step
+            with suppress(data.UserError):  # a damaged line is left out
                 entry = data.parse_json(line, self.log_path)
-                if entry["step"] <= self.first_step:
+                if entry.get("step", math.inf) <= self.first_step:  # the settings have no step
                     entries.append(entry)
         logged_numerics = [entry["numerics"] for entry in entries if "numerics" in entry]
         if not logged_numerics or logged_numerics[-1] != self.numerics:
-            entries.append(dict(step=self.first_step + 1, numerics=self.numerics))
+            entries.append(dict(step=self.first_step + 1, numerics=self.numerics))  # from the next step on
         with data.atomic_write(self.log_path) as file:
             for entry in [dict(settings=self.settings), *entries]:
                 file.write(json.dumps(entry).encode() + b"\n")
@@ -716,7 +709,7 @@ class Run:
 
     def write_checkpoint(self, step, num_shards):
         """Write all that the run needs, as built-in types and tensors."""
-        record = dict(inputs=self.inputs._asdict(), settings=self.settings,
+        record = dict(inputs=self.origin._asdict(), settings=self.settings,
                       num_shards=num_shards,  # so many shards of the text have been read
                       history=self.shards.history(num_shards))  # their hashes
         state = dict(run=record, step=step, model=self.electra.state_dict(),
@@ -728,9 +721,8 @@ class Run:
     def load(self, state):
         """Load the networks and the optimizer of a checkpoint, as `read_checkpoint` returned it."""
         self.electra.load_state_dict(state["model"])
-        # Load the moments only. The groups stay, since their learning rates are tensors on this device.
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict(state["optimizer"] | dict(param_groups=groups))
+        groups = self.optimizer.state_dict()["param_groups"]  # they stay: their rates are on this device
+        self.optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=groups))
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
 
@@ -738,7 +730,7 @@ class Run:
         """Give all ranks the networks and the optimizer of rank 0."""
         if WORLD_SIZE == 1:
             return
-        scaler_state = from_rank_0(self.scaler.state_dict())
+        scaler_state = from_all_ranks(self.scaler.state_dict())[0]
         if scaler_state:
             self.scaler.load_state_dict(scaler_state)
         for tensor in self.electra.state_dict().values():
@@ -774,7 +766,8 @@ def read_checkpoint(config):
 def written_files(path):
     """Yield the files that a run may have written in its folder, apart from its checkpoint."""
     snapshots = [folder for folder in path.glob("step-*")
-                 if re.fullmatch(r"step-\d+", folder.name) and not folder.is_symlink()]
+                 if re.fullmatch(r"step-\d+", folder.name)
+                 and not folder.is_symlink()]  # which may lead to another run
     for parent in [path, *snapshots]:
         for network in ("generator", "discriminator"):
             for name in NETWORK_FILES:
@@ -782,14 +775,17 @@ def written_files(path):
     yield path / "log.jsonl"
 
 
-def write_network(folder, network, wordpiece, max_length, **more):
-    """Write a network and its tokenizer as a folder that transformers can load.
+def write_network(folder, network, wordpiece, max_length):
+    """Write a network and its tokenizer as a folder that transformers can load."""
+    write_folder(folder, wordpiece.files(max_length) | model.pretrained_files(network))
 
-    Each file is replaced at once, and the weights are the only one that changes in a run. So a reader finds a
-    whole network at any time.
+
+def write_folder(folder, files):
+    """Write the files of a network, {name: bytes}.
+
+    It can be read at any time: a file is replaced atomically, and in a run only the weights change.
     """
-    (folder / "tokenizer.json").unlink(missing_ok=True)  # another program's, which would outweigh these files
-    files = wordpiece.files(max_length) | model.pretrained_files(network, **more)
+    (folder / "tokenizer.json").unlink(missing_ok=True)  # transformers would prefer it to these files
     for name, content in files.items():
         path = folder / name
         if not path.is_file() or path.read_bytes() != content:
@@ -810,31 +806,31 @@ def networks_of(electra):
 FIRST_ADAM_STEP = 1_000_000  # so late that Adam has no bias left to correct
 
 
-def build_optimizer(parameters, config, lr_scale=None):
+def build_optimizer(parameters, config, lr_scale_of=None):
     """torch's AdamW as the official Adam, which does not correct the bias of its moments. [D24]
 
     AdamW corrects it by dividing by 1 - beta^step. Steps are counted from FIRST_ADAM_STEP, where that is 1 to
     the last bit. So the update is exactly the official one, and the fused kernel can be used. `parameters`
-    are (name, parameter) pairs, and `lr_scale(name)` is a parameter's share of the learning rate.
+    are (name, parameter) pairs, and `lr_scale_of(name)` is a parameter's share of the learning rate.
     """
-    groups = {}
+    members = {}  # of the groups, by weight decay and share
     for name, parameter in parameters:
         decay = config.weight_decay if parameter.ndim > 1 else 0.0  # [D25] not of LayerNorms and biases
-        scale = lr_scale(name) if lr_scale else 1.0
-        groups.setdefault((decay, scale), []).append(parameter)
-    # Rates are tensors on the device, for a CUDA graph to read.
+        lr_scale = lr_scale_of(name) if lr_scale_of else 1.0
+        members.setdefault((decay, lr_scale), []).append(parameter)
+    groups = []
+    for (decay, lr_scale), params in members.items():
+        lr = torch.zeros((), device=params[0].device)  # a tensor, for a CUDA graph to read
+        groups.append(dict(params=params, lr=lr, lr_scale=lr_scale, weight_decay=decay))
     optimizer = torch.optim.AdamW(
-        [dict(weight_decay=decay, lr_scale=scale, params=members,
-              lr=torch.zeros((), device=members[0].device))
-         for (decay, scale), members in groups.items()],
-        betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon, fused=True,
+        groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon, fused=True,
         capturable=config.device.startswith("cuda"))
-    reset_moments(optimizer)
+    reset_optimizer(optimizer)
     return optimizer
 
 
-def reset_moments(optimizer):
-    """Set the moments to 0, in place if they exist, since a CUDA graph may hold their addresses."""
+def reset_optimizer(optimizer):
+    """Give Adam the state of its first step, in place if there is one: a CUDA graph may hold its address."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
@@ -991,223 +987,35 @@ def choose_readable(rows, wordpiece):
 
 def print_sentences(outputs, input_ids, wordpiece):
     """Print rows: what was predicted, what the generator put there, and what the discriminator flagged."""
+    print(LEGEND)
     corrupted_ids = concatenate(outputs, "corrupted_ids")
     is_replaced = concatenate(outputs, "is_replaced")
     is_predicted = torch.zeros_like(is_replaced).scatter(
         1, concatenate(outputs, "positions"), concatenate(outputs, "is_used"))
-    print(LEGEND)
-    if outputs[0].disc_logits is None:
-        is_flagged = torch.zeros_like(is_replaced)
-        verdicts = {False: ""}
-    else:
+    is_flagged = torch.zeros_like(is_replaced)
+    has_discriminator = outputs[0].disc_logits is not None
+    if has_discriminator:
         print(DISCRIMINATOR_LEGEND)
         logits = concatenate(outputs, "disc_logits")
         descending = logits[input_ids != 0].sort(descending=True).values
-        is_flagged = logits > descending[is_replaced.sum()]  # as many as were replaced
-        verdicts = {True: " ✓", False: " ✗"}
-    tensors = (input_ids, corrupted_ids, is_predicted, is_flagged)
-    for row in zip(*[tensor[:, :SHOWN_TOKENS].tolist() for tensor in tensors], strict=True):
+        highest_unflagged = descending[is_replaced.sum()]  # as many are flagged as were replaced
+        is_flagged = logits > highest_unflagged
+    for row, ids in enumerate(input_ids):
         words = []
-        for original, seen, predicted, flagged in zip(*row, strict=True):
-            if original == 0:  # [PAD]
-                break
+        for place, original in enumerate(ids[ids != 0][:SHOWN_TOKENS]):
             word = wordpiece.tokens[original]
-            if seen != original:
-                word = f"[{word}→{wordpiece.tokens[seen]}{verdicts[flagged]}]"
-            elif flagged:
+            if is_replaced[row, place]:
+                word = f"{word}→{wordpiece.tokens[corrupted_ids[row, place]]}"
+                if has_discriminator:
+                    word += " ✓" if is_flagged[row, place] else " ✗"
+                word = f"[{word}]"
+            elif is_flagged[row, place]:
                 word = f"[{word} !]"
-            elif predicted:
+            elif is_predicted[row, place]:
                 word = f"[{word} =]"
             words.append(word)
-        text = " ".join(words)
-        print("\n" + re.sub(r"(?<!\]) ##", "", text))  # joins word pieces, unless the first one is marked
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def main(argv=None):
-    config, data_config, electra_config, typed = configure(argv)
-    if config.prepare_only:
-        prepare_only(config, data_config, electra_config, typed)
-        return
-    start_ranks(config)
-    with lock_run(config):
-        run = open_run(config, data_config, electra_config, typed)
-        # The first rank of each machine prepares the text in a child process.
-        preparation = run.shards.prepare_in_child() if LOCAL_RANK == 0 else nullcontext()
-        with preparation:
-            run.check_text()  # before anything in its folder is changed
-            print(run.shards.describe())
-            if not config.eval_only:
-                was_complete = run.shards.is_complete
-                warn_if_warmup_is_long(config)
-                run.start()
-                train(run)
-                if not was_complete:  # the whole text may deserve a warning that its beginning did not
-                    print(run.shards.describe())
-            report(run)
-    if WORLD_SIZE > 1:
-        dist.destroy_process_group()
-    if not config.eval_only:
-        folders = " and ".join(str(run.path / name) for name in networks_of(run.electra))
-        max_length = run.shards.config.max_length
-        print(f"\ntransformers can load {folders}; to fine-tune:\n"
-              f"python finetune.py --model {run.path} --task mrpc --max-length {max_length}")
-
-
-def open_run(config, data_config, electra_config, typed):
-    """The run in the folder, or a new one, with its weights. A run with other settings is refused.
-
-    Nothing is written. The checkpoint is read first, since it has the vocabulary and the networks' shape.
-    """
-    record = None
-    first_step = 0
-    state = read_checkpoint(config)  # on rank 0
-    if state is not None:
-        record = state["run"]
-        first_step = state["step"]
-    record, first_step = from_rank_0((record, first_step))
-
-    inputs = find_inputs(record, config, data_config, electra_config)
-    data_config, electra_config, wordpiece = apply_inputs(inputs, data_config, electra_config, typed)
-    shards = data.GrowingShards(data_config, wordpiece)
-    torch.manual_seed(data_config.seed)
-    electra = model.Electra(electra_config).train()
-    if record is None:
-        load_init(electra, config, data_config)
-    run = Run(config, inputs, shards, electra.to(config.device), record, first_step)
-
-    compare_ranks(run)
-    if record is not None:
-        run.check_settings()
-    if state is not None:
-        run.load(state)
-    run.copy_from_rank_0()
-    return run
-
-
-def prepare_only(config, data_config, electra_config, typed):
-    """Prepare the text, and print rows of it."""
-    inputs = read_inputs(config, data_config, electra_config)
-    data_config, _, wordpiece = apply_inputs(inputs, data_config, electra_config, typed)
-    shards = data.GrowingShards(data_config, wordpiece)
-    with shards.prepare_in_child():
-        shards.wait_for_shards(math.inf)
-    print(shards.describe())
-    for row in shards.load("train", 0)[: config.show]:
-        print("\n" + wordpiece.decode(row))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What a run is made from: a vocabulary, and the weights that --init names
-
-# Fields of ElectraConfig that weights prescribe.
-SHAPE = ("embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-         "intermediate_size", "max_position_embeddings", "type_vocab_size", "layer_norm_eps")
-
-
-class Inputs(NamedTuple):
-    """What a run is made from. Its checkpoint has a copy, since the sources may change or go."""
-
-    init: list  # --init and --vocab, as they were typed
-    vocab: str
-    tokens: list  # the vocabulary, in the order of the ids
-    shape: dict  # fields of ElectraConfig that the weights of --init prescribe
-    rules: dict  # fields of DataConfig that they prescribe: those for case and accents
-
-
-def find_inputs(record, config, data_config, electra_config):
-    """The Inputs of a run, from the record in its checkpoint. For a new run, those that the flags name.
-
-    If --init or --vocab have changed, the flags count, and `Run.check_settings` finds what differs. A
-    vocabulary file is always read again, since it may have changed, too.
-    """
-    if record is not None:
-        inputs = Inputs(**record["inputs"])
-        is_same = inputs.init == list(config.init) and inputs.vocab == data_config.vocab
-        if is_same and not Path(data_config.vocab).is_file():
-            return inputs
-    return read_inputs(config, data_config, electra_config)
-
-
-def read_inputs(config, data_config, electra_config):
-    """The Inputs that the flags name."""
-    init = list(config.init)
-    vocab = data_config.vocab
-    if not init:
-        return Inputs(init, vocab, data.load_wordpiece(data_config).tokens, shape={}, rules={})
-    folders = list(find_init(config, data_config, electra_config).values())
-    wordpieces = [data.read_tokenizer(folder)[0] for folder in folders]
-    tokenizations = {(each.sha256, each.do_lower_case, each.strip_accents) for each in wordpieces}
-    if len(tokenizations) > 1:
-        raise data.UserError(f"{folders[0]} and {folders[1]} have different vocabularies, or rules for case")
-    configs = [model.load_config(folder) for folder in folders]
-    shape = {name: getattr(configs[0], name) for name in SHAPE}
-    if len(folders) == 2:
-        shape["generator_size"] = configs[1].hidden_size / configs[0].hidden_size
-    wordpiece = wordpieces[0]
-    rules = dict(do_lower_case=wordpiece.do_lower_case, strip_accents=wordpiece.strip_accents)
-    return Inputs(init, vocab, wordpiece.tokens, shape, rules)
-
-
-def find_init(config, data_config, electra_config):
-    """{"discriminator": folder, "generator": folder} of --init, or one of them."""
-    first, *more = config.init
-    if electra_config.objective == "mlm":
-        if more:
-            raise data.UserError("--objective mlm has no discriminator; --init takes one folder")
-        names = {"generator": first}
-    else:
-        names = {"discriminator": first}
-        if more:
-            names["generator"] = more[0]
-        elif Path(first, "generator").is_dir():  # a run, which has both networks
-            names["generator"] = first
-    folders = {}
-    for network, name in names.items():
-        folders[network] = data.find_model(name, data_config.cache, network).resolve()
-        if config.run_path.resolve() in folders[network].parents:
-            raise data.UserError("--init names the run that would be overwritten; use another --out")
-    return folders
-
-
-def apply_inputs(inputs, data_config, electra_config, typed):
-    """(DataConfig, ElectraConfig, WordPiece) of a run that is made from these inputs."""
-    prescribed = typed & {"vocab", *inputs.shape, *inputs.rules}
-    if inputs.init and prescribed:
-        raise data.UserError(f"--init prescribes {', '.join(sorted(prescribed))}; leave these flags out")
-    data_config = replace(data_config, **inputs.rules)
-    wordpiece = data.WordPiece(inputs.tokens, data_config.do_lower_case, data_config.strip_accents)
-    electra_config = replace(
-        electra_config, **inputs.shape, vocab_size=len(wordpiece.tokens),
-        cls_token_id=wordpiece.cls_token_id, sep_token_id=wordpiece.sep_token_id,
-        mask_token_id=wordpiece.mask_token_id)
-    positions = electra_config.max_position_embeddings
-    if data_config.max_length > positions:
-        raise data.UserError(f"max_length {data_config.max_length} is beyond the model's {positions} "
-                             "positions; lower it, or raise --max-position-embeddings too")
-    return data_config, electra_config, wordpiece
-
-
-def load_init(electra, config, data_config):
-    """Fill the networks from the folders of --init, if it was given."""
-    if not config.init:
-        return
-    networks = networks_of(electra)
-    folders = find_init(config, data_config, electra.config)
-    if len(folders) < len(networks):
-        print("--init names no generator, so one starts from random weights; until it has learned, its "
-              "samples are easy to tell and teach the discriminator little")
-    if "generator" in folders:
-        model.load_weights(networks["generator"], folders["generator"])
-    if "discriminator" in folders:  # last, so that its embeddings stay, which both networks share
-        table = electra.generator.encoder.embeddings.word_embeddings.weight
-        table_of_generator = table.clone()
-        model.load_weights(networks["discriminator"], folders["discriminator"])
-        if "generator" in folders and not torch.equal(table, table_of_generator):
-            print("the two folders of --init have different embeddings; the discriminator's are used")
+        # Joins "un ##related", but not "[un =] ##related".
+        print("\n" + re.sub(r"(?<!\]) ##", "", " ".join(words)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1219,13 +1027,13 @@ COMPILES_SINCE = "2.11"
 
 
 def configure(argv):
-    """The three configs of a command line, with every automatic value filled in, and the flags typed.
+    """The three configs of a command line, with automatic values resolved, and the names of flags typed.
 
     It also sets up torch for them.
     """
     description = "Pre-train ELECTRA. After a stop or a kill the same command resumes."
-    configs, typed = parse(argv, description, (TrainConfig, data.DataConfig, model.ElectraConfig), SIZES)
-    config, data_config, electra_config = configs
+    (config, data_config, electra_config), typed_flags = parse(
+        argv, description, (TrainConfig, data.DataConfig, model.ElectraConfig), SIZES)
     refuse_output_in_text(config, data_config)
     config = resolve_device(config)
     if config.size == "tiny" and config.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -1237,7 +1045,7 @@ def configure(argv):
     if config.compile and config.device == "cpu" and torch.__version__ < COMPILES_SINCE:
         raise data.UserError(f"torch {torch.__version__} may compile wrong gradients of embeddings on a CPU; "
                              f"leave out --compile, or use torch {COMPILES_SINCE} or later")
-    return config, data_config, electra_config, typed
+    return config, data_config, electra_config, typed_flags
 
 
 def refuse_output_in_text(config, data_config):
@@ -1256,12 +1064,11 @@ def compiles_by_default(config):
 
 
 def parse(argv, description, config_classes, sizes):
-    """A config of each class from the command line, and the names of what was typed.
+    """A config of each class from the command line, and the names of the fields whose flags were typed.
 
-    A field whose type is annotated with a text is a flag, and the text is its help. Flags that were not typed
-    take the value in the size's row of `sizes`, or else the default.
+    A field whose type is annotated with a text is a flag, and the text is its help. A flag that was not typed
+    has its value in the size's row of `sizes`, or else its default.
     """
-    check_ranks()
     parser = argparse.ArgumentParser(description=description, usage="%(prog)s [--FLAG VALUE ...]",
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS,
                                      exit_on_error=False)
@@ -1278,9 +1085,8 @@ def parse(argv, description, config_classes, sizes):
     if unknown:
         raise data.UserError(f"there is no {' '.join(unknown)}; --help lists the flags")
     typed = vars(arguments)
-    size = typed.get("size", TrainConfig.size)
-    values = sizes.get(size, {}) | typed
-    configs = [make_config(config_class, values) for config_class in config_classes]
+    row = sizes.get(typed.get("size", TrainConfig.size), {})  # TrainConfig refuses an unknown size
+    configs = [make_config(config_class, row | typed) for config_class in config_classes]
     return configs, typed.keys()
 
 
@@ -1293,15 +1099,14 @@ def make_config(config_class, values):
 
 
 def add_flag(group, field, sizes):
-    """Make a field a flag. The help ends with its default, and those of sizes that differ."""
+    """Make a field a flag. Its help ends with its defaults: "peak learning rate (0.0005; tiny: 0.001)"."""
     kind, text, *_ = get_args(field.type)
-    defaults = [format_default(field.default)]
+    defaults = [] if field.default in (None, "", ()) else [format_default(field.default)]
     for size, row in sizes.items():
         if field.name in row:
             defaults.append(f"{size}: {format_default(row[field.name])}")
-    shown = "; ".join(default for default in defaults if default)
-    if shown:
-        text = f"{text} ({shown})"
+    if defaults:
+        text = f"{text} ({'; '.join(defaults)})"
     options = dict(help=text.replace("%", "%%"))
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction  # adds --no-FLAG
@@ -1313,12 +1118,12 @@ def add_flag(group, field, sizes):
 
 
 def format_default(default):
-    """A default as --help shows it: nothing if there is none."""
+    """A default as --help shows it."""
     if isinstance(default, bool):
         return "on" if default else "off"
     if isinstance(default, list | tuple):
         return " ".join(default)
-    return "" if default is None else str(default)
+    return str(default)
 
 
 def resolve_device(config):
@@ -1381,7 +1186,192 @@ def compute_deterministically():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The command: what it prints, and its exit status
+# What a run is made from: a vocabulary, and the weights that --init names
+
+# Fields of ElectraConfig that weights prescribe.
+SHAPE = ("embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+         "intermediate_size", "max_position_embeddings", "type_vocab_size", "layer_norm_eps")
+
+
+class Origin(NamedTuple):
+    """What a run is made from. Its checkpoint has a copy, since the folders and files may change or go."""
+
+    init: list  # --init, as it was typed
+    vocab: str  # --vocab, as it was typed
+    tokens: list  # the vocabulary, in the order of the ids
+    shape: dict  # fields of ElectraConfig that the weights of --init prescribe
+    rules: dict  # fields of DataConfig that they prescribe: those for case and accents
+
+
+def saved_origin(record, config, data_config):
+    """The Origin in the record of a checkpoint. None if it must be read anew.
+
+    If --init or --vocab have changed, the new one is read, and `Run.check_settings` finds what differs.
+    """
+    origin = Origin(**record["inputs"])
+    if origin.init != list(config.init) or origin.vocab != data_config.vocab:
+        return None
+    if Path(data_config.vocab).is_file():  # it may have changed, too
+        return None
+    return origin
+
+
+def read_origin(config, data_config, init_folders):
+    """The Origin that --vocab or the folders of --init are."""
+    if not config.init:
+        tokens = data.load_wordpiece(data_config).tokens
+        return Origin([], data_config.vocab, tokens, shape={}, rules={})
+    folders = list(init_folders.values())
+    wordpieces = [data.read_tokenizer(folder)[0] for folder in folders]
+    tokenizations = {(each.sha256, each.do_lower_case, each.strip_accents) for each in wordpieces}
+    if len(tokenizations) > 1:
+        raise data.UserError(f"{folders[0]} and {folders[1]} have different vocabularies, or rules for case")
+    configs = [model.load_config(folder) for folder in folders]
+    shape = {name: getattr(configs[0], name) for name in SHAPE}
+    if len(folders) == 2:
+        shape["generator_size"] = configs[1].hidden_size / configs[0].hidden_size
+    wordpiece = wordpieces[0]
+    rules = dict(do_lower_case=wordpiece.do_lower_case, strip_accents=wordpiece.strip_accents)
+    return Origin(list(config.init), data_config.vocab, wordpiece.tokens, shape, rules)
+
+
+def find_init_folders(config, data_config, electra_config):
+    """The folders of --init, if it was given, by the networks that start from them."""
+    if not config.init:
+        return {}
+    first, *more = config.init
+    if electra_config.objective == "mlm":
+        if more:
+            raise data.UserError("--objective mlm has no discriminator; --init takes one folder")
+        names = {"generator": first}
+    else:
+        names = {"discriminator": first}
+        if more:
+            names["generator"] = more[0]
+        elif Path(first, "generator").is_dir():  # a run, which has both networks
+            names["generator"] = first
+    folders = {}
+    for network, name in names.items():
+        folders[network] = data.find_model(name, data_config.cache, network).resolve()
+        if config.run_path.resolve() in folders[network].parents:
+            raise data.UserError("--init names the run that would be overwritten; use another --out")
+    return folders
+
+
+def apply_origin(origin, data_config, electra_config, typed_flags):
+    """The DataConfig, the ElectraConfig and the WordPiece of a run with this Origin."""
+    prescribed = {"vocab", *origin.shape, *origin.rules}
+    conflicts = sorted(typed_flags & prescribed)
+    if origin.init and conflicts:
+        raise data.UserError(f"--init prescribes {', '.join(conflicts)}; leave these flags out")
+    data_config = replace(data_config, **origin.rules)
+    wordpiece = data.WordPiece(origin.tokens, data_config.do_lower_case, data_config.strip_accents)
+    electra_config = replace(
+        electra_config, **origin.shape, vocab_size=len(wordpiece.tokens),
+        cls_token_id=wordpiece.cls_token_id, sep_token_id=wordpiece.sep_token_id,
+        mask_token_id=wordpiece.mask_token_id)
+    positions = electra_config.max_position_embeddings
+    if data_config.max_length > positions:
+        raise data.UserError(f"max_length {data_config.max_length} is beyond the model's {positions} "
+                             "positions; lower it, or raise --max-position-embeddings too")
+    return data_config, electra_config, wordpiece
+
+
+def load_init_weights(electra, init_folders):
+    """Fill the networks that have a folder of --init."""
+    networks = networks_of(electra)
+    if len(init_folders) < len(networks):
+        print("--init names no generator, so one starts from random weights; until it has learned, its "
+              "samples are easy to tell and teach the discriminator little")
+    if "generator" in init_folders:
+        model.load_weights(networks["generator"], init_folders["generator"])
+    if "discriminator" in init_folders:  # last, so that its embeddings stay, which both networks share
+        table = electra.generator.encoder.embeddings.word_embeddings.weight
+        table_of_generator = table.clone()
+        model.load_weights(networks["discriminator"], init_folders["discriminator"])
+        if "generator" in init_folders and not torch.equal(table, table_of_generator):
+            print("the two folders of --init have different embeddings; the discriminator's are used")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def main(argv=None):
+    if not 0 <= LOCAL_RANK <= RANK < WORLD_SIZE:
+        raise torchrun_error()
+    config, data_config, electra_config, typed_flags = configure(argv)
+    if config.prepare_only:
+        prepare_only(config, data_config, electra_config, typed_flags)
+        return
+    start_ranks(config)
+    with lock_run(config):
+        run = open_run(config, data_config, electra_config, typed_flags)
+        # The first rank of each machine prepares the text in a child process.
+        preparation = run.shards.prepare_in_child() if LOCAL_RANK == 0 else nullcontext()
+        with preparation:
+            run.check_text()  # before anything in its folder is changed
+            print(run.shards.describe())
+            if not config.eval_only:
+                was_complete = run.shards.is_complete
+                warn_if_warmup_is_long(config)
+                run.start()
+                train(run)
+                if not was_complete:  # the whole text may deserve a warning that its beginning did not
+                    print(run.shards.describe())
+            report(run)
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+    if not config.eval_only:
+        folders = " and ".join(str(run.path / name) for name in networks_of(run.electra))
+        max_length = run.shards.config.max_length
+        print(f"\ntransformers can load {folders}; to fine-tune:\n"
+              f"python finetune.py --model {run.path} --task mrpc --max-length {max_length}")
+
+
+def open_run(config, data_config, electra_config, typed_flags):
+    """The run in the folder, or a new one, with its weights. A run with other settings is refused.
+
+    Nothing is written. The checkpoint is read first, since it has the vocabulary and the networks' shape.
+    """
+    state = read_checkpoint(config)  # on rank 0; the others need only two parts of it
+    record, first_step = from_all_ranks((state["run"], state["step"]) if state else (None, 0))[0]
+    is_new = record is None
+    origin = None if is_new else saved_origin(record, config, data_config)
+    if origin is None:
+        init_folders = find_init_folders(config, data_config, electra_config)
+        origin = read_origin(config, data_config, init_folders)
+    data_config, electra_config, wordpiece = apply_origin(origin, data_config, electra_config, typed_flags)
+    shards = data.GrowingShards(data_config, wordpiece)
+    torch.manual_seed(data_config.seed)
+    electra = model.Electra(electra_config).train()
+    if is_new and config.init:
+        load_init_weights(electra, init_folders)
+    run = Run(config, origin, shards, electra.to(config.device), record, first_step)
+
+    compare_ranks(run)
+    if not is_new:
+        run.check_settings()
+    if state is not None:
+        run.load(state)
+    run.copy_from_rank_0()
+    return run
+
+
+def prepare_only(config, data_config, electra_config, typed_flags):
+    """Prepare the text, and print rows of it."""
+    origin = read_origin(config, data_config, find_init_folders(config, data_config, electra_config))
+    data_config, _, wordpiece = apply_origin(origin, data_config, electra_config, typed_flags)
+    shards = data.GrowingShards(data_config, wordpiece)
+    with shards.prepare_in_child():
+        shards.wait_for_shards(math.inf)  # the whole text
+    print(shards.describe())
+    for row in shards.load("train", 0)[: config.show]:
+        print("\n" + wordpiece.decode(row))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a command prints, and its exit status
 
 
 def run_command(main):
@@ -1393,17 +1383,19 @@ def run_command(main):
         return 0
     except (data.UserError, model.ModelError) as error:
         print(error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)
         return 130
     except OSError as error:
         print_system_error(error)
+        return 1
     except RuntimeError as error:
         if "by peer" not in str(error):
             raise
         # torch.distributed: "Connection closed by peer". The other rank prints why it has ended.
         print(f"rank {RANK} stops because another one has", file=sys.stderr)
-    return 1
+        return 1
 
 
 def set_up_output():
@@ -1412,26 +1404,37 @@ def set_up_output():
         sys.stdout = open(os.devnull, "w")
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not in a notebook
-            # Files and pipes get UTF-8. A terminal may not know every character.
-            encoding = stream.encoding if stream.isatty() else "utf-8"
-            stream.reconfigure(encoding=encoding, errors="replace")
+    for stream in sys.stdout, sys.stderr:
+        if not isinstance(stream, io.TextIOWrapper):  # in a notebook
+            continue
+        stream.reconfigure(errors="replace")  # a terminal may not know every character
+        if not stream.isatty():
+            stream.reconfigure(encoding="utf-8")
 
 
 def print_system_error(error):
     """Print an OSError, for example of a full disk, with its file or the function that it comes from."""
-    where = ""
-    if not error.filename:
+    is_output_taken = flush_output()
+    if isinstance(error, BrokenPipeError):  # `| head` has read enough
+        return
+    if not is_output_taken:
+        where = " in standard output"
+    elif error.filename:
+        where = ""  # it is in the error's own text
+    else:
         where = f" in {traceback.extract_tb(error.__traceback__)[-1].name}"
+    print(f"{error}{where}; fix that, and the same command resumes", file=sys.stderr)
+
+
+def flush_output():
+    """Flush standard output. If it takes no more: discard the rest, and return False."""
     try:
         sys.stdout.flush()
     except OSError:
-        where = " in standard output"
-        # Discard what it did not take. Else Python reports the error again at exit.
+        # Python would try again at exit, and print the error a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if not isinstance(error, BrokenPipeError):  # `| head` has read enough
-        print(f"{error}{where}; fix that, and the same command resumes", file=sys.stderr)
+        return False
+    return True
 
 
 if __name__ == "__main__":

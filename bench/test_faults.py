@@ -1314,6 +1314,15 @@ def test_a_damaged_config_of_a_saved_network_is_made_again(toy_glue):
         assert path.read_bytes() == before
 
 
+def test_a_saved_network_of_many_labels_is_taken(toy_glue):
+    """The digest of its config.json does not depend on the order of the numbers 9 and 10."""
+    labels = [f"{number:02}" for number in range(12)]
+    rows = "".join(f"{label}\tba do\n" for label in labels)
+    write_files("own", {f"{split}.tsv": f"label\tsentence\n{rows}".encode() for split in ("train", "dev")})
+    tune("--task own --save")
+    assert finetune.Predictor(find_network("own-own")).labels == labels
+
+
 def test_closed_standard_input_and_a_rank_of_a_scheduler(toy_glue, monkeypatch, capsys):
     """Closed input is a sentence; a process with RANK=1 throws no predictions away."""
     tune("--task wnli --save")

@@ -91,8 +91,9 @@ class Experiment(finetune.Experiment):
         if not len(tokenized.rows):
             raise data.UserError(f"{path} needs a context that has words")
         answered = sum(bool(question.answers) for question in questions)
-        found = f"{len(questions):,} questions, {answered:,} with an answer, in {len(tokenized.rows):,} rows"
-        finetune.print_split(self, split, tokenized.rows, found)
+        summary = (f"{len(questions):,} questions, {answered:,} with an answer, in "
+                   f"{len(tokenized.rows):,} rows")
+        finetune.print_split(self, split, tokenized.rows, summary)
         return tokenized
 
     def new_network(self):
@@ -101,7 +102,7 @@ class Experiment(finetune.Experiment):
     def predict(self, network, tokenized):
         return predict(network, tokenized, self.pretrained.wordpiece, self.config)
 
-    def score(self, predictions, splits):
+    def evaluate(self, predictions, splits):
         texts = [next(iter(answers)) for answers, _ in predictions["dev"]]
         null_scores = [null_score for _, null_score in predictions["dev"]]
         metrics, thresholds = score(splits["dev"].questions, texts, null_scores, self.config.version)
@@ -270,15 +271,8 @@ def predict_file(config):
     wordpiece = saved.wordpiece
     threshold = saved.fields["threshold"]  # None in 1.1
     network = saved.load_into(spans.QuestionAnswerer(saved.config), config.device)
-
-    def read_row(row, where):
-        [pieces] = wordpiece.encode([glue.read_cell(row, "question", where)])
-        context = spans.make_context(glue.read_cell(row, "context", where), wordpiece)
-        if not context.pieces:
-            raise data.UserError(f"{where} has an empty context")
-        return spans.Question(where, pieces, context, [], None)
-
-    for number, questions in enumerate(finetune.read_chunks(config, read_row)):
+    for number, chunk in enumerate(finetune.read_chunks(config)):
+        questions = [read_row(row, where, wordpiece) for where, row in chunk]
         if number == 0:
             print("answer", "probability", sep="\t")
         tokenized = spans.make_windows(questions, wordpiece, saved.max_length, saved.fields["stride"])
@@ -292,10 +286,19 @@ def predict_file(config):
             print(text, f"{probability:.4f}", sep="\t")
 
 
+def read_row(row, where, wordpiece):
+    """The Question in a row of a table."""
+    [pieces] = wordpiece.encode([glue.read_cell(row, "question", where)])
+    context = spans.make_context(glue.read_cell(row, "context", where), wordpiece)
+    if not context.pieces:
+        raise data.UserError(f"{where} has an empty context")
+    return spans.Question(where, pieces, context, [], None)
+
+
 def main(argv=None):
     description = "Fine-tune on questions, and score. The same command resumes."
-    [config], _ = train.parse(argv, description, [SquadConfig], {})
-    config = train.resolve_device(config)
+    configs, _ = train.parse(argv, description, [SquadConfig], {})
+    config = train.resolve_device(configs[0])
     if config.predict_file:
         predict_file(config)
         return

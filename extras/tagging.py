@@ -79,8 +79,8 @@ class Experiment(finetune.Experiment):
 
     def tokenize(self, split, sentences):
         tokenized = tokenize(sentences, self.task.labels, self.pretrained.wordpiece, self.config.max_length)
-        found = finetune.format_label_counts(tag for _, tags in sentences for tag in tags)
-        finetune.print_split(self, split, tokenized.rows, f"{len(sentences):,} sentences; {found}")
+        counts = finetune.format_label_counts(tag for _, tags in sentences for tag in tags)
+        finetune.print_split(self, split, tokenized.rows, f"{len(sentences):,} sentences; {counts}")
         return tokenized
 
     def new_network(self):
@@ -89,7 +89,7 @@ class Experiment(finetune.Experiment):
     def predict(self, network, tokenized):
         return predict_tags(network, tokenized, self.task.labels, self.config)
 
-    def score(self, predictions, splits):
+    def evaluate(self, predictions, splits):
         metrics = {}
         for split, predicted in predictions.items():
             actual = [tags for _, tags in splits[split].sentences]
@@ -98,7 +98,7 @@ class Experiment(finetune.Experiment):
         return dict(metrics=metrics, is_constant=len(set(itertools.chain(*predictions["dev"]))) == 1)
 
     def saved_fields(self, seed):
-        return dict(id2label=dict(enumerate(self.task.labels)))
+        return dict(id2label={str(number): label for number, label in enumerate(self.task.labels)})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -294,12 +294,11 @@ def predict_file(config):
     """Print the words of each sentence in a table with their tags, in the format of train.txt."""
     saved = finetune.load_saved(config.model, "Tagger")
     network = saved.load_into(Tagger(saved.config, saved.labels), config.device)
-
-    def read_row(row, where):
-        words = WORD.findall(glue.read_cell(row, "sentence", where))
-        return words, ["O"] * len(words)  # of which only the number counts
-
-    for sentences in finetune.read_chunks(config, read_row):
+    for chunk in finetune.read_chunks(config):
+        sentences = []
+        for where, row in chunk:
+            words = WORD.findall(glue.read_cell(row, "sentence", where))
+            sentences.append((words, ["O"] * len(words)))  # tags of which only the number counts
         tokenized = tokenize(sentences, saved.labels, saved.wordpiece, saved.max_length)
         predicted = predict_tags(network, tokenized, saved.labels, config)
         for (words, _), tags in zip(sentences, predicted, strict=True):
@@ -310,8 +309,8 @@ def predict_file(config):
 
 def main(argv=None):
     description = "Fine-tune on tagged words, and score. The same command resumes."
-    [config], _ = train.parse(argv, description, [TaggingConfig], {})
-    config = train.resolve_device(config)
+    configs, _ = train.parse(argv, description, [TaggingConfig], {})
+    config = train.resolve_device(configs[0])
     if config.predict_file:
         predict_file(config)
         return
