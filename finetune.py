@@ -121,24 +121,15 @@ class Experiment:
         self.pretrained = pretrained
         self.test_splits = test_splits
         self.short_name = task.name[:40]  # in names of files, which have a limit
-        self.sha256 = dict(task.sha256)  # by split; `read_splits` adds what the task lacks
-        # Everything is read here once, so that damage is reported now, not in the middle of the night. It is
-        # read again before it is used: no sweep holds the examples of all tasks in memory.
-        self.read_splits()
-
-    def read_splits(self):
-        """The examples by split. Files that changed since they were read before are refused."""
-        examples = {}
-        for split in ["train", *self.task.dev_splits, *self.test_splits]:
-            examples[split], sha256 = self.read(split)
-            if self.sha256.setdefault(split, sha256) != sha256:
-                raise data.UserError(f"the files of {self.task.title} have changed; run the same command "
-                                     "again")
-        return examples
+        # All files are read here, so that damage is reported now, not in the middle of the night.
+        self.examples = {}  # by split
+        self.sha256 = {}  # of their files, by split
+        for split in ["train", *task.dev_splits, *test_splits]:
+            self.examples[split], self.sha256[split] = self.read(split)
 
     def tokenize_splits(self):
         """The Tokenized examples by split."""
-        return {split: self.tokenize(split, examples) for split, examples in self.read_splits().items()}
+        return {split: self.tokenize(split, examples) for split, examples in self.examples.items()}
 
     def read(self, split):
         """The examples of a split, and the SHA-256 of their file."""
@@ -631,9 +622,8 @@ def load_pretrained(config):
     """The model that --model names. It is checked here, before anything is fine-tuned."""
     folder = data.find_model(config.model, config.cache)
     wordpiece, trained_length = data.read_tokenizer(folder)
-    model_config = replace(model.load_config(folder), hidden_dropout_prob=config.dropout,
-                           attention_probs_dropout_prob=config.dropout, sep_token_id=wordpiece.sep_token_id,
-                           vocab_size=len(wordpiece.tokens))
+    model_config = replace(model.load_config(folder).with_vocabulary(wordpiece),
+                           hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
     check_length(folder, model_config.max_position_embeddings, trained_length, config.max_length)
     if config.random_weights:
         return Pretrained(folder, model_config, wordpiece, None, "random")
@@ -733,16 +723,16 @@ def format_average(average, needed, percentages):
 def submit(experiments, config):
     """Write the predictions of each task's best seed and, with all nine of GLUE, the zip."""
     files = {}  # text by name
-    best = []  # titles and seeds
+    submitted = []  # titles and seeds
     for experiment in experiments:
-        task = experiment.task
-        seed = best_seed(experiment)
-        best.append(f"{task.title} {seed}")
         if not experiment.test_splits:  # a task of your own without one
             continue
+        task = experiment.task
+        seed = best_seed(experiment)
+        submitted.append(f"{task.title} {seed}")
         predictions = read_predictions(experiment, seed)
         for split in experiment.test_splits:
-            files[task.submission_name(split)] = glue.submission_file(task, predictions[split])
+            files[task.submission_name(split)] = glue.submission_text(task, predictions[split])
     names = {experiment.task.name for experiment in experiments}
     is_whole = names.issuperset(glue.TASKS)
     folder = Path(config.out)
@@ -753,8 +743,8 @@ def submit(experiments, config):
         if is_whole:
             glue.write_submission(folder / "submission.zip", files)
     print(f"{folder / 'submission'} has the test predictions of the seeds with the best dev scores: "
-          f"{', '.join(best)}")
-    if not is_whole and not names.isdisjoint(glue.TASKS):
+          f"{', '.join(submitted)}")
+    if not is_whole and glue.TASKS.keys() & names:
         print("submission.zip for gluebenchmark.com needs --task all")
 
 
@@ -790,12 +780,12 @@ def save_network(experiment, seed, network):
     parts of two networks are never taken for one.
     """
     files = experiment.pretrained.wordpiece.files(experiment.config.max_length)
-    files["model.safetensors"] = model.weights_file(network)
+    files["model.safetensors"] = model.weights_bytes(network)
     sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     fields = model.config_fields(network) | dict(
         head=type(network).__name__, run_name=experiment.run_name(seed), sha256=sha256,
         **experiment.saved_fields(seed))
-    files["config.json"] = model.config_file(fields | dict(digest=digest_fields(fields)))
+    files["config.json"] = model.config_bytes(fields | dict(digest=digest_fields(fields)))
     with lock_outputs(experiment.folder, "network"):
         train.write_folder(experiment.network_path(), files)
 
