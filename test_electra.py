@@ -1068,7 +1068,7 @@ def test_D22_dropout_follows_embeddings_attention_and_feed_forward(monkeypatch):
     """Dropout 0.1 after the embedding LayerNorm, attention and feed-forward, and on the probabilities."""
     config = replace(CONFIG, attention_probs_dropout_prob=0.2)
     encoder, ids, seen = make_electra(config).discriminator.encoder, make_rows(), []
-    watch(monkeypatch, model, "dropout", lambda hidden, prob, training: seen.append((hidden.ndim, prob, training)))
+    watch(monkeypatch, model, "dropout", lambda hidden, *args: seen.append((hidden.ndim, *args)))
     encoder(ids, ids != 0, ids * 0)
     assert seen == [(3, 0.1, True)] + 2 * [(4, 0.2, True), (3, 0.1, True), (3, 0.1, True)]
     seen.clear()

@@ -357,7 +357,8 @@ def test_glue_is_downloaded_once_and_checked(corpus, quick):
         file.writestr("WNLI/dev.tsv", GLUE_FILES["wnli", "dev"][0])
     archive = Path("WNLI.zip").read_bytes()
     with Server({"/WNLI.zip": archive}) as server:
-        good = replace(glue.TASKS["wnli"], download=source(server, "/WNLI.zip", archive), num_rows=dict(dev=1))
+        download = source(server, "/WNLI.zip", archive)
+        good = replace(glue.TASKS["wnli"], download=download, num_rows=dict(dev=1))
         wrong = replace(good, download=source(server, "/WNLI.zip", archive[:-1] + b"x"))
         with pytest.raises(UserError, match=r"SHA-256 \w{64} instead of \w{64}; try again, or put WNLI.zip"):
             wrong.read("dev", "cache")
