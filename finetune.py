@@ -8,7 +8,7 @@ The table has the mean, deviation, median and best that papers print. --submit w
 gluebenchmark.com. --save keeps the best network of a task, and `Predictor` uses it.
 """
 
-# First: train.py sets GOMP_SPINCOUNT, which must be there when torch is imported.
+# First, since train.py sets a variable of the environment that torch reads when it is imported.
 import train
 
 # isort: split
@@ -43,9 +43,11 @@ HEAD_DROPOUT = 0.1  # before the classifier; --dropout is the encoder's
 
 @dataclass(frozen=True)
 class RecipeConfig(train.StepConfig):
-    """Flags of all fine-tuning, here and in extras/. StepConfig adds Adam, device, dtype and graphs."""
+    """Flags of all fine-tuning, here and in extras/: of each its type, help, least and greatest value.
 
-    # In brackets: the type, the help and, of a number, the least and the largest value.
+    StepConfig adds Adam, device, dtype and graphs.
+    """
+
     seeds: Annotated[int, "number of seeds: 0, 1, ...", 1, 1_000_000] = 1
     model: Annotated[str, "a run of train.py, a folder in HuggingFace's format, or a name on "
                           "the hub"] = "out/small"
@@ -94,7 +96,7 @@ def fill_in_recipe(config, task, hidden_size):
     for size in train.SIZES.values():  # from the narrowest to the widest
         learning_rate, layerwise_lr_decay = size["finetuning"]
         if hidden_size <= size.get("hidden_size", model.ElectraConfig.hidden_size):
-            break
+            break  # else the widest size's remain
     return replace(config, learning_rate=config.learning_rate or learning_rate,
                    layerwise_lr_decay=config.layerwise_lr_decay or layerwise_lr_decay,
                    num_train_epochs=config.num_train_epochs or task.num_train_epochs)
@@ -103,7 +105,7 @@ def fill_in_recipe(config, task, hidden_size):
 # ------------------------------------------------------------------------------------------------------------
 # Experiments
 
-# Flags that do not decide a result, here and in extras/. (Of model, task and folders the content does.)
+# Flags that do not decide a result, here and in extras/. (Model and files do: `settings` has their hashes.)
 NOT_SETTINGS = {"task", "seeds", "model", "random_weights", "glue_dir", "keep_predictions", "submit", "save",
                 "predict_file", "format", "cache", "out", "device", "graph", "deterministic", "data_dir"}
 
@@ -121,24 +123,15 @@ class Experiment:
         self.pretrained = pretrained
         self.test_splits = test_splits
         self.short_name = task.name[:40]  # in names of files, which have a limit
-        self.sha256 = dict(task.sha256)  # by split; `read_splits` adds what the task lacks
-        # Everything is read here once, so that damage is reported now, not in the middle of the night. It is
-        # read again before it is used: no sweep holds the examples of all tasks in memory.
-        self.read_splits()
-
-    def read_splits(self):
-        """The examples by split. Files that changed since they were read before are refused."""
-        examples = {}
-        for split in ["train", *self.task.dev_splits, *self.test_splits]:
-            examples[split], sha256 = self.read(split)
-            if self.sha256.setdefault(split, sha256) != sha256:
-                raise data.UserError(f"the files of {self.task.title} have changed; run the same command "
-                                     "again")
-        return examples
+        # All files are read here, so that damage is reported now, not in the middle of the night.
+        self.examples = {}  # by split
+        self.sha256 = {}  # of their files, by split
+        for split in ["train", *task.dev_splits, *test_splits]:
+            self.examples[split], self.sha256[split] = self.read(split)
 
     def tokenize_splits(self):
         """The Tokenized examples by split."""
-        return {split: self.tokenize(split, examples) for split, examples in self.read_splits().items()}
+        return {split: self.tokenize(split, examples) for split, examples in self.examples.items()}
 
     def read(self, split):
         """The examples of a split, and the SHA-256 of their file."""
@@ -163,11 +156,11 @@ class Experiment:
         """The metrics, and whether all answers are the same, from predictions and Tokenized by split."""
         dev_splits = self.task.dev_splits
         metrics = self.task.score(predictions, {split: splits[split].labels for split in dev_splits})
-        is_constant = bool(np.ptp(predictions[dev_splits[0]]) < 1e-5)
+        is_constant = bool(np.ptp(predictions[dev_splits[0]]) < 1e-5)  # greatest minus least
         return dict(metrics=metrics, is_constant=is_constant)
 
     def saved_fields(self, seed):
-        """What config.json must tell `Predictor`. (`seed` is for squad.py: each has a threshold.)"""
+        """What config.json must tell `Predictor`. (squad.py needs `seed`: each has its threshold.)"""
         id2label = {str(number): label for number, label in enumerate(self.task.labels)}
         return dict(id2label=id2label, label_range=self.task.label_range,
                     num_sentences=len(self.task.sentence_columns))
@@ -187,11 +180,11 @@ class Experiment:
             strip_accents=wordpiece.strip_accents)
 
     def run_name(self, seed):
-        """The name of a seed's lock and predictions. Other settings have other names."""
+        """The name of a seed's lock and predictions, with a digest of the settings."""
         return f"{self.short_name}-{seed}-{data.digest(self.settings())}"
 
     def network_path(self):
-        """The folder of the best seed's network. Other settings have other folders."""
+        """The folder of the best seed's network. Its name has a digest of the settings."""
         return self.folder / "networks" / f"{self.short_name}-{data.digest(self.settings())}"
 
     def predictions_path(self, seed):
@@ -201,7 +194,8 @@ class Experiment:
     def finished(self):
         """{seed: its line of results.jsonl} of the finished seeds, in ascending order.
 
-        If test sets are to be predicted, a seed without these predictions is not finished.
+        If test sets are to be predicted, a seed without these predictions is not finished. The file is read
+        anew each time, since other processes append to it.
         """
         settings = self.settings()
         results = {}
@@ -317,17 +311,17 @@ def append_result(experiment, result):
     """Append a line to results.jsonl. The file is replaced, so that no kill cuts a line short."""
     path = experiment.folder / "results.jsonl"
     line = json.dumps(result | dict(digest=data.digest(result))) + "\n"
-    with lock_outputs(experiment.folder, "results"):
-        lines = path.read_bytes() if path.exists() else b""
-        if lines and not lines.endswith(b"\n"):  # an editor has removed the last line's end
-            lines += b"\n"
+    with lock_outputs(experiment.folder, to_write="results"):
+        before = path.read_bytes() if path.exists() else b""
+        if before and not before.endswith(b"\n"):  # an editor has removed the last line's end
+            before += b"\n"
         with data.atomic_write(path) as file:
-            file.write(lines + line.encode())
+            file.write(before + line.encode())
 
 
-def lock_outputs(folder, what):
-    """A lock on the files that all processes of a sweep share. It waits for another process."""
-    return data.lock(folder / "locks" / "outputs", f"waiting to write the {what}")
+def lock_outputs(folder, to_write):
+    """The one lock on all files that processes of a sweep share. It waits for another process."""
+    return data.lock(folder / "locks" / "outputs", f"waiting to write the {to_write}")
 
 
 def write_predictions(experiment, seed, predictions):
@@ -366,15 +360,15 @@ class Finetuner:
         self.experiment = experiment
         self.config = config
         self.splits = splits
-        self.network = self.pretrained_network().to(config.device)
+        self.network = experiment.new_network().to(config.device)  # `reset` gives it its weights
         num_layers = experiment.pretrained.config.num_hidden_layers
         self.optimizer = train.build_optimizer(
             self.network.named_parameters(), config,
             lambda name: lr_scale(name, num_layers, config.layerwise_lr_decay))
         self.scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
         self.scaler_state = self.scaler.state_dict()  # with which each seed begins
-        step = functools.partial(take_step, self.network, self.optimizer, self.scaler, config)
-        self.take_step = train.CudaGraphs(step) if config.graph else step
+        step = functools.partial(train_step, self.network, self.optimizer, self.scaler, config)
+        self.take_step = train.CudaGraphs(step) if config.graph else step  # on a GPU
 
     def run(self, seed):
         """Train on splits["train"] and return the predictions of the other splits, NumPy arrays (N,)."""
@@ -382,8 +376,9 @@ class Finetuner:
         config = self.config
         self.reset(seed)
         rows = self.splits["train"].rows
-        dtype = np.float32 if task.is_regression else np.int64
-        labels = self.splits["train"].labels.astype(dtype)
+        labels = self.splits["train"].labels
+        if task.is_regression:
+            labels = labels.astype(np.float32)  # as the logits
         total = num_steps(len(rows), config.batch_size, config.num_train_epochs)
         step = 0
         title = f"{task.title}, seed {seed}"
@@ -421,7 +416,7 @@ class Finetuner:
         return network
 
 
-def take_step(network, optimizer, scaler, config, ids, labels):
+def train_step(network, optimizer, scaler, config, ids, labels):
     """Take an optimizer step on ids (B, L) and labels (B,)."""
     optimizer.zero_grad(set_to_none=True)
     with train.autocast(config):
@@ -433,9 +428,9 @@ def take_step(network, optimizer, scaler, config, ids, labels):
 def lr_scale(name, num_hidden_layers, decay):
     """A parameter's share of the learning rate: the further below the classifier, the smaller. [D28]
 
-    Embeddings have height 0, layer i has height i + 1, and the classifier n + 2. Nothing has n + 1, so that
-    the top layer's rate is the classifier's times decay squared. The official code's author calls that a
-    mistake; the published scores have it.
+    Of n layers, embeddings have height 0, layer i has height i + 1, and the classifier n + 2. Nothing has
+    n + 1, so the top layer's rate is the classifier's times decay squared. The official code's author calls
+    that a mistake; the published scores have it.
 
     >>> [round(lr_scale(name, 12, 0.8), 3) for name in ("classifier.bias", "encoder.layers.11.output.bias")]
     [1.0, 0.64]
@@ -491,7 +486,7 @@ def predict_batches(network, rows, config):
 class Classifier(nn.Module):
     """The pre-trained encoder, then dropout and one linear layer on [CLS]. [D29]"""
 
-    # For config.json. (ElectraForSequenceClassification has one layer more in its head.)
+    # The class in config.json with which transformers loads the encoder. None there has this head.
     architecture = "ElectraModel"
 
     def __init__(self, config, labels):
@@ -632,9 +627,8 @@ def load_pretrained(config):
     """The model that --model names. It is checked here, before anything is fine-tuned."""
     folder = data.find_model(config.model, config.cache)
     wordpiece, trained_length = data.read_tokenizer(folder)
-    model_config = replace(model.load_config(folder), hidden_dropout_prob=config.dropout,
-                           attention_probs_dropout_prob=config.dropout, sep_token_id=wordpiece.sep_token_id,
-                           vocab_size=len(wordpiece.tokens))
+    model_config = replace(model.load_config(folder).with_vocabulary(wordpiece),
+                           hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
     check_length(folder, model_config.max_position_embeddings, trained_length, config.max_length)
     if config.random_weights:
         return Pretrained(folder, model_config, wordpiece, None, "random")
@@ -669,7 +663,7 @@ def format_table(results, tasks):
     `results` has the lines of results.jsonl by task and seed.
     """
     percentages = {name: collect_percentages(results[name]) for name in tasks if results[name]}
-    has_averages = sum(name in glue.TASKS for name in tasks) > 1
+    has_averages = len(tasks.keys() & glue.TASKS.keys()) > 1
     width = max(10, *(len(task.title) + 1 for task in tasks.values()))
     lines = [f"{'':{width}}{'':22}{'seeds':>6}{'mean':>8}{'sd':>7}{'median':>8}{'best':>7}"]
     for name in percentages:
@@ -679,7 +673,7 @@ def format_table(results, tasks):
             star = "*" if has_averages and is_averaged else ""
             lines.append(f"{task.title:{width}}{metric + star:22}{format_statistics(values)}")
     for name in percentages:
-        lines += notes_on_constants(tasks[name], results[name])
+        lines += notes_on_constant_answers(tasks[name], results[name])
     if has_averages:
         lines.append("ELECTRA's average of 8 (the metrics with *, no WNLI): "
                      + format_average(glue.average_of_8, glue.AVERAGED_BY_ELECTRA, percentages))
@@ -690,7 +684,7 @@ def format_table(results, tasks):
     return "\n".join(lines)
 
 
-def notes_on_constants(task, results):
+def notes_on_constant_answers(task, results):
     """A line about the seeds that gave every example the same answer, if there are any."""
     seeds = [str(seed) for seed, result in results.items() if result["is_constant"]]
     if not seeds:
@@ -700,7 +694,7 @@ def notes_on_constants(task, results):
 
 
 def collect_percentages(results):
-    """The percentages of a task's seeds by metric, lists."""
+    """{metric: the scores of a task's seeds in percent}."""
     percentages = collections.defaultdict(list)
     for result in results.values():
         for metric, score in result["metrics"].items():
@@ -734,28 +728,28 @@ def format_average(average, needed, percentages):
 def submit(experiments, config):
     """Write the predictions of each task's best seed and, with all nine of GLUE, the zip."""
     files = {}  # text by name
-    best = []  # titles and seeds
+    submitted = []  # titles and seeds
     for experiment in experiments:
-        task = experiment.task
-        seed = best_seed(experiment)
-        best.append(f"{task.title} {seed}")
         if not experiment.test_splits:  # a task of your own without one
             continue
+        task = experiment.task
+        seed = best_seed(experiment)
+        submitted.append(f"{task.title} {seed}")
         predictions = read_predictions(experiment, seed)
         for split in experiment.test_splits:
-            files[task.submission_name(split)] = glue.submission_file(task, predictions[split])
+            files[task.submission_name(split)] = glue.submission_text(task, predictions[split])
     names = {experiment.task.name for experiment in experiments}
     is_whole = names.issuperset(glue.TASKS)
     folder = Path(config.out)
-    with lock_outputs(folder, "submission"):
+    with lock_outputs(folder, to_write="submission"):
         for name, text in files.items():
             with data.atomic_write(folder / "submission" / name) as file:
                 file.write(text.encode())
         if is_whole:
             glue.write_submission(folder / "submission.zip", files)
     print(f"{folder / 'submission'} has the test predictions of the seeds with the best dev scores: "
-          f"{', '.join(best)}")
-    if not is_whole and not names.isdisjoint(glue.TASKS):
+          f"{', '.join(submitted)}")
+    if not is_whole and glue.TASKS.keys() & names:
         print("submission.zip for gluebenchmark.com needs --task all")
 
 
@@ -767,7 +761,7 @@ def save_best(experiments):
     """Save the network of each task's best seed. If the sweep did not save it, the seed is run again."""
     for experiment in experiments:
         seed = best_seed(experiment)
-        if not is_saved(experiment, seed):  # it finished under a command without --save or with more seeds
+        if not is_saved(experiment, seed):  # another seed was the best before, or --save was not given
             finetuner = Finetuner(experiment, experiment.tokenize_splits())
             finetuner.run(seed)
             save_network(experiment, seed, finetuner.network)
@@ -791,18 +785,18 @@ def save_network(experiment, seed, network):
     parts of two networks are never taken for one.
     """
     files = experiment.pretrained.wordpiece.files(experiment.config.max_length)
-    files["model.safetensors"] = model.weights_file(network)
+    files["model.safetensors"] = model.weights_bytes(network)
     sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     fields = model.config_fields(network) | dict(
         head=type(network).__name__, run_name=experiment.run_name(seed), sha256=sha256,
         **experiment.saved_fields(seed))
-    files["config.json"] = model.config_file(fields | dict(digest=digest_fields(fields)))
-    with lock_outputs(experiment.folder, "network"):
+    files["config.json"] = model.config_bytes(fields | dict(digest=digest_fields(fields)))
+    with lock_outputs(experiment.folder, to_write="network"):
         train.write_folder(experiment.network_path(), files)
 
 
 def read_saved_config(folder):
-    """The fields of a saved network's config.json, after a check of all files. {} of a folder without one."""
+    """The fields of a saved network's config.json, after a check of all its files. {} if there is none."""
     path = folder / "config.json"
     fields = data.read_json(path) if path.is_file() else {}
     if "head" not in fields:
@@ -911,7 +905,7 @@ def predict_file(config):
     columns = glue.SINGLE if predictor.num_sentences == 1 else glue.PAIR
     for number, chunk in enumerate(read_chunks(config)):
         texts = [glue.read_sentences(row, columns, where) for where, row in chunk]
-        if number == 0:  # not earlier: of a file that is refused nothing is printed
+        if number == 0:  # the file can be read
             print("prediction", *predictor.labels, sep="\t")
         for answer, probabilities in predictor.predict(texts):
             shown = f"{answer:{glue.Task.number_format}}" if predictor.is_regression else answer

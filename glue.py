@@ -14,7 +14,7 @@ import math
 import re
 import sys
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -34,7 +34,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What fine-tuning and scoring must know. A subclass adds the property `splits`, and how they are read.
+    """What fine-tuning and scoring must know. A subclass adds `splits` and `read(split, cache, glue_dir)`.
 
     `splits` are names: "train", then those that begin with "dev", then test sets.
     """
@@ -46,13 +46,12 @@ class Task:
     num_train_epochs: int = 3  # [D32]
     both_orders: bool = False  # [D30] trained on both orders of the sentences
     submission_names: dict = None  # the file to submit for each test set, if that is not TITLE.tsv
-    sha256: dict = field(default_factory=dict)  # by split, of the files that these fields come from
 
     number_format: ClassVar = ".6g"  # of a regression's predictions, where they are printed or submitted
 
     @property
     def name(self):
-        """The name on the command line, in files and in their names."""
+        """The name of --task, in results and in names of files."""
         return self.title
 
     @functools.cached_property
@@ -77,10 +76,10 @@ class Task:
         return self.submission_names[split] if self.submission_names else f"{self.title}.tsv"
 
     def score(self, predictions, labels):
-        """{metric: score} from {split: predictions} and {split: labels}. MNLI has "mismatched accuracy"."""
+        """{metric: score} from {split: predictions} and {split: labels}."""
         scores = {}
         for split in self.dev_splits:
-            prefix = "mismatched " if split == "dev_mismatched" else ""
+            prefix = "mismatched " if split == "dev_mismatched" else ""  # MNLI has two dev sets
             for metric in self.metrics:
                 scores[prefix + metric] = METRICS[metric](predictions[split], labels[split])
         return scores
@@ -91,7 +90,7 @@ class GlueTask(Task):
     """A task of GLUE. Its title is also the name of the folder in the zip."""
 
     download: tuple  # address, size in bytes and SHA-256
-    rows: dict  # official number of rows of each split; the split is also the name of the file
+    num_rows: dict  # of each split, officially; the split is also the name of the file
     sentence_columns: tuple  # one or two
     label_column: str  # of train and dev; a test set has no labels
     header: tuple = None  # all columns of train and dev, if these files do not name them
@@ -104,7 +103,7 @@ class GlueTask(Task):
 
     @property
     def splits(self):
-        return tuple(self.rows)
+        return tuple(self.num_rows)
 
     def read(self, split, cache, glue_dir=None):
         """The examples of a split, in file order, and the SHA-256 of its file.
@@ -124,7 +123,7 @@ TASKS = {
         title="CoLA",
         download=(GLUE_URL + "CoLA.zip", 376_971,
                   "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
-        rows=dict(train=8_551, dev=1_043, test=1_063),
+        num_rows=dict(train=8_551, dev=1_043, test=1_063),
         sentence_columns=("sentence",), label_column="label", header=("source", "label", "mark", "sentence"),
         metrics=("matthews",),
     ),
@@ -132,7 +131,7 @@ TASKS = {
         title="SST-2",
         download=(GLUE_URL + "SST-2.zip", 7_439_277,
                   "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
-        rows=dict(train=67_349, dev=872, test=1_821),
+        num_rows=dict(train=67_349, dev=872, test=1_821),
         sentence_columns=("sentence",), label_column="label",
         metrics=("accuracy",),
     ),
@@ -140,7 +139,7 @@ TASKS = {
         title="MRPC",
         download=(MSR_URL + "msr_paraphrase_train.txt", 1_047_044,
                   "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
-        rows=dict(train=3_668, dev=408, test=1_725),
+        num_rows=dict(train=3_668, dev=408, test=1_725),
         sentence_columns=("#1 String", "#2 String"), label_column="Quality",
         metrics=("accuracy", "f1"),
         both_orders=True,
@@ -149,7 +148,7 @@ TASKS = {
         title="STS-B",
         download=(GLUE_URL + "STS-B.zip", 802_872,
                   "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),
-        rows=dict(train=5_749, dev=1_500, test=1_379),
+        num_rows=dict(train=5_749, dev=1_500, test=1_379),
         sentence_columns=("sentence1", "sentence2"), label_column="score", labels=(), label_range=(0.0, 5.0),
         metrics=("spearman", "pearson"),
         num_train_epochs=10, both_orders=True,
@@ -158,7 +157,7 @@ TASKS = {
         title="QQP",
         download=(GLUE_URL + "QQP-clean.zip", 41_696_084,
                   "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
-        rows=dict(train=363_846, dev=40_430, test=390_965),
+        num_rows=dict(train=363_846, dev=40_430, test=390_965),
         sentence_columns=("question1", "question2"), label_column="is_duplicate",
         metrics=("accuracy", "f1"),
     ),
@@ -166,7 +165,7 @@ TASKS = {
         title="MNLI",
         download=(GLUE_URL + "MNLI.zip", 312_783_507,
                   "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
-        rows=dict(train=392_702, dev_matched=9_815, dev_mismatched=9_832, test_matched=9_796,
+        num_rows=dict(train=392_702, dev_matched=9_815, dev_mismatched=9_832, test_matched=9_796,
                   test_mismatched=9_847, diagnostic=1_104),
         sentence_columns=("sentence1", "sentence2"), label_column="gold_label", labels=THREE_WAY,
         metrics=("accuracy",),
@@ -176,7 +175,7 @@ TASKS = {
         title="QNLI",
         download=(GLUE_URL + "QNLIv2.zip", 10_627_589,
                   "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
-        rows=dict(train=104_743, dev=5_463, test=5_463),
+        num_rows=dict(train=104_743, dev=5_463, test=5_463),
         sentence_columns=("question", "sentence"), label_column="label", labels=TWO_WAY,
         metrics=("accuracy",),
     ),
@@ -184,7 +183,7 @@ TASKS = {
         title="RTE",
         download=(GLUE_URL + "RTE.zip", 697_150,
                   "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
-        rows=dict(train=2_490, dev=277, test=3_000),
+        num_rows=dict(train=2_490, dev=277, test=3_000),
         sentence_columns=("sentence1", "sentence2"), label_column="label", labels=TWO_WAY,
         metrics=("accuracy",),
         num_train_epochs=10,
@@ -193,7 +192,7 @@ TASKS = {
         title="WNLI",
         download=(GLUE_URL + "WNLI.zip", 28_999,
                   "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),
-        rows=dict(train=635, dev=71, test=146),
+        num_rows=dict(train=635, dev=71, test=146),
         sentence_columns=("sentence1", "sentence2"), label_column="label",
         metrics=("accuracy",),
     ),
@@ -252,7 +251,7 @@ def read_mrpc(split, cache):
 def fetch_official(download, cache, flag="--glue-dir"):
     """The path of an official file: downloaded, unless it is there, and checked.
 
-    Errors name `flag`, which takes a copy of your own. (extras/squad.py has another one.)
+    `flag` takes a copy of your own. Errors name it: extras/squad.py has --data-dir.
     """
     address, size, sha256 = download
     path = Path(cache) / "glue" / address.rsplit("/", 1)[1]
@@ -269,7 +268,7 @@ def parse_official(task, split, raw, source):
     """
     is_test = split in task.test_splits
     lines = data.decode_utf8(raw, source).removesuffix("\n").split("\n")
-    if task.header and not is_test:  # a test set names its columns
+    if task.header and not is_test:  # CoLA's test set has a header, its other files do not
         header = task.header
         first_line = 1
     else:
@@ -296,9 +295,9 @@ def parse_official(task, split, raw, source):
     if skipped:
         print(f"{source}: skipped {len(skipped)} rows that have not {len(header)} fields; the first is line "
               f"{skipped[0]}")
-    if len(examples) != task.rows[split]:
-        raise data.UserError(f"{source} has {len(examples):,} rows and not {task.rows[split]:,}: it was cut "
-                             "or edited, or is another version")
+    if len(examples) != task.num_rows[split]:
+        raise data.UserError(f"{source} has {len(examples):,} rows and not {task.num_rows[split]:,}: it was "
+                             "cut or edited, or is another version")
     return examples
 
 
@@ -319,14 +318,13 @@ def join_few(texts, most=10):
     return f"{joined} and {others:,} others" if others > 0 else joined
 
 
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
 def read_number(text, where):
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number) or "_" in text:  # Python reads 1_0 as 10
+    if not NUMBER.fullmatch(text) or not math.isfinite(float(text)):  # 1e999 is infinite
         raise data.UserError(f"{where}: the label is {text!r} and not a number")
-    return number
+    return float(text)
 
 
 def unscale(numbers, label_range):
@@ -337,6 +335,9 @@ def unscale(numbers, label_range):
 
 # ------------------------------------------------------------------------------------------------------------
 # The tasks of a command, and your own
+
+SINGLE = ("sentence",)
+PAIR = ("sentence1", "sentence2")
 
 
 def find_tasks(names, is_regression=False):
@@ -356,7 +357,7 @@ def find_tasks(names, is_regression=False):
                                  f"{', '.join(TASKS)}, all, and folders with train and dev as .tsv, .csv or "
                                  ".jsonl")
         for task in found:
-            if task.name in tasks and tasks[task.name] != task:
+            if task.name in tasks and tasks[task.name] != task:  # as of a/reviews and b/reviews
                 raise data.UserError(f"two tasks are called {task.title}; rename a folder")
             tasks[task.name] = task
     return tasks
@@ -368,6 +369,7 @@ class OwnTask(Task):
 
     files: dict  # path by split
     sentence_columns: tuple  # SINGLE or PAIR, in all files
+    train_sha256: str  # of the file that `labels` or `label_range` come from
 
     @property
     def splits(self):
@@ -377,7 +379,10 @@ class OwnTask(Task):
         """The examples of a split, in file order, and the SHA-256 of its file."""
         path = self.files[split]
         raw = path.read_bytes()
-        return parse_own(self, split, raw, path), hashlib.sha256(raw).hexdigest()
+        sha256 = hashlib.sha256(raw).hexdigest()
+        if split == "train" and sha256 != self.train_sha256:
+            raise data.UserError(f"{path} has changed; run the same command again")
+        return parse_own(self, split, raw, path), sha256
 
 
 def own_task(folder, is_regression):
@@ -387,22 +392,22 @@ def own_task(folder, is_regression):
     train = files["train"]
     raw = train.read_bytes()
     rows = list(read_table(io.BytesIO(raw), train))
-    first_seen = find_labels(rows)
+    label_places = find_labels(rows)
     if is_regression:
-        numbers = {read_number(text, where) for text, where in first_seen.items()}
+        numbers = {read_number(text, where) for text, where in label_places.items()}
         num_labels = len(numbers)  # 1 and 1.0 are one
         label_range = (min(numbers), max(numbers))
         label_fields = dict(labels=(), label_range=label_range, metrics=("spearman", "pearson"))
     else:
-        check_classes(first_seen, title)
-        num_labels = len(first_seen)
-        labels = tuple(sorted(first_seen, key=class_order))
+        check_classes(label_places, title)
+        num_labels = len(label_places)
+        labels = tuple(sorted(label_places, key=class_order))
         label_fields = dict(labels=labels, metrics=("accuracy", "macro f1", "matthews"))
     if num_labels < 2:
         raise data.UserError(f"{train} needs at least two different labels")
     where, first_row = rows[0]
     return OwnTask(title=title, files=files, sentence_columns=find_columns(first_row, where),
-                   sha256=dict(train=hashlib.sha256(raw).hexdigest()), **label_fields)
+                   train_sha256=hashlib.sha256(raw).hexdigest(), **label_fields)
 
 
 def find_own_files(folder):
@@ -421,23 +426,20 @@ def find_own_files(folder):
 
 
 def find_labels(rows):
-    """The different labels in the rows of a table, as text, and where each first occurs."""
-    first_seen = {}
+    """{label: "SOURCE, line N" of its first row} of the rows of a table. Labels are text."""
+    label_places = {}
     for where, row in rows:
-        first_seen.setdefault(read_cell(row, "label", where), where)
-    return first_seen
+        label_places.setdefault(read_cell(row, "label", where), where)
+    return label_places
 
 
-NUMBER = re.compile(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?")
-
-
-def check_classes(first_seen, title):
-    """Refuse labels that cannot name classes, and point out decimals. `first_seen` is from `find_labels`."""
-    for text, where in first_seen.items():
+def check_classes(label_places, title):
+    """Refuse labels that cannot name classes, and point out decimals."""
+    for text, where in label_places.items():
         if not text or re.search(r"[\t\r\n]", text):
             raise data.UserError(f"{where}: the label is {text!r}; it must be a word, without tab or line "
                                  "break")
-    decimals = [text for text in first_seen if "." in text and NUMBER.fullmatch(text)]
+    decimals = [text for text in label_places if "." in text and NUMBER.fullmatch(text)]
     if decimals:
         print(f"{title}: labels such as {decimals[0]} are names of classes; --regression makes them numbers")
 
@@ -459,36 +461,32 @@ def parse_own(task, split, raw, source):
 
 
 def read_sentences(row, columns, where):
-    """The one or two sentences of a row, which must have exactly these columns, as all rows of its task."""
+    """The one or two sentences of a row. All rows of a task must have the same columns."""
     found = find_columns(row, where)
     if found != columns:
         raise data.UserError(f"{where} has {' and '.join(found)}; it should have {' and '.join(columns)}")
     return [read_cell(row, column, where) for column in columns]
 
 
-SINGLE = ("sentence",)
-PAIR = ("sentence1", "sentence2")
-
-
 def find_columns(row, where):
     """The columns with the sentences of a row: SINGLE or PAIR."""
     if "sentence1" in row and "sentence2" in row:
         return PAIR
-    if "sentence" in row and "sentence2" not in row:  # with sentence2 it is a misspelled sentence1
+    if "sentence" in row and "sentence2" not in row:  # beside sentence2, it is a misspelled sentence1
         return SINGLE
     raise data.UserError(f"{where} has no column sentence, or sentence1 and sentence2; there are "
-                         f"{', '.join(map(str, row))}")
+                         f"{', '.join(row)}")
 
 
 def read_cell(row, column, where):
     """The text in a column of a row, without spaces around it. `where` is "SOURCE, line N"."""
     if column not in row:
-        raise data.UserError(f"{where} has no column {column}; there are {', '.join(map(str, row))}")
+        raise data.UserError(f"{where} has no column {column}; there are {', '.join(row)}")
     value = row[column]
     if isinstance(value, str):
         return data.without_surrogates(value).strip()
-    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
-        return json.dumps(value)  # a boolean as `true`, not as Python's `True`
+    if isinstance(value, int | float) and math.isfinite(value):
+        return json.dumps(value)  # a bool, which is an int, as `true`
     raise data.UserError(f"{where}: column {column} is {value!r}, neither text nor a number")
 
 
@@ -519,7 +517,7 @@ def read_lines(file, source):
     """Yield ("SOURCE, line N", text) for each line of a binary file."""
     for number, line in enumerate(file, 1):
         where = f"{source}, line {number}"
-        if number == 1 and b"\r" in line.rstrip(b"\r\n"):  # CR alone ends no line in Python
+        if number == 1 and b"\r" in line.rstrip(b"\r\n"):  # Python takes such a file for one line
             raise data.UserError(f"the lines of {source} end with CR; save it with line ends LF or CR LF")
         yield where, data.decode_utf8(line, where)
 
@@ -536,7 +534,7 @@ def split_tsv(lines):
     """Yield ("SOURCE, line N", fields) for each line. Quotes are characters like any other."""
     for where, line in lines:
         fields = line.rstrip("\r\n").split("\t")
-        # It begins a cell of several lines. (In a table of more columns, `name_fields` finds too few fields.)
+        # A cell of several lines begins. (`name_fields` finds it where there are more columns.)
         if len(fields) == 1 and line.startswith('"') and line.count('"') % 2:
             raise data.UserError(f"{where} opens a quote and does not close it; cells of several lines need "
                                  "a .csv or .jsonl file")
@@ -603,7 +601,8 @@ def macro_f1(predictions, labels):
 def f1(predictions, labels, positive=1):
     """F1 of the class `positive`.
 
-    (ELECTRA's F1Scorer counts its predictions as labels, so its recall is wrong. This is the usual F1.)
+    It is the usual F1. Google's F1Scorer takes the rows predicted positive for the labels, so its recall is
+    wrong.
     """
     hits = np.sum((predictions == positive) & (labels == positive))
     total = np.sum(predictions == positive) + np.sum(labels == positive)
@@ -611,11 +610,14 @@ def f1(predictions, labels, positive=1):
 
 
 def matthews(predictions, labels):
-    """Matthews' correlation; of more than two classes it is known as R_K (Gorodkin, 2004)."""
+    """Matthews' correlation. Of more than two classes it is known as R_K (Gorodkin, 2004).
+
+    R_K = (accuracy - p·q) / sqrt((1 - p·p) (1 - q·q)), p and q the shares of the classes in both arrays.
+    """
     num_classes = 1 + max(predictions.max(), labels.max())
     predicted = np.bincount(predictions, minlength=num_classes) / len(predictions)  # share of each class
     actual = np.bincount(labels, minlength=num_classes) / len(labels)
-    chance = predicted @ actual  # the accuracy if labels and predictions were independent
+    chance = predicted @ actual  # the accuracy if both were independent
     norm = np.sqrt((1 - predicted @ predicted) * (1 - actual @ actual))
     return float((accuracy(predictions, labels) - chance) / norm) if norm else 0.0
 
@@ -650,7 +652,7 @@ METRICS = {"accuracy": accuracy, "f1": f1, "macro f1": macro_f1, "matthews": mat
 # Submission
 
 
-def submission_file(task, predictions):
+def submission_text(task, predictions):
     """The text of a file to submit."""
     if task.is_regression:
         numbers = unscale(np.clip(predictions, 0, 1), task.label_range)  # [D31]

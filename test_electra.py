@@ -450,7 +450,7 @@ def save_discriminator(folder, config=FINETUNED):
     return discriminator.eval()
 
 
-OFFICIAL_ROWS = {name: dict(task.rows) for name, task in glue.TASKS.items()}
+OFFICIAL_ROWS = {name: dict(task.num_rows) for name, task in glue.TASKS.items()}
 MRPC = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
 NLI = "index\tpromptID\tpairID\tgenre\t1b\t2b\t1p\t2p\tsentence1\tsentence2"
 NLI_ROW = "0\t1\t1n\tgov\t(\t(\t(\t(\t"
@@ -469,10 +469,10 @@ def toy_glue(corpus, monkeypatch):
     random_ = random.Random(0)
     for name, task in glue.TASKS.items():
         columns = ["x0", task.label_column, "x2", *task.sentence_columns]
-        for split in task.rows:
+        for split in task.num_rows:
             # Test sets of different sizes, so that none can be taken for another.
             count = {"train": 48, "test_mismatched": 13, "diagnostic": 14}.get(split, 12)
-            monkeypatch.setitem(task.rows, split, count)
+            monkeypatch.setitem(task.num_rows, split, count)
             is_test = split in task.test_splits
             rows = [] if name == "cola" and not is_test else [columns]
             for _ in range(count):
@@ -534,7 +534,7 @@ def keep_mrpc(monkeypatch):
     write_files("cache/glue", contents)
     sources = {name: (f"http://nowhere/{name}", len(content), hashlib.sha256(content).hexdigest())
                for name, content in contents.items()}
-    task = replace(glue.TASKS["mrpc"], download=sources["train"], rows=dict(train=4, dev=2, test=1))
+    task = replace(glue.TASKS["mrpc"], download=sources["train"], num_rows=dict(train=4, dev=2, test=1))
     monkeypatch.setitem(glue.TASKS, "mrpc", task)
     monkeypatch.setattr(glue, "MRPC_TEST", sources["test"])
     monkeypatch.setattr(glue, "MRPC_DEV_IDS", sources["ids"])
@@ -1068,18 +1068,18 @@ def test_D22_dropout_follows_embeddings_attention_and_feed_forward(monkeypatch):
     """Dropout 0.1 after the embedding LayerNorm, attention and feed-forward, and on the probabilities."""
     config = replace(CONFIG, attention_probs_dropout_prob=0.2)
     encoder, ids, seen = make_electra(config).discriminator.encoder, make_rows(), []
-    watch(monkeypatch, model, "dropout", lambda hidden, prob: seen.append((hidden.ndim, prob)))
+    watch(monkeypatch, model, "dropout", lambda hidden, *args: seen.append((hidden.ndim, *args)))
     encoder(ids, ids != 0, ids * 0)
-    assert seen == [(3, 0.1)] + 2 * [(4, 0.2), (3, 0.1), (3, 0.1)]
+    assert seen == [(3, 0.1, True)] + 2 * [(4, 0.2, True), (3, 0.1, True), (3, 0.1, True)]
     seen.clear()
-    encoder.eval()(ids, ids != 0, ids * 0)
-    assert {prob for _, prob in seen} == {0}
+    once = encoder.eval()(ids, ids != 0, ids * 0)
+    assert not any(training for *_, training in seen) and torch.equal(once, encoder(ids, ids != 0, ids * 0))
 
 
 def test_dropout_spares_the_residual(monkeypatch):
     """Dropout comes before the sum: if it drops everything, what is left is the residual."""
     layer, hidden = make_electra().discriminator.encoder.layers[0], torch.randn(2, 5, 48)
-    monkeypatch.setattr(model, "dropout", lambda hidden, prob: 0 * hidden)
+    monkeypatch.setattr(model, "dropout", lambda hidden, prob, training: 0 * hidden)
     expected = layer.output_norm(layer.attention_norm(hidden))
     assert torch.allclose(layer(hidden, torch.ones(2, 5).bool()), expected, atol=1e-6)
 
@@ -1188,7 +1188,7 @@ def test_D31_scores_are_trained_on_a_scale_from_0_to_1():
     assert torch.allclose(losses([[0.5], [-2.0]], [0.2, 1.0]), torch.tensor([0.09, 9.0]))
     assert losses([[0.5, 1.5]], [1]).item() == pytest.approx(math.log(1 + math.exp(-1)))
     assert glue.read_label(stsb, "3.800", "") == pytest.approx(0.76)
-    text = glue.submission_file(stsb, np.array([0.25, -0.1, 1.2, 0.7654321, -0.0], np.float32))
+    text = glue.submission_text(stsb, np.array([0.25, -0.1, 1.2, 0.7654321, -0.0], np.float32))
     assert text == "index\tprediction\n0\t1.250\n1\t0.000\n2\t5.000\n3\t3.827\n4\t0.000\n"
 
 
@@ -1951,18 +1951,18 @@ def test_micro_batches_give_the_gradient_of_the_one_batch():
 def test_dropout_and_attention_of_a_cpu_are_torchs():
     """A share of the elements is dropped, the others are scaled up; attention agrees with torch's kernel."""
     ones = torch.ones(401, 499, dtype=torch.float64, requires_grad=True)
-    dropped = model.dropout(ones, 0.1)
+    dropped = model.dropout(ones, 0.1, training=True)
     assert set(dropped.unique().tolist()) == {0.0, 1 / 0.9} and abs(dropped.mean() - 1) < 0.003
     (dropped * 2).sum().backward()
     assert torch.equal(ones.grad, 2 * dropped)
     flat = (dropped == 0).double().flatten()
     for lag in (1, 2, 3, 4, 499):  # four elements share a random number
         assert abs((flat[lag:] * flat[:-lag]).mean() - 0.01) < 0.001
-    assert torch.equal(model.dropout(ones, 0.0), ones)
+    assert torch.equal(model.dropout(ones, 0.0, training=True), ones)
     query, key, value = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64)
     mask = torch.rand(2, 7) < 0.7
     mask[:, 0] = True
-    ours, theirs = (model.attention(query, key, value, mask, prob) for prob in (1e-9, 0.0))
+    ours, theirs = (model.attention(query, key, value, mask, prob, True) for prob in (1e-9, 0.0))
     assert torch.allclose(ours, theirs, atol=1e-8)
 
 
@@ -2901,7 +2901,7 @@ def test_submission_is_eleven_files_of_the_best_seeds(toy_glue, monkeypatch, cap
         assert f"{task.title} {best[name]}" in said
         [kept] = Path("out/glue/predictions").glob(f"{name}-{best[name]}-*.npz")
         for split, predictions in np.load(kept).items():
-            assert files[task.submission_name(split)] == glue.submission_file(task, predictions)
+            assert files[task.submission_name(split)] == glue.submission_text(task, predictions)
     assert set(best.values()) == {0, 1}
     path.unlink()
     tune("--seeds 2 --submit --learning-rate 2e-3")
@@ -3164,7 +3164,7 @@ def test_glue_files_are_read_as_they_are_written(name, split, corpus, monkeypatc
     """Every file's own columns, header, label and oddities."""
     task, (content, expected) = glue.TASKS[name], GLUE_FILES[name, split]
     write_split(name, split, content.encode())
-    monkeypatch.setitem(task.rows, split, len(expected))
+    monkeypatch.setitem(task.num_rows, split, len(expected))
     examples, sha256 = task.read(split, "cache", "glue")
     assert sha256 == hashlib.sha256(content.encode()).hexdigest()
     for example, (first, second, label) in zip(examples, expected, strict=True):
@@ -3260,7 +3260,7 @@ def test_mnli_is_scored_on_its_matched_and_on_its_mismatched_set():
 
 def test_labels_are_submitted_as_words_or_as_numbers():
     """MNLI, QNLI and RTE are submitted in words, the other tasks in numbers."""
-    written = {name: glue.submission_file(task, np.array([1, 0])).split()[3::2]
+    written = {name: glue.submission_text(task, np.array([1, 0])).split()[3::2]
                for name, task in glue.TASKS.items() if task.labels}
     numbers, entailed = ["1", "0"], ["not_entailment", "entailment"]
     assert written == dict.fromkeys(("cola", "sst2", "mrpc", "qqp", "wnli"), numbers) | dict(

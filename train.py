@@ -1266,10 +1266,7 @@ def apply_origin(origin, data_config, electra_config, typed_flags):
         raise data.UserError(f"--init prescribes {', '.join(conflicts)}; leave these flags out")
     data_config = replace(data_config, **origin.rules)
     wordpiece = data.WordPiece(origin.tokens, data_config.do_lower_case, data_config.strip_accents)
-    electra_config = replace(
-        electra_config, **origin.shape, vocab_size=len(wordpiece.tokens),
-        cls_token_id=wordpiece.cls_token_id, sep_token_id=wordpiece.sep_token_id,
-        mask_token_id=wordpiece.mask_token_id)
+    electra_config = replace(electra_config, **origin.shape).with_vocabulary(wordpiece)
     positions = electra_config.max_position_embeddings
     if data_config.max_length > positions:
         raise data.UserError(f"max_length {data_config.max_length} is beyond the model's {positions} "

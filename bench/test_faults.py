@@ -358,7 +358,8 @@ def test_glue_is_downloaded_once_and_checked(corpus, quick):
         file.writestr("WNLI/dev.tsv", GLUE_FILES["wnli", "dev"][0])
     archive = Path("WNLI.zip").read_bytes()
     with Server({"/WNLI.zip": archive}) as server:
-        good = replace(glue.TASKS["wnli"], download=source(server, "/WNLI.zip", archive), rows=dict(dev=1))
+        download = source(server, "/WNLI.zip", archive)
+        good = replace(glue.TASKS["wnli"], download=download, num_rows=dict(dev=1))
         wrong = replace(good, download=source(server, "/WNLI.zip", archive[:-1] + b"x"))
         with pytest.raises(UserError, match=r"SHA-256 \w{64} instead of \w{64}; try again, or put WNLI.zip"):
             wrong.read("dev", "cache")
@@ -495,7 +496,7 @@ def test_damaged_archives_are_refused_by_name(corpus):
 ])
 def test_damaged_glue_files_are_refused(name, content, message, corpus, monkeypatch):
     """A TSV that was cut, edited or replaced is named."""
-    monkeypatch.setitem(glue.TASKS[name].rows, "train", 2)
+    monkeypatch.setitem(glue.TASKS[name].num_rows, "train", 2)
     write_split(name, "train", content)
     with pytest.raises(UserError, match=message):
         glue.TASKS[name].read("train", "cache", "glue")
@@ -1246,12 +1247,16 @@ def test_the_files_of_a_sweep_belong_to_it_alone(toy_glue, monkeypatch):
     tune("--task rte --save --dropout 0.2")
     assert len(list(Path("out/glue/networks").glob("rte-*/config.json"))) == 2
 
-    for method in "__init__", "tokenize_splits":
-        write_task("own")
-        with monkeypatch.context() as patch:
-            watch(patch, finetune.Experiment, method, lambda *_: write_task("own", count=20))
-            with pytest.raises(UserError, match="the files of own-own have changed; run the same command"):
-                finetune.main("--task own --max-length 32".split())
+    write_task("own")
+    with monkeypatch.context() as patch:
+        watch(patch, finetune.Experiment, "__init__", lambda *_: write_task("own", count=20))
+        with pytest.raises(UserError, match="own/train.tsv has changed; run the same command again"):
+            finetune.main("--task own --max-length 32".split())
+    write_task("own")
+    with monkeypatch.context() as patch:  # all files have been read before
+        watch(patch, finetune.Experiment, "tokenize_splits", lambda *_: write_task("own", count=20))
+        tune("--task own --max-length 32")
+    assert read_results()["own-own", 0]["examples"]["train"] == 48
 
 
 DAMAGE = {
