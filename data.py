@@ -200,7 +200,7 @@ def find_openwebtext(cache):
     """The addresses of OpenWebText's files. The cache keeps the choice, so that a run has one text."""
     path = Path(cache) / "openwebtext"
     make_once(path, lambda: write_sealed(path, choose_openwebtext().encode()))
-    return OPENWEBTEXT[read_sealed(path, "delete it").decode()]
+    return OPENWEBTEXT[read_sealed(path, advice="delete it").decode()]
 
 
 def choose_openwebtext():
@@ -284,7 +284,7 @@ def read_file(stream, source, one_document):
     if not kind:
         raise UserError(f"{source} cannot be read; it is no {READABLE}")
     try:
-        with errors_named(source), decompress(stream, compression, source) as file:
+        with add_path_to_errors(source), decompress(stream, compression, source) as file:
             if kind == ".txt":
                 yield from read_txt(file, source, one_document)
             elif kind == ".tar":
@@ -898,7 +898,7 @@ class Shards:
 
     def read(self, number):
         """(arrays by their names, SHA-256) of a shard file."""
-        content = read_sealed(self.path(number), CACHE_ADVICE)
+        content = read_sealed(self.path(number), advice=CACHE_ADVICE)
         return np.load(io.BytesIO(content)), hashlib.sha256(content).hexdigest()
 
     def load(self, name, number):
@@ -973,7 +973,7 @@ class Shards:
 
 def read_complete(path):
     """What `complete` holds: "shards", their infos, and "files", the SHA-256 of each file of the text."""
-    return parse_json(read_sealed(path, CACHE_ADVICE), path)
+    return parse_json(read_sealed(path, advice=CACHE_ADVICE), path)
 
 
 def end_of(info):
@@ -1234,8 +1234,7 @@ def group_bounds():
 
 def rng(seed, purpose, *numbers):
     """A NumPy random generator that is a function of its arguments."""
-    letters = purpose.encode()  # as numbers
-    return np.random.default_rng([seed, *letters, *numbers])
+    return np.random.default_rng([seed, *purpose.encode(), *numbers])  # bytes are numbers
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1252,7 +1251,7 @@ def find_model(name, cache, network=None):
         folder = folder / (network or trained_network(folder))
     if (folder / "config.json").is_file():
         return folder
-    is_local = name.startswith("out/") or Path(name).exists()  # out/: a run that is yet to be made
+    is_local = name.startswith("out/") or Path(name).exists()  # out/small: a run that was never made
     if is_local or not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name):
         place = without_secrets(name) if is_address(name) else folder
         raise UserError(f"there is no model in {place}; pre-train one with `python train.py --size small`, "
@@ -1311,123 +1310,124 @@ def download_model(name, folder):
     for file in "vocab.txt", "tokenizer.json", "tokenizer_config.json":
         get_if_there(file)
     if not get_if_there("model.safetensors"):
-        index = "model.safetensors.index.json"  # names the files of a model whose weights are in several
+        index = "model.safetensors.index.json"  # lists the files of weights that are in several
         if get_if_there(index):
             content = (folder / index).read_text("utf-8", "replace")
-            for file in sorted(set(re.findall(r'"([\w.-]+\.safetensors)"', content))):  # names, never paths
+            # A file with a "/" is left out: it could be written outside of the folder.
+            for file in sorted(set(re.findall(r'"([\w.-]+\.safetensors)"', content))):
                 get(file)
         else:
             get("pytorch_model.bin")
     get("config.json")
 
 
+# What the files of a model folder may say about its tokenizer. Errors give the first value as the usual one.
+# None is null, or no entry.
+CONFIG_VALUES = {
+    "tokenizer_class": ["ElectraTokenizer", "ElectraTokenizerFast", "BertTokenizer", "BertTokenizerFast",
+                        "PreTrainedTokenizerFast", "TokenizersBackend", None],  # both follow tokenizer.json
+    "do_lower_case": [True, False, None],
+    "strip_accents": [True, False, None],
+    "do_basic_tokenize": [True, None],
+    "word_tokenizer_type": ["basic", None],
+    "subword_tokenizer_type": ["wordpiece", None],
+    "wordpieces_prefix": ["##", None],
+    "tokenize_chinese_chars": [True, None],
+    "never_split": [[], None],
+    "unk_token": [UNK, None],
+    "mask_token": [MASK, None],
+}
+JSON_VALUES = {
+    "model.type": ["WordPiece", None],
+    "model.continuing_subword_prefix": ["##", None],
+    "model.unk_token": [UNK, None],
+    "model.max_input_chars_per_word": [200, 100, None],  # transformers has 100, the official code 200
+    "normalizer.type": ["BertNormalizer"],
+    "normalizer.clean_text": [True, None],
+    "normalizer.handle_chinese_chars": [True, None],
+    "normalizer.lowercase": [True, False],
+    "normalizer.strip_accents": [True, False, None],
+    "pre_tokenizer.type": ["BertPreTokenizer"],
+}
+TOKENIZER_DEFAULTS = dict(do_lower_case=True, strip_accents=True, model_max_length=None)
+
+
 def read_tokenizer(folder):
     """(WordPiece, max_length or None) of a model folder. max_length is the length trained on.
 
-    The vocabulary and the rules for case and accents stand in vocab.txt and tokenizer_config.json, in
+    The vocabulary and the settings for case and accents stand in vocab.txt and tokenizer_config.json, in
     tokenizer.json, or in both. Files that disagree are refused: other libraries may follow the other one.
     """
-    vocab_path = find_vocab(folder)
-    tokens = read_vocab(vocab_path)
-    json_path = Path(folder, "tokenizer.json")
+    vocab_path = Path(folder, "vocab.txt")
     config_path = Path(folder, "tokenizer_config.json")
-    config_rules = read_rules(config_path)
-    json_rules = read_rules(json_path)
-    if json_rules and read_vocab(json_path) != tokens:
+    json_path = Path(folder, "tokenizer.json")
+    vocabularies = [read_vocab(path) for path in (vocab_path, json_path) if path.is_file()]
+    if not vocabularies:
+        raise UserError(f"{folder} is not a model folder: it has neither vocab.txt nor tokenizer.json")
+    tokens = vocabularies[0]
+    if any(vocabulary != tokens for vocabulary in vocabularies):
         raise UserError(f"{vocab_path} and {json_path} hold different vocabularies; delete the wrong one")
-    for name, rule in json_rules.items():
-        if config_rules.get(name, rule) != rule:
+    config_settings = read_tokenizer_config(config_path)
+    json_settings = read_tokenizer_json(json_path)
+    for name, value in json_settings.items():
+        if config_settings.get(name, value) != value:
             raise UserError(f"{config_path} and {json_path} disagree about {name}; correct the wrong one")
-    defaults = dict(do_lower_case=True, strip_accents=True, model_max_length=None)
-    rules = defaults | config_rules | json_rules
-    wordpiece = WordPiece(tokens, rules["do_lower_case"], rules["strip_accents"])
-    return wordpiece, rules["model_max_length"]
+    settings = TOKENIZER_DEFAULTS | config_settings | json_settings
+    wordpiece = WordPiece(tokens, settings["do_lower_case"], settings["strip_accents"])
+    return wordpiece, settings["model_max_length"]
 
 
-# What the files of a model folder may say about its tokenizer. None is null, or no entry.
-RULES = {
-    "tokenizer_config.json": {
-        # The last two classes leave all rules to tokenizer.json.
-        "tokenizer_class": ["ElectraTokenizer", "ElectraTokenizerFast", "BertTokenizer", "BertTokenizerFast",
-                            "PreTrainedTokenizerFast", "TokenizersBackend", None],
-        "do_lower_case": [True, False, None],
-        "strip_accents": [True, False, None],
-        "do_basic_tokenize": [True, None],
-        "word_tokenizer_type": ["basic", None],
-        "subword_tokenizer_type": ["wordpiece", None],
-        "wordpieces_prefix": ["##", None],
-        "tokenize_chinese_chars": [True, None],
-        "never_split": [[], None],
-        "unk_token": [UNK, None],
-        "mask_token": [MASK, None],
-    },
-    "tokenizer.json": {
-        "model.type": ["WordPiece", None],
-        "model.continuing_subword_prefix": ["##", None],
-        "model.unk_token": [UNK, None],
-        "model.max_input_chars_per_word": [200, 100, None],  # transformers has 100, the official code 200
-        "normalizer.type": ["BertNormalizer"],
-        "normalizer.clean_text": [True, None],
-        "normalizer.handle_chinese_chars": [True, None],
-        "normalizer.lowercase": [True, False],
-        "normalizer.strip_accents": [True, False, None],
-        "pre_tokenizer.type": ["BertPreTokenizer"],
-    },
-}
-
-
-def read_rules(path):
-    """do_lower_case, strip_accents and model_max_length as far as a file of a model folder states them."""
+def read_tokenizer_config(path):
+    """The entries of TOKENIZER_DEFAULTS that a tokenizer_config.json states, or {} if there is no file."""
     if not path.is_file():
         return {}
     content = read_json(path)
-    for name, possible in RULES[path.name].items():
-        rule = find_entry(content, name)
-        if isinstance(rule, dict):  # a token with its properties
-            rule = rule.get("content")
-        if rule not in possible:
-            raise lacks_rule(path, f"{name} is {rule!r:.80} and not {possible[0]!r}")
-    for token in content.get("added_tokens") or []:
-        added = find_entry(token, "content")
-        if added not in SPECIAL_TOKENS:
-            raise lacks_rule(path, f"added_tokens has {added!r:.80}")
-    if path.name == "tokenizer_config.json":
-        rules = content
-    else:
-        do_lower_case = content["normalizer"]["lowercase"]
-        strip_accents = content["normalizer"].get("strip_accents")
-        if strip_accents is None:  # accents go with the capitals
-            strip_accents = do_lower_case
-        rules = dict(do_lower_case=do_lower_case, strip_accents=strip_accents)
-    if rules.get("strip_accents") and rules.get("do_lower_case") is False:
-        raise lacks_rule(path, "accents are stripped only from lower-cased text")
-    if not isinstance(rules.get("model_max_length"), int | float | None):
-        raise UserError(f"{path} is damaged: model_max_length is {rules['model_max_length']!r}")
-    names = "do_lower_case", "strip_accents", "model_max_length"
-    return {name: rules[name] for name in names if rules.get(name) is not None}
+    check_values(content, CONFIG_VALUES, path)
+    if content.get("strip_accents") and content.get("do_lower_case") is False:
+        raise unsupported(path, "accents are stripped only from lower-cased text")
+    if not isinstance(content.get("model_max_length"), int | float | None):  # 1e30 stands for no limit
+        raise UserError(f"{path} is damaged: model_max_length is {content['model_max_length']!r}")
+    return {name: content[name] for name in TOKENIZER_DEFAULTS if content.get(name) is not None}
 
 
-def find_entry(content, name):
-    """The entry of nested JSON objects at a dotted name, or None.
+def read_tokenizer_json(path):
+    """do_lower_case and strip_accents, as a tokenizer.json states them, or {} if there is no file."""
+    if not path.is_file():
+        return {}
+    content = read_json(path)
+    check_values(content, JSON_VALUES, path)
+    for added_token in content.get("added_tokens") or []:
+        token = find_entry(added_token, "content")
+        if token not in SPECIAL_TOKENS:
+            raise unsupported(path, f"added_tokens has {token!r:.80}")
+    lowercase = content["normalizer"]["lowercase"]
+    strip_accents = content["normalizer"].get("strip_accents")
+    if strip_accents is None:  # accents go with the capitals
+        strip_accents = lowercase
+    if strip_accents and not lowercase:
+        raise unsupported(path, "accents are stripped only from lower-cased text")
+    return dict(do_lower_case=lowercase, strip_accents=strip_accents)
 
-    >>> find_entry({"model": {"type": "BPE"}}, "model.type")
-    'BPE'
-    """
-    for key in name.split("."):
-        content = content.get(key) if isinstance(content, dict) else None
-    return content
+
+def check_values(content, possible_values, path):
+    """Raise UserError if an entry of `content` is not among its possible values."""
+    for name, values in possible_values.items():
+        value = find_entry(content, name)
+        if isinstance(value, dict):  # a token with its properties
+            value = value.get("content")
+        if value not in values:
+            raise unsupported(path, f"{name} is {value!r:.80} and not {values[0]!r}")
 
 
-def lacks_rule(path, rule):
+def unsupported(path, rule):
     return UserError(f"{path} asks for a rule that this tokenizer lacks: {rule}")
 
 
-def find_vocab(folder):
-    """The vocabulary of a model folder: vocab.txt or, as transformers now writes, tokenizer.json."""
-    for path in Path(folder, "vocab.txt"), Path(folder, "tokenizer.json"):
-        if path.is_file():
-            return path
-    raise UserError(f"{folder} is not a model folder: it has neither vocab.txt nor tokenizer.json")
+def find_entry(content, name):
+    """The entry of nested JSON objects at a dotted name such as model.type, or None."""
+    for key in name.split("."):
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1446,7 +1446,7 @@ IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000
 
 def load_wordpiece(config):
     """The WordPiece that config.vocab names: a file, BERT's, or one trained on the text."""
-    find_files(config)  # a missing one is reported before anything is downloaded
+    find_files(config)  # raises if one is missing, before a vocabulary is downloaded
     return WordPiece(load_vocab(config), config.do_lower_case, config.strip_accents)
 
 
@@ -1472,7 +1472,7 @@ def load_vocab(config):
                    match[1]]
     path = Path(config.cache) / f"{source_name(config)}-{digest(fingerprint)}.vocab"
     make_once(path, lambda: train_vocab(config, size, path, identities))
-    return parse_vocab(read_sealed(path, "delete it, and it is trained again"), path)
+    return parse_vocab(read_sealed(path, advice="delete it, and it is trained again"), path)
 
 
 def train_vocab(config, size, path, identities):
@@ -1481,12 +1481,19 @@ def train_vocab(config, size, path, identities):
     A text that has changed since it was identified is refused: `path` is named after it.
     """
     wordpiece = WordPiece(SPECIAL_TOKENS, config.do_lower_case, config.strip_accents)
-    counts = Counter()  # of all characters
+    counts = Counter()  # of the characters in the lines that were read
+
+    def read_lines():
+        for text, _ in itertools.islice(read_documents(config), VOCAB_DOCUMENTS):
+            for line in text.split("\n"):
+                line = wordpiece.normalize(line)
+                counts.update(line)
+                yield IDEOGRAPH.sub(" ", line)
+
     # Letters, which take two tokens each (x and ##x), may fill half of the vocabulary.
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL_TOKENS, show_progress=False,
                                         limit_alphabet=max(1, size // 4))
-    lines = lines_without_ideographs(config, wordpiece, counts)  # fills `counts` as it is read
-    wordpiece.tokenizer.train_from_iterator(lines, trainer)
+    wordpiece.tokenizer.train_from_iterator(read_lines(), trainer)
     ids = wordpiece.tokenizer.get_vocab()
     tokens = add_ideographs(sorted(ids, key=ids.get), counts, size)
     if len(tokens) == len(SPECIAL_TOKENS):
@@ -1500,10 +1507,10 @@ def train_vocab(config, size, path, identities):
 
 
 def add_ideographs(tokens, counts, size):
-    """A vocabulary of `size` tokens at most, with the most frequent ideographs at its end.
+    """A vocabulary of at most `size` tokens: the trainer's, and the most frequent ideographs at its end.
 
-    They are words of their own, so the trainer does not see them. There are as many as there is room for, and
-    at least as large a share of the vocabulary as of the text, whose characters `counts` has.
+    The trainer sees no ideographs, since each is a word of its own. They get the room that it leaves. Where
+    their share of the text's characters, which `counts` has, is larger, its last tokens give way to them.
     """
     ideographs = [character for character, _ in counts.most_common() if IDEOGRAPH.match(character)]
     share_of_text = sum(counts[character] for character in ideographs) / max(1, counts.total())
@@ -1511,15 +1518,6 @@ def add_ideographs(tokens, counts, size):
     fair_share = int(share_of_text * (size - len(SPECIAL_TOKENS)))
     ideographs = ideographs[: max(room, fair_share)]
     return tokens[: size - len(ideographs)] + ideographs
-
-
-def lines_without_ideographs(config, wordpiece, counts):
-    """Yield the normalized lines that a vocabulary is trained on, and count their characters in `counts`."""
-    for text, _ in itertools.islice(read_documents(config), VOCAB_DOCUMENTS):
-        for line in text.split("\n"):
-            line = wordpiece.normalize(line)
-            counts.update(line)
-            yield IDEOGRAPH.sub(" ", line)
 
 
 def read_vocab(path):
@@ -1565,9 +1563,9 @@ TIMEOUT = 30  # seconds without an answer
 BACKOFF = 0.5  # seconds, doubled before each new attempt, at most a minute
 ATTEMPTS = 16  # in a row; they take ten minutes
 ATTEMPTS_WITHOUT_ANSWER = 7  # if the server has never answered; they take a minute
-# Of OpenSSL, and of the look-up of an unknown host. Without a network, a look-up has another message.
-LASTING_ERRORS = re.compile("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|CERTIFICATE_VERIFY_FAILED|"
-                            "Name or service not known|nodename nor servname provided")
+LASTING_ERRORS = re.compile(  # in the messages of errors that another attempt does not mend
+    "WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|CERTIFICATE_VERIFY_FAILED|"  # OpenSSL's
+    "Name or service not known|nodename nor servname provided")  # an unknown host, not a missing network
 
 
 def open_source(name):
@@ -1600,157 +1598,161 @@ def is_address(name):
     return str(name).startswith(("http://", "https://", "hub:"))
 
 
-class NotFound(UserError):
-    """There is nothing at an address."""
+def download_once(path, address, advice, size, sha256):
+    """Download a file unless it is there. Its SHA-256 is checked either way."""
+    if not path.exists():
+        make_once(path, lambda: download(path, address, advice, size, sha256))
+        return
+    actual = hashlib.sha256(path.read_bytes()).hexdigest()
+    if actual != sha256:
+        raise UserError(f"{path} has SHA-256 {actual} instead of {sha256}; delete it to download it again")
 
 
 def download(path, address, advice, size=None, sha256=None):
     """Fetch a file whole, and check its SHA-256 where that is known."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     with (atomic_write(path) as file,
           tqdm(desc=path.name, total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar):
-        for chunk in fetch(address, advice=advice):
+        for chunk in fetch(address, advice):
             file.write(chunk)
-            found.update(chunk)
+            hasher.update(chunk)
             bar.update(len(chunk))
-        if sha256 is not None and found.hexdigest() != sha256:
-            raise UserError(f"{without_secrets(address)} has SHA-256 {found.hexdigest()} instead of "
+        if sha256 is not None and hasher.hexdigest() != sha256:
+            raise UserError(f"{without_secrets(address)} has SHA-256 {hasher.hexdigest()} instead of "
                             f"{sha256}; try again, or {advice}")
 
 
-def download_once(path, address, advice, size, sha256):
-    """Download a file unless it is there, and check it at every use."""
-    make_once(path, lambda: download(path, address, advice, size, sha256))
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != sha256:
-        raise UserError(f"{path} has SHA-256 {found} instead of {sha256}; delete it to download it again")
-
-
 def fetch(address, advice="use --data PATH or --data python-docs"):
-    """Yield the bytes at an address. A dropped connection resumes at the byte where it broke off."""
-    name = without_secrets(address)
-    url = url_of(address)
-    position = 0
-    length = None  # of the whole file, as far as it is known
-    failures = 0  # in a row
-    while position != length:
+    """Yield the bytes at an address. Errors name it, and end with `advice`."""
+    file = RemoteFile(address, advice)
+    while True:
         try:
-            with request(url, position, name, advice) as response:
-                check_status(response, name, advice)
-                answer = describe_answer(response)
-                if position == 0:
-                    first = answer
-                check_part(answer, first, position, name, advice)
-                length = answer.length
-                for chunk in response.iter_content(1 << 14):
-                    position += len(chunk)
-                    if length is not None and position > length:
-                        raise UserError(f"{name} sends more than it announces; {advice}")
-                    failures = 0
-                    yield chunk
-                if length is None:
-                    return
-                if position != length:
-                    raise requests.ConnectionError("the body ended early")
+            yield from file.read_rest()
+            return
         except requests.RequestException as error:
-            failures += 1
-            wait_or_give_up(error, failures, name, position, advice)
+            file.wait_or_give_up(error)
 
 
-def request(url, position, name, advice):
-    """Ask a server for the bytes from a position on. The body of its answer is yet to be read.
-
-    A malformed address, and one on the hub while HF_HUB_OFFLINE is set, raise UserError.
-    """
-    headers = {"Accept-Encoding": "identity"}
-    if position > 0:
-        headers["Range"] = f"bytes={position}-"
-    if url.startswith(f"{hub()}/"):
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "TRUE", "YES"):
-            raise UserError(f"{name} is not read, because HF_HUB_OFFLINE is set; unset it, or {advice}")
-        if os.environ.get("HF_TOKEN"):  # requests drops it when another host is redirected to
-            headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN'].strip()}"
-    try:
-        return requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
-    except ValueError:  # the address is malformed
-        raise UserError(f"{name} is not the address of a server; {advice}") from None
-
-
-def check_status(response, name, advice):
-    """Raise requests.HTTPError if an answer is worth another attempt, and UserError if it is useless."""
-    status = response.status_code
-    headers = response.headers
-    if status == 429 or status >= 500:
-        response.raise_for_status()
-    message = f"{name} answers {status} {response.reason}; {advice}"
-    if status == 404:
-        raise NotFound(message)
-    if status not in (200, 206):
-        raise UserError(message)
-    encoding = headers.get("Content-Encoding", "identity")
-    if encoding != "identity":  # then bytes are not counted as they are in the file
-        raise UserError(f"{name} answers with Content-Encoding {encoding!r:.40}; {advice}")
-    if status == 200 and not is_chunked(response) and not headers.get("Content-Length", "").isdecimal():
-        # A body that is cut short would look whole.
-        raise UserError(f"{name} does not say how long it is; {advice}")
-
-
-def is_chunked(response):
-    """Whether the body comes in chunks, whose end urllib3 checks."""
-    return response.headers.get("Transfer-Encoding") == "chunked"
+class NotFound(UserError):
+    """There is nothing at an address."""
 
 
 class Answer(NamedTuple):
-    """What the headers of an answer say. None is unknown."""
+    """What the headers of a response say. None is unknown."""
 
     begin: int | None  # the position of its first byte in the file
     length: int | None  # of the whole file
     version: str | None
 
 
-def describe_answer(response):
-    headers = response.headers
-    version = headers.get("ETag") or headers.get("Last-Modified")
-    if response.status_code == 206:
-        part = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
-        if part is None:
-            return Answer(None, None, version)
-        return Answer(int(part[1]), int(part[2]), version)
-    if is_chunked(response):
-        return Answer(0, None, version)
-    return Answer(0, int(headers["Content-Length"]), version)
+class RemoteFile:
+    """A file on a server, and how far it has been read. After a broken connection, reading goes on there."""
 
+    def __init__(self, address, advice):
+        self.url = url_of(address)
+        self.name = without_secrets(address)
+        self.advice = advice
+        self.position = 0  # of the next byte
+        self.first = None  # the Answer that began with byte 0
+        self.failures = 0  # in a row
 
-def check_part(answer, first, position, name, advice):
-    """Raise UserError unless an answer sends the file of the first one from a position on."""
-    if answer.begin != position:
-        reason = "the server sends another part"
-    elif position > 0 and first.version is None:
-        reason = "the server does not say whether it has changed"
-    elif answer.version != first.version or first.length not in (answer.length, None):
-        reason = "it has changed"
-    else:
-        return
-    raise UserError(f"{name} cannot be read from byte {position:,} on: {reason}; {advice}")
+    def read_rest(self):
+        """Yield the bytes from `position` on. Raises RequestException if they break off."""
+        with self.request() as response:
+            self.check_status(response)
+            answer = self.read_headers(response)
+            if self.position == 0:
+                self.first = answer
+            self.check_continuity(answer)
+            for chunk in response.iter_content(1 << 14):
+                self.position += len(chunk)
+                if answer.length is not None and self.position > answer.length:
+                    raise UserError(f"{self.name} sends more than it announces; {self.advice}")
+                self.failures = 0
+                yield chunk
+        if answer.length not in (None, self.position):
+            raise requests.ConnectionError("the body ended early")
 
+    def request(self):
+        """Ask for the bytes from `position` on. The body of the response is yet to be read."""
+        headers = {"Accept-Encoding": "identity"}
+        if self.position > 0:
+            headers["Range"] = f"bytes={self.position}-"
+        if self.url.startswith(f"{hub()}/"):
+            if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "TRUE", "YES"):
+                raise UserError(f"{self.name} is not read, because HF_HUB_OFFLINE is set; unset it, or "
+                                f"{self.advice}")
+            if os.environ.get("HF_TOKEN"):  # requests drops it when another host is redirected to
+                headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN'].strip()}"
+        try:
+            return requests.get(self.url, headers=headers, stream=True, timeout=TIMEOUT)
+        except ValueError:  # the address is malformed
+            raise UserError(f"{self.name} is not the address of a server; {self.advice}") from None
 
-def wait_or_give_up(error, failures, name, position, advice):
-    """Wait before the next attempt. Raises UserError after too many failures in a row."""
-    reason = type(error).__name__
-    attempts = ATTEMPTS
-    is_lasting = isinstance(error, requests.TooManyRedirects) or LASTING_ERRORS.search(str(error))
-    if is_lasting and position == 0:
-        raise UserError(f"{name} cannot be read: {reason}; check the address, or {advice}") from None
-    if error.response is not None:
-        reason = f"it answers {error.response.status_code}"
-    elif position == 0:  # perhaps there is no such server
-        attempts = ATTEMPTS_WITHOUT_ANSWER
-    if failures >= attempts:
-        raise UserError(f"{name} cannot be read: {reason}, {failures} times in a row; the same command "
-                        f"resumes later; or {advice}") from None
-    seconds = min(60, BACKOFF * 2**failures)
-    tqdm.write(f"{name}: {reason}, at byte {position:,}; trying again in {seconds:.0f} s", file=sys.stderr)
-    time.sleep(seconds)
+    def check_status(self, response):
+        """Raise requests.HTTPError if another attempt may help, and UserError if not."""
+        status = response.status_code
+        if status == 429 or status >= 500:
+            response.raise_for_status()
+        message = f"{self.name} answers {status} {response.reason}; {self.advice}"
+        if status == 404:
+            raise NotFound(message)
+        if status not in (200, 206):
+            raise UserError(message)
+
+    def read_headers(self, response):
+        """The Answer of a response. Raises UserError if its body is encoded, or could be cut unnoticed."""
+        headers = response.headers
+        encoding = headers.get("Content-Encoding", "identity")
+        if encoding != "identity":
+            raise UserError(f"{self.name} answers with Content-Encoding {encoding!r:.40}; {self.advice}")
+        version = headers.get("ETag") or headers.get("Last-Modified")
+        if response.status_code == 206:
+            part = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
+            if part is None:
+                return Answer(None, None, version)
+            return Answer(int(part[1]), int(part[2]), version)
+        if headers.get("Transfer-Encoding") == "chunked":  # urllib3 checks that the last chunk comes
+            return Answer(0, None, version)
+        if not headers.get("Content-Length", "").isdecimal():  # a body that is cut short would look whole
+            raise UserError(f"{self.name} does not say how long it is; {self.advice}")
+        return Answer(0, int(headers["Content-Length"]), version)
+
+    def check_continuity(self, answer):
+        """Raise UserError unless an answer begins at `position` and is of the same file as the first one."""
+        first = self.first
+        if answer.begin != self.position:
+            reason = "the server sends another part"
+        elif self.position > 0 and first.version is None:
+            reason = "the server does not say whether it has changed"
+        elif answer.version != first.version:
+            reason = "it has changed"
+        elif first.length is not None and answer.length != first.length:
+            reason = "it has changed"
+        else:
+            return
+        raise UserError(f"{self.name} cannot be read from byte {self.position:,} on: {reason}; {self.advice}")
+
+    def wait_or_give_up(self, error):
+        """Wait before the next attempt. Raises UserError after too many failures in a row."""
+        self.failures += 1
+        reason = type(error).__name__
+        is_lasting = isinstance(error, requests.TooManyRedirects) or LASTING_ERRORS.search(str(error))
+        if is_lasting and self.position == 0:  # later, it has worked before
+            raise UserError(f"{self.name} cannot be read: {reason}; check the address, or "
+                            f"{self.advice}") from None
+        attempts = ATTEMPTS
+        if error.response is not None:
+            reason = f"it answers {error.response.status_code}"
+        elif self.position == 0:  # perhaps there is no such server
+            attempts = ATTEMPTS_WITHOUT_ANSWER
+        if self.failures >= attempts:
+            raise UserError(f"{self.name} cannot be read: {reason}, {self.failures} times in a row; the same "
+                            f"command resumes later; or {self.advice}") from None
+        seconds = min(60, BACKOFF * 2**self.failures)
+        tqdm.write(f"{self.name}: {reason}, at byte {self.position:,}; trying again in {seconds:.0f} s",
+                   file=sys.stderr)
+        time.sleep(seconds)
 
 
 def url_of(address):
@@ -1776,12 +1778,9 @@ def without_secrets(name):
     scheme, separator, rest = url_of(name).partition("://")
     if not separator:
         return name
-    authority = re.split("[/?#]", rest)[0]  # USER:PASSWORD@HOST:PORT
-    user, at, host = authority.rpartition("@")
-    if re.fullmatch(r"(\[.*\]|[^:]*)(:\d*)?", host):  # HOST or HOST:PORT
-        rest = rest.removeprefix(user + at)
-    else:  # the authority was cut inside a password with / ? or #
-        rest = rest.rpartition("@")[2]
+    host = r"(\[[^]]*\]|[^:@/?#]+)(:\d*)?([/?#]|$)"  # HOST or HOST:PORT, and how it ends
+    while "@" in rest and not re.match(host, rest):  # before an @ stands USER:PASSWORD, or a part of it
+        rest = rest.partition("@")[2]
     return f"{scheme}://" + re.split("[?#]", rest)[0]
 
 
@@ -1800,7 +1799,7 @@ def atomic_write(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with errors_named(path), open(temporary, "wb") as file:
+        with add_path_to_errors(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -1810,7 +1809,7 @@ def atomic_write(path):
 
 
 @contextmanager
-def errors_named(path):
+def add_path_to_errors(path):
     """Add a path to an OSError without one, for example of a full disk."""
     try:
         yield
@@ -1821,14 +1820,14 @@ def errors_named(path):
 
 
 def write_sealed(path, content):
-    """Write bytes and then their seal. Readers of zips, as torch.load is, ignore what follows the end."""
+    """Write bytes, and after them their seal. Readers of zips, torch.load among them, ignore it."""
     with atomic_write(path) as file:
         file.write(content)
         file.write(seal(path, content))
 
 
-def read_sealed(path, advice):
-    """The bytes that `write_sealed` wrote. A file that was cut, changed or renamed is refused."""
+def read_sealed(path, *, advice):
+    """The bytes that `write_sealed` wrote. One that was cut, changed or renamed is refused with `advice`."""
     raw = path.read_bytes()
     content = raw[:-SEAL_BYTES]
     if seal(path, content) != raw[-SEAL_BYTES:]:
@@ -1838,9 +1837,9 @@ def read_sealed(path, advice):
 
 def seal(path, content):
     """The SHA-256 of a file's name and content. The name tells apart files that have changed places."""
-    found = hashlib.sha256(path.name.encode())
-    found.update(content)
-    return found.digest()
+    hasher = hashlib.sha256(path.name.encode())
+    hasher.update(content)
+    return hasher.digest()
 
 
 def make_once(path, make):
@@ -1854,10 +1853,7 @@ def make_once(path, make):
 
 @contextmanager
 def lock(path, message):
-    """Hold a lock, which the kernel releases when the process ends.
-
-    If another process holds it: print `message`, and wait.
-    """
+    """Hold a lock, which ends with the process. Prints `message` and waits if another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
         if not acquire(file):
@@ -1888,7 +1884,7 @@ def acquire(file):
 
 def append_json(file, entry):
     """Append a line of JSON to an open binary file, and flush it to disk."""
-    with errors_named(file.name):
+    with add_path_to_errors(file.name):
         file.write(json.dumps(entry).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
@@ -1903,22 +1899,22 @@ def parse_json(text, source):
     """The JSON object in `text`. Errors name `source`."""
     damage = f"{source} is damaged: it is not a JSON object"
     try:
-        found = json.loads(text, object_pairs_hook=to_dict)
+        value = json.loads(text, object_pairs_hook=dict_of_unique)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{damage} ({error})") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise UserError(damage)
-    return found
+    return value
 
 
-def to_dict(pairs):
-    """A dict of (key, value) pairs. Unlike json's own, it refuses a key that comes again."""
-    found = {}
+def dict_of_unique(pairs):
+    """A dict of (key, value) pairs. A repeated key is refused: json would keep only its last value."""
+    values = {}
     for key, value in pairs:
-        if key in found:
+        if key in values:
             raise ValueError(f"it has the key {key!r:.40} more than once")
-        found[key] = value
-    return found
+        values[key] = value
+    return values
 
 
 def decode_utf8(raw, source):
@@ -1928,7 +1924,7 @@ def decode_utf8(raw, source):
         text = raw.decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{source} is not UTF-8 at byte {error.start}; {advice}") from None
-    for sign in "\0", "\x1b$":  # of UTF-16 without its mark and of ISO-2022, which can be valid UTF-8
+    for sign in "\0", "\x1b$":  # UTF-16 without its mark and ISO-2022-JP can be valid UTF-8
         if sign in text:
             place = raw.index(sign.encode())
             raise UserError(f"{source} is not UTF-8 at byte {place}; {advice}")

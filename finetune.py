@@ -334,7 +334,8 @@ def write_predictions(experiment, seed, predictions):
 def read_predictions(experiment, seed):
     """What `write_predictions` wrote: an array for each test set, by split."""
     path = experiment.predictions_path(seed)
-    return np.load(io.BytesIO(data.read_sealed(path, "delete it, and the same command makes it again")))
+    content = data.read_sealed(path, advice="delete it, and the same command makes it again")
+    return np.load(io.BytesIO(content))
 
 
 def best_seed(experiment):

@@ -750,8 +750,9 @@ def read_checkpoint(config):
     if RANK > 0 or config.restart:
         return None
     if checkpoint.exists():
-        content = data.read_sealed(checkpoint, "--restart starts over; if a former version wrote it, use "
-                                               f"another --out and --init {path}, which takes its networks")
+        advice = ("--restart starts over; if a former version wrote it, use another --out and "
+                  f"--init {path}, which takes its networks")
+        content = data.read_sealed(checkpoint, advice=advice)
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if config.eval_only:
         raise data.UserError(f"there is no run in {path} to evaluate; check --size and --out")

@@ -302,6 +302,7 @@ def test_what_cannot_be_an_address_is_refused_at_once(monkeypatch, address):
     ("https://me:pa/s@s@host/a.txt?b", "https://host/a.txt"), ("https://host:80/@me/a.txt", "https://host:80/@me/a.txt"),
     ("https://host/a.txt?mail=me:x@b", "https://host/a.txt"), ("a?b@c.txt", "a?b@c.txt"),
     ("https://me:pass@host/@me/a.txt?x@y", "https://host/@me/a.txt"), ("https://[::1]:80/a@b", "https://[::1]:80/a@b"),
+    ("https://me:a1?@host/a.txt?b@c", "https://host/a.txt"), ("https://me:pass@ho:st/a.txt", "https://ho:st/a.txt"),
 ])
 def test_addresses_are_shown_without_secrets(address, shown):
     """A password may hold signs that should be escaped; an @ elsewhere is no secret."""
@@ -856,7 +857,7 @@ def test_text_that_changes_while_it_is_read_gives_no_complete_cache(corpus, monk
             data.prepare(data_config())
     assert not list(Path("cache").rglob("complete"))
     with monkeypatch.context() as patch:
-        watch(patch, data, "lines_without_ideographs", lambda *args: Path("corpus.txt").write_text("ba ku"))
+        watch(patch, data, "add_ideographs", lambda *args: Path("corpus.txt").write_text("ba ku"))
         with pytest.raises(UserError, match="the text changed while it was being read"):
             data.load_wordpiece(data_config(vocab="train:50"))
     assert not list(Path("cache").rglob("*.vocab"))
