@@ -1,6 +1,6 @@
 """From text to batches: documents, WordPiece ids, rows of two segments, shards, training order.
 
-`prepare` is the whole pipeline. Its stages follow in the order in which text passes them:
+`prepare` is the whole pipeline. Its stages stand in the order in which text passes through them:
 
     documents        names -> files -> one string for each document
     workers          the next stage, on several cores
@@ -420,7 +420,7 @@ def python_docs():
         for path in Path(root).rglob("*.py"):
             if not skipped & set(path.relative_to(root).parts):
                 documents.append(find_sentences(path.read_text("utf-8", "replace")))
-    documents.sort(key=digest)  # an order without meaning, so that every shard is a mixture
+    documents.sort(key=digest)  # an arbitrary but fixed order, so that each shard mixes the packages
     seen = set()
     for sentences in documents:
         yield "\n".join(sentence for sentence in sentences if sentence not in seen)
