@@ -180,7 +180,7 @@ def train(run):
             # Rows. This waits until the text is prepared that far, on all ranks.
             try:
                 epoch, rows = read_together(order.batch, step)
-                if is_evaluated and heldout is None:
+                if is_evaluated and heldout is None:  # before the step: this wait, too, may end the run
                     heldout = read_heldout(run)
             except data.Stopped as stopped:
                 stop_early(run, step, order, stopped.error)
@@ -535,16 +535,16 @@ def read_together(read, *args):
             result = read(*args)
         except data.Stopped as exception:
             stopped = exception
-    for exception in from_all_ranks(stopped):  # all ranks wait here
-        if exception is not None:
-            raise exception
+    if any_rank(stopped is not None):  # all ranks wait here
+        exceptions = [exception for exception in from_all_ranks(stopped) if exception is not None]
+        raise exceptions[0]
     if LOCAL_RANK > 0:
         result = read(*args)
     return result
 
 
 def any_rank(flag):
-    """Whether a flag is true on any rank."""
+    """Whether a flag is true on any rank. All wait here for the last one."""
     if WORLD_SIZE == 1:
         return flag
     flags = torch.tensor([flag], dtype=torch.int32)
@@ -1218,14 +1218,13 @@ class Origin(NamedTuple):
 
 
 def read_origin(config, data_config, electra_config, record=None):
-    """What --vocab or --init names. If they are those of a checkpoint's `record`, its copy is taken.
+    """The Origin of these flags. The copy in a checkpoint's `record` is taken if it has the same flags.
 
-    A file is read anew: it may have changed. What is new here, `Run.check_settings` compares with the record.
+    A vocabulary file is always read anew, since it may have changed: `Run.check_settings` compares it.
     """
-    if record is not None:
+    if record is not None and not Path(data_config.vocab).is_file():
         saved = Origin(**record["inputs"])
-        is_file = Path(data_config.vocab).is_file()
-        if saved.init == list(config.init) and saved.vocab == data_config.vocab and not is_file:
+        if saved.init == list(config.init) and saved.vocab == data_config.vocab:
             return saved
     if not config.init:
         tokens = data.load_wordpiece(data_config).tokens
@@ -1390,12 +1389,6 @@ def run_command(main):
         return 130
     except OSError as error:
         print_system_error(error)
-        return 1
-    except RuntimeError as error:
-        if "by peer" not in str(error):
-            raise
-        # torch.distributed: "Connection closed by peer". The other rank prints why it has ended.
-        print(f"rank {RANK} stops because another one has", file=sys.stderr)
         return 1
 
 
