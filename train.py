@@ -266,7 +266,7 @@ STUCK_SHARE = 0.97  # of the discriminator's loss if it always guesses the base 
 
 
 def read_heldout(run):
-    """Wait for the held-out rows, (N, L). Say how many there are, and the baseline of their MLM loss."""
+    """The held-out rows, (N, L), for which it waits. It prints how many there are, and a baseline."""
     heldout = read_together(run.shards.heldout, HELDOUT_ROWS)
     if not len(heldout):
         tqdm.write("no evaluation: one document in a hundred is held out, and this text has too few")
@@ -724,7 +724,7 @@ class Run:
 
     def write_checkpoint(self, step, num_shards):
         """Write all that the run needs, as built-in types and tensors."""
-        # `num_shards` shards of the text have been read, and `history` has their hashes.
+        # So many shards of the text have been read; `history` has their hashes. `inputs` is the Origin.
         record = dict(inputs=self.origin._asdict(), settings=self.settings,
                       num_shards=num_shards, history=self.shards.history(num_shards))
         state = dict(run=record, step=step, model=self.electra.state_dict(),
@@ -1034,8 +1034,8 @@ def print_sentences(outputs, input_ids, wordpiece):
 # ------------------------------------------------------------------------------------------------------------
 # Flags
 
-# On a CPU, torch 2.6 compiled wrong gradients of embeddings, and 2.11 right ones. Earlier versions than this
-# are trusted on no device. (torch.__version__ is a version: "2.6" < "2.11".)
+# On a CPU, torch 2.6 compiled wrong gradients of embeddings, and 2.11 right ones. On a GPU, it compiles by
+# default from that version on. (torch.__version__ compares as a version: "2.6" < "2.11".)
 COMPILES_SINCE = "2.11"
 
 
