@@ -266,7 +266,7 @@ STUCK_SHARE = 0.97  # of the discriminator's loss if it always guesses the base 
 
 
 def read_heldout(run):
-    """The held-out rows, (N, L), for which it waits. It prints how many there are, and a baseline."""
+    """Wait for the held-out rows, (N, L), and say how many there are."""
     heldout = read_together(run.shards.heldout, HELDOUT_ROWS)
     if not len(heldout):
         tqdm.write("no evaluation: one document in a hundred is held out, and this text has too few")
