@@ -404,7 +404,7 @@ class Finetuner:
         # The CUDA graphs hold the tensors of self.network, so another network is copied into it.
         self.network.load_state_dict(self.pretrained_network().state_dict())
         self.network.train()
-        train.reset_optimizer(self.optimizer)
+        train.init_adam_state(self.optimizer)
         self.scaler.load_state_dict(self.scaler_state)
 
     def pretrained_network(self):
@@ -935,7 +935,7 @@ def read_chunks(config):
 def main(argv=None):
     description = "Fine-tune and score. The same command resumes; a finished seed is not repeated."
     configs, _ = train.parse(argv, description, [FinetuneConfig], sizes={})
-    config = train.resolve_device(configs[0])
+    config = train.set_up_device(configs[0])
     if config.predict_file:
         predict_file(config)
         return

@@ -298,7 +298,7 @@ def read_row(row, where, wordpiece):
 def main(argv=None):
     description = "Fine-tune on questions, and score. The same command resumes."
     configs, _ = train.parse(argv, description, [SquadConfig], {})
-    config = train.resolve_device(configs[0])
+    config = train.set_up_device(configs[0])
     if config.predict_file:
         predict_file(config)
         return

@@ -310,7 +310,7 @@ def predict_file(config):
 def main(argv=None):
     description = "Fine-tune on tagged words, and score. The same command resumes."
     configs, _ = train.parse(argv, description, [TaggingConfig], {})
-    config = train.resolve_device(configs[0])
+    config = train.set_up_device(configs[0])
     if config.predict_file:
         predict_file(config)
         return
