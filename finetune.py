@@ -395,19 +395,14 @@ class Finetuner:
         """Go back to the pre-trained weights, a new head and empty moments, all in place."""
         generator = data.rng(seed, f"{self.experiment.task.name} classifier")
         torch.manual_seed(int(generator.integers(2**63)))  # for the weights of the new head, and for dropout
-        # The CUDA graphs hold the tensors of self.network, so another network is copied into it.
-        self.network.load_state_dict(self.pretrained_network().state_dict())
-        self.network.train()
-        train.reset_optimizer(self.optimizer)
-        self.scaler.load_state_dict(self.scaler_state)
-
-    def pretrained_network(self):
-        """The pre-trained encoder with a new head."""
         network = self.experiment.new_network()
         encoder_state = self.experiment.pretrained.encoder_state
         if encoder_state is not None:
             network.encoder.load_state_dict(encoder_state)
-        return network
+        self.network.load_state_dict(network.state_dict())  # copied, since CUDA graphs hold its tensors
+        self.network.train()
+        train.reset_optimizer(self.optimizer)
+        self.scaler.load_state_dict(self.scaler_state)
 
 
 def train_step(network, optimizer, scaler, config, ids, labels):
