@@ -155,7 +155,7 @@ class Experiment:
         return dict(metrics=metrics, is_constant=is_constant)
 
     def saved_fields(self, result):
-        """What config.json must tell `Predictor`. `result`, the seed's line, has squad.py's threshold."""
+        """What config.json must tell `Predictor`. squad.py reads a threshold in `result`, a seed's line."""
         id2label = {str(number): label for number, label in enumerate(self.task.labels)}
         return dict(id2label=id2label, label_range=self.task.label_range,
                     num_sentences=len(self.task.sentence_columns))
@@ -175,13 +175,13 @@ class Experiment:
             vocab=wordpiece.sha256, do_lower_case=wordpiece.do_lower_case,
             strip_accents=wordpiece.strip_accents)
 
-    # A network's folder is called TASK-DIGEST, and a seed's lock TASK-SEED-DIGEST, with a digest of the
-    # settings. The name of its predictions has another digest, of the test sets.
+    # Names of files have a digest of the settings, and those of predictions also one of the test sets.
 
     def network_path(self):
         return self.folder / "networks" / f"{self.short_name}-{data.digest(self.settings)}"
 
     def run_name(self, seed):
+        """The name of a seed's lock, and the beginning of its predictions'."""
         return f"{self.short_name}-{seed}-{data.digest(self.settings)}"
 
     def predictions_path(self, seed):
