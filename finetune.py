@@ -881,8 +881,8 @@ class Predictor:
     def make_example(self, text):
         """The Example of a sentence, or of a list of as many sentences as the network takes."""
         sentences = [text] if isinstance(text, str) else text
-        is_list = isinstance(sentences, list | tuple) and len(sentences) == self.num_sentences
-        if not is_list or not all(isinstance(sentence, str) for sentence in sentences):
+        fits = isinstance(sentences, list | tuple) and len(sentences) == self.num_sentences
+        if not fits or not all(isinstance(sentence, str) for sentence in sentences):
             kind = "texts" if self.num_sentences == 1 else "pairs of texts"
             raise data.UserError(f"this network takes {kind}, not {text!r:.80}")
         return glue.Example(*sentences)
