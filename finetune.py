@@ -8,10 +8,7 @@ The table has the mean, deviation, median and best that papers print. --submit w
 gluebenchmark.com. --save keeps the best network of a task, and `Predictor` uses it.
 """
 
-# First, since train.py sets a variable of the environment that torch reads when it is imported.
-import train
-
-# isort: split
+import train  # isort: skip  # first, since it sets an environment variable that torch reads when imported
 import collections
 import functools
 import hashlib
@@ -43,10 +40,7 @@ HEAD_DROPOUT = 0.1  # before the classifier; --dropout is the encoder's
 
 @dataclass(frozen=True)
 class RecipeConfig(train.StepConfig):
-    """Flags of all fine-tuning, here and in extras/: of each its type, help, least and greatest value.
-
-    StepConfig adds Adam, device, dtype and graphs.
-    """
+    """Flags of all fine-tuning, here and in extras/. StepConfig adds Adam, device, dtype and graphs."""
 
     seeds: Annotated[int, "number of seeds: 0, 1, ...", 1, 1_000_000] = 1
     model: Annotated[str, "a run of train.py, a folder in HuggingFace's format, or a name on "
@@ -93,10 +87,10 @@ def fill_in_recipe(config, task, hidden_size):
 
     A width between two sizes takes the values of the larger one, and a width above all those of the largest.
     """
-    for size in train.SIZES.values():  # from the narrowest to the widest
-        learning_rate, layerwise_lr_decay = size["finetuning"]
-        if hidden_size <= size.get("hidden_size", model.ElectraConfig.hidden_size):
-            break  # else the widest size's remain
+    recipes = {size.get("hidden_size", model.ElectraConfig.hidden_size): size["finetuning"]
+               for size in train.SIZES.values()}  # by width
+    width = min((width for width in recipes if width >= hidden_size), default=max(recipes))
+    learning_rate, layerwise_lr_decay = recipes[width]
     return replace(config, learning_rate=config.learning_rate or learning_rate,
                    layerwise_lr_decay=config.layerwise_lr_decay or layerwise_lr_decay,
                    num_train_epochs=config.num_train_epochs or task.num_train_epochs)
@@ -105,7 +99,8 @@ def fill_in_recipe(config, task, hidden_size):
 # ------------------------------------------------------------------------------------------------------------
 # Experiments
 
-# Flags that do not decide a result, here and in extras/. (Model and files do: `settings` has their hashes.)
+# Flags, here and in extras/, that `Experiment.settings` leaves out. They do not decide a result, or they name
+# the model or files: of these it has hashes.
 NOT_SETTINGS = {"task", "seeds", "model", "random_weights", "glue_dir", "keep_predictions", "submit", "save",
                 "predict_file", "format", "cache", "out", "device", "graph", "deterministic", "data_dir"}
 
@@ -159,8 +154,8 @@ class Experiment:
         is_constant = bool(np.ptp(predictions[dev_splits[0]]) < 1e-5)  # greatest minus least
         return dict(metrics=metrics, is_constant=is_constant)
 
-    def saved_fields(self, seed):
-        """What config.json must tell `Predictor`. (squad.py needs `seed`: each has its threshold.)"""
+    def saved_fields(self, result):
+        """What config.json must tell `Predictor`. squad.py reads a threshold in `result`, a seed's line."""
         id2label = {str(number): label for number, label in enumerate(self.task.labels)}
         return dict(id2label=id2label, label_range=self.task.label_range,
                     num_sentences=len(self.task.sentence_columns))
@@ -169,6 +164,7 @@ class Experiment:
     def folder(self):
         return Path(self.config.out)
 
+    @functools.cached_property
     def settings(self):
         """The settings that decide a result, as stored in results.jsonl."""
         flags = {name: value for name, value in asdict(self.config).items() if name not in NOT_SETTINGS}
@@ -179,17 +175,18 @@ class Experiment:
             vocab=wordpiece.sha256, do_lower_case=wordpiece.do_lower_case,
             strip_accents=wordpiece.strip_accents)
 
-    def run_name(self, seed):
-        """The name of a seed's lock and predictions, with a digest of the settings."""
-        return f"{self.short_name}-{seed}-{data.digest(self.settings())}"
+    # Names of files have a digest of the settings, and those of predictions also one of the test sets.
 
     def network_path(self):
-        """The folder of the best seed's network. Its name has a digest of the settings."""
-        return self.folder / "networks" / f"{self.short_name}-{data.digest(self.settings())}"
+        return self.folder / "networks" / f"{self.short_name}-{data.digest(self.settings)}"
+
+    def run_name(self, seed):
+        """The name of a seed's lock, and the beginning of its predictions'."""
+        return f"{self.short_name}-{seed}-{data.digest(self.settings)}"
 
     def predictions_path(self, seed):
-        test_digest = data.digest([self.sha256[split] for split in self.test_splits])
-        return self.folder / "predictions" / f"{self.run_name(seed)}-{test_digest}.npz"
+        tests = data.digest([self.sha256[split] for split in self.test_splits])
+        return self.folder / "predictions" / f"{self.run_name(seed)}-{tests}.npz"
 
     def finished(self):
         """{seed: its line of results.jsonl} of the finished seeds, in ascending order.
@@ -197,10 +194,9 @@ class Experiment:
         If test sets are to be predicted, a seed without these predictions is not finished. The file is read
         anew each time, since other processes append to it.
         """
-        settings = self.settings()
         results = {}
         for result in read_results(self.folder / "results.jsonl"):
-            if result["task"] == self.task.name and result["settings"] == settings:
+            if result["task"] == self.task.name and result["settings"] == self.settings:
                 results[result["seed"]] = result
         finished = {}
         for seed in range(self.config.seeds):  # an earlier command may have had more seeds
@@ -279,7 +275,7 @@ def run_and_record(finetuner, seed):
         device=config.device,
         threads=torch.get_num_threads(),
         torch=str(torch.__version__),
-        settings=experiment.settings(),
+        settings=experiment.settings,
     ))
     shown = ", ".join(f"{metric} {100 * score:.1f}" for metric, score in outcome["metrics"].items())
     print(f"{task.title}, seed {seed}: {shown} ({seconds:.0f} s)")
@@ -310,13 +306,11 @@ def read_results(path):
 def append_result(experiment, result):
     """Append a line to results.jsonl. The file is replaced, so that no kill cuts a line short."""
     path = experiment.folder / "results.jsonl"
-    line = json.dumps(result | dict(digest=data.digest(result))) + "\n"
+    line = json.dumps(result | dict(digest=data.digest(result))).encode()
     with lock_outputs(experiment.folder, to_write="results"):
-        before = path.read_bytes() if path.exists() else b""
-        if before and not before.endswith(b"\n"):  # an editor has removed the last line's end
-            before += b"\n"
+        lines = path.read_bytes().splitlines() if path.exists() else []
         with data.atomic_write(path) as file:
-            file.write(before + line.encode())
+            file.write(b"\n".join([*lines, line, b""]))
 
 
 def lock_outputs(folder, to_write):
@@ -401,19 +395,14 @@ class Finetuner:
         """Go back to the pre-trained weights, a new head and empty moments, all in place."""
         generator = data.rng(seed, f"{self.experiment.task.name} classifier")
         torch.manual_seed(int(generator.integers(2**63)))  # for the weights of the new head, and for dropout
-        # The CUDA graphs hold the tensors of self.network, so another network is copied into it.
-        self.network.load_state_dict(self.pretrained_network().state_dict())
-        self.network.train()
-        train.init_adam_state(self.optimizer)
-        self.scaler.load_state_dict(self.scaler_state)
-
-    def pretrained_network(self):
-        """The pre-trained encoder with a new head."""
         network = self.experiment.new_network()
         encoder_state = self.experiment.pretrained.encoder_state
         if encoder_state is not None:
             network.encoder.load_state_dict(encoder_state)
-        return network
+        self.network.load_state_dict(network.state_dict())  # copied, since CUDA graphs hold its tensors
+        self.network.train()
+        train.init_adam_state(self.optimizer)
+        self.scaler.load_state_dict(self.scaler_state)
 
 
 def train_step(network, optimizer, scaler, config, ids, labels):
@@ -486,8 +475,7 @@ def predict_batches(network, rows, config):
 class Classifier(nn.Module):
     """The pre-trained encoder, then dropout and one linear layer on [CLS]. [D29]"""
 
-    # The class in config.json with which transformers loads the encoder. None there has this head.
-    architecture = "ElectraModel"
+    architecture = "ElectraModel"  # transformers has no class with this head, and loads only the encoder
 
     def __init__(self, config, labels):
         super().__init__()
@@ -635,9 +623,9 @@ def load_pretrained(config):
     architectures = data.read_json(folder / "config.json").get("architectures") or []
     if "ElectraForMaskedLM" in architectures:
         print(f"{folder} is a generator or a masked language model; its encoder is fine-tuned")
-    network = Classifier(model_config, labels=())  # `load_weights` fills its encoder
-    model.load_weights(network, folder, encoder_only=True)
-    encoder_state = network.encoder.state_dict()
+    encoder = model.Encoder(model_config)
+    model.load_weights(encoder, folder)
+    encoder_state = encoder.state_dict()
     sha256 = hashlib.sha256()  # of the tensors: a copy in another format is the same model
     for tensor in encoder_state.values():
         sha256.update(tensor.numpy())
@@ -663,14 +651,14 @@ def format_table(results, tasks):
     `results` has the lines of results.jsonl by task and seed.
     """
     percentages = {name: collect_percentages(results[name]) for name in tasks if results[name]}
-    has_averages = len(tasks.keys() & glue.TASKS.keys()) > 1
+    has_averages = len(tasks.keys() & glue.TASKS.keys()) > 1  # over several tasks of GLUE
     width = max(10, *(len(task.title) + 1 for task in tasks.values()))
     lines = [f"{'':{width}}{'':22}{'seeds':>6}{'mean':>8}{'sd':>7}{'median':>8}{'best':>7}"]
     for name in percentages:
         task = tasks[name]
         for metric, values in percentages[name].items():
             is_averaged = name in glue.AVERAGED_BY_ELECTRA and metric == task.metrics[0]
-            star = "*" if has_averages and is_averaged else ""
+            star = "*" if has_averages and is_averaged else ""  # the line of the average explains it
             lines.append(f"{task.title:{width}}{metric + star:22}{format_statistics(values)}")
     for name in percentages:
         lines += notes_on_constant_answers(tasks[name], results[name])
@@ -758,10 +746,13 @@ def submit(experiments, config):
 
 
 def save_best(experiments):
-    """Save the network of each task's best seed. If the sweep did not save it, the seed is run again."""
+    """See that the network of each task's best seed is saved.
+
+    The sweep has saved it if it ran the seed with --save. Otherwise the seed is run again here.
+    """
     for experiment in experiments:
         seed = best_seed(experiment)
-        if not is_saved(experiment, seed):  # another seed was the best before, or --save was not given
+        if not is_saved(experiment, seed):
             finetuner = Finetuner(experiment, experiment.tokenize_splits())
             finetuner.run(seed)
             save_network(experiment, seed, finetuner.network)
@@ -789,7 +780,7 @@ def save_network(experiment, seed, network):
     sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     fields = model.config_fields(network) | dict(
         head=type(network).__name__, run_name=experiment.run_name(seed), sha256=sha256,
-        **experiment.saved_fields(seed))
+        **experiment.saved_fields(experiment.finished()[seed]))
     files["config.json"] = model.config_bytes(fields | dict(digest=digest_fields(fields)))
     with lock_outputs(experiment.folder, to_write="network"):
         train.write_folder(experiment.network_path(), files)
@@ -821,7 +812,7 @@ def digest_fields(fields):
 # Predictions of a saved network: in Python and with --predict-file
 
 
-class Saved(NamedTuple):
+class SavedNetwork(NamedTuple):
     """What `save_network` wrote to a folder. `load_into` reads the weights."""
 
     folder: Path
@@ -847,7 +838,7 @@ def load_saved(folder, class_name):
     labels = [id2label[str(number)] for number in range(len(id2label))]  # the keys may have any order
     config = model.load_config(folder)
     wordpiece, max_length = data.read_tokenizer(folder)
-    return Saved(folder, fields, labels, config, wordpiece, max_length)
+    return SavedNetwork(folder, fields, labels, config, wordpiece, max_length)
 
 
 class Predictor:
@@ -869,15 +860,11 @@ class Predictor:
 
     def predict(self, texts):
         """For each sentence or pair of sentences: (label, {label: probability}), or (number, {})."""
-        is_one_text = isinstance(texts, str | dict)  # list() would give its letters or keys
-        texts = list(texts)
-        if is_one_text or not all(self.takes(text) for text in texts):
-            kind = "texts" if self.num_sentences == 1 else "pairs"
-            raise data.UserError("predict takes a list of texts, or of pairs of texts; this network takes "
-                                 f"{kind}")
-        if not texts:
+        if isinstance(texts, str | dict):  # its letters or keys would be taken for texts
+            raise data.UserError("predict takes a list, even for one text")
+        examples = [self.make_example(text) for text in texts]
+        if not examples:
             return []
-        examples = [glue.Example(text) if isinstance(text, str) else glue.Example(*text) for text in texts]
         rows = tokenize_examples(examples, self.saved.wordpiece, self.saved.max_length).rows
         if warning := data.unknown_warning(self.saved.wordpiece.unknown_share(rows)):
             print(warning, file=sys.stderr)
@@ -891,12 +878,14 @@ class Predictor:
             predictions.append((label, dict(zip(self.labels, probabilities, strict=True))))
         return predictions
 
-    def takes(self, text):
-        """Whether this is a sentence, or a list of as many sentences as the network takes."""
+    def make_example(self, text):
+        """The Example of a sentence, or of a list of as many sentences as the network takes."""
         sentences = [text] if isinstance(text, str) else text
-        if not isinstance(sentences, list | tuple) or len(sentences) != self.num_sentences:
-            return False
-        return all(isinstance(sentence, str) for sentence in sentences)
+        fits = isinstance(sentences, list | tuple) and len(sentences) == self.num_sentences
+        if not fits or not all(isinstance(sentence, str) for sentence in sentences):
+            kind = "texts" if self.num_sentences == 1 else "pairs of texts"
+            raise data.UserError(f"this network takes {kind}, not {text!r:.80}")
+        return glue.Example(*sentences)
 
 
 def predict_file(config):
@@ -905,11 +894,12 @@ def predict_file(config):
     columns = glue.SINGLE if predictor.num_sentences == 1 else glue.PAIR
     for number, chunk in enumerate(read_chunks(config)):
         texts = [glue.read_sentences(row, columns, where) for where, row in chunk]
-        if number == 0:  # the file can be read
+        if number == 0:  # not earlier: nothing is printed for a file that cannot be read
             print("prediction", *predictor.labels, sep="\t")
         for answer, probabilities in predictor.predict(texts):
-            shown = f"{answer:{glue.Task.number_format}}" if predictor.is_regression else answer
-            print(shown, *(f"{probability:.4f}" for probability in probabilities.values()), sep="\t")
+            if predictor.is_regression:
+                answer = format(answer, glue.Task.number_format)
+            print(answer, *(f"{probability:.4f}" for probability in probabilities.values()), sep="\t")
 
 
 def read_chunks(config):
@@ -932,10 +922,15 @@ def read_chunks(config):
 # The command line
 
 
+def parse(argv, description, config_class):
+    """The config of a command line, here or in extras/, with a device of this machine."""
+    [config], _ = train.parse(argv, description, [config_class], sizes={})
+    return train.set_up_device(config)
+
+
 def main(argv=None):
     description = "Fine-tune and score. The same command resumes; a finished seed is not repeated."
-    configs, _ = train.parse(argv, description, [FinetuneConfig], sizes={})
-    config = train.set_up_device(configs[0])
+    config = parse(argv, description, FinetuneConfig)
     if config.predict_file:
         predict_file(config)
         return

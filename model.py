@@ -112,8 +112,8 @@ def check_ranges(config):
             continue
         kind, _, least, most = annotation
         value = getattr(config, field.name)
-        is_number = type(value) in (int, kind)  # an int may be a float's value; True may be neither
-        if not (is_number and least <= value <= most):  # NaN is in no range
+        is_number = isinstance(value, int | kind) and not isinstance(value, bool)  # True is an int for Python
+        if not is_number or not least <= value <= most:  # NaN is in no range
             raise ModelError(f"{field.name} is {value}; it must be between {least} and {most} "
                              f"({kind.__name__})")
 
@@ -248,7 +248,7 @@ def mask_tokens(input_ids, priorities, mask_uniforms, config):
     drawn = priorities.masked_fill(~selectable(input_ids, config), -1.0).topk(K).indices  # (B, K)
     slots = torch.arange(K, device=input_ids.device)
     is_used = slots < num_predictions(input_ids, config)[:, None]  # (B, K)
-    positions = torch.where(is_used, drawn, 0)  # spare slots point at [CLS], and write it over itself
+    positions = torch.where(is_used, drawn, 0)  # a spare slot rewrites [CLS] with itself
 
     labels = input_ids.gather(1, positions)
     becomes_mask = is_used & (mask_uniforms < 0.85)  # [D06] the others stay; unlike in BERT, none is random
@@ -368,6 +368,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config, embeddings=None):
         super().__init__()
+        self.config = config
         self.embeddings = Embeddings(config) if embeddings is None else embeddings
         self.embeddings_project = None
         if config.embedding_size != config.hidden_size:
@@ -467,41 +468,47 @@ def init_glorot_uniform(linear):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Dropout and attention, which on a GPU, or compiled, are torch's own
+# Dropout and attention
+#
+# On a CPU, torch's dropout makes a step 1.1 to 1.3 times as long (LOG.md), and torch's attention contains it.
+# So the two functions at the end of this section take their place there.
 
 
 def dropout(hidden, prob, training):
-    """F.dropout. On a CPU, with 16 random bits per element, a step is 1.1 to 1.3 times as fast (LOG.md)."""
-    if not training or prob == 0 or not is_eager_cpu(hidden):
-        return F.dropout(hidden, prob, training)
-    # One random int64 gives four int16, uniform in [-2^15, 2^15). Each decides about one element.
-    random_int64 = torch.empty(hidden.numel() // 4 + 1, dtype=torch.int64)
-    random_int64.random_(-(2**63), None)  # None: up to the greatest int64
-    random_int16 = random_int64.view(torch.int16)[: hidden.numel()].view(hidden.shape)
-    threshold = round(prob * 2**16) - 2**15  # a share `prob` of the int16 lies below
-    is_kept = random_int16 >= threshold
-    scale = is_kept.to(hidden.dtype).mul_(1 / (1 - prob))  # in place, for speed
-    return hidden * scale
+    if training and prob > 0 and is_eager_cpu(hidden):
+        return cpu_dropout(hidden, prob)
+    return F.dropout(hidden, prob, training)
 
 
 def attention(query, key, value, attention_mask, dropout_prob, training):
-    """softmax(query key^T / sqrt(H / heads)) value, with dropout on the softmax.
-
-    torch's fused attention has no dropout on a CPU.
-    """
+    """softmax(query key^T / sqrt(H / heads)) value, with dropout on the softmax."""
     key_mask = attention_mask[:, None, None, :]  # (B, 1, 1, L), for all heads and queries
     if not training:
         dropout_prob = 0.0
-    if dropout_prob == 0 or not is_eager_cpu(query):
-        return F.scaled_dot_product_attention(query, key, value, key_mask, dropout_prob)
-    scores = (query / math.sqrt(query.shape[3])) @ key.transpose(2, 3)  # (B, heads, L, L)
-    scores += torch.where(key_mask, 0.0, -math.inf).to(scores)  # faster than masked_fill
-    return dropout(scores.softmax(-1), dropout_prob, training) @ value
+    if dropout_prob > 0 and is_eager_cpu(query):
+        return cpu_attention(query, key, value, key_mask, dropout_prob)
+    return F.scaled_dot_product_attention(query, key, value, key_mask, dropout_prob)
 
 
 def is_eager_cpu(tensor):
-    """Whether operations on a tensor run on a CPU, one by one and not compiled."""
+    """Whether a tensor is on a CPU, and not in torch.compile, which has a dropout of its own."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def cpu_dropout(hidden, prob):
+    """Dropout with a random int16 for each element. Drawn as int64, four at a time, they cost a third."""
+    random_int64 = torch.empty(hidden.numel() // 4 + 1, dtype=torch.int64)
+    random_int64.random_(-(2**63), None)  # all int64; None is the upper end
+    random_int16 = random_int64.view(torch.int16)[: hidden.numel()].view(hidden.shape)
+    threshold = round(prob * 2**16) - 2**15  # int16 begin at -2^15; a share `prob` of them lies below
+    is_kept = random_int16 >= threshold
+    return hidden * is_kept.to(hidden.dtype).mul_(1 / (1 - prob))
+
+
+def cpu_attention(query, key, value, key_mask, dropout_prob):
+    scores = (query / math.sqrt(query.shape[3])) @ key.transpose(2, 3)  # (B, heads, L, L)
+    scores += torch.where(key_mask, 0.0, -math.inf).to(scores)  # ten times as fast as masked_fill
+    return dropout(scores.softmax(-1), dropout_prob, True) @ value
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -579,8 +586,11 @@ def config_bytes(content):
 
 
 def load_electra(discriminator_folder, generator_folder, wordpiece):
-    """An Electra from the folders of its two networks. `wordpiece` is a data.WordPiece of theirs."""
-    config = load_config(discriminator_folder).with_vocabulary(wordpiece)  # others' have no special tokens
+    """An Electra from the folders of its two networks.
+
+    `wordpiece`, the folders' data.WordPiece, has the special tokens, which HuggingFace's config.json lacks.
+    """
+    config = load_config(discriminator_folder).with_vocabulary(wordpiece)
     generator_size = load_config(generator_folder).hidden_size / config.hidden_size
     electra = Electra(replace(config, generator_size=generator_size))
     load_weights(electra.generator, generator_folder)
@@ -589,23 +599,26 @@ def load_electra(discriminator_folder, generator_folder, wordpiece):
 
 
 def load_config(folder):
-    """The ElectraConfig in a folder's config.json, if the weights are as large. Other fields are ignored."""
+    """The ElectraConfig in a folder's config.json. Other fields are ignored.
+
+    Raises ModelError if it describes more parameters than the folder's weights have.
+    """
     path = Path(folder) / "config.json"
     with reading(path, "the config of a network like these"):
         content = json.loads(path.read_bytes())
         kind = (content.get("model_type"), content.get("hidden_act", "gelu"),
                 content.get("position_embedding_type", "absolute"))
-        if kind != ("electra", "gelu", "absolute"):  # `reading` puts the file's name before this
-            raise ModelError(f"model_type, hidden_act and position_embedding_type are {kind}, and should be "
-                             "electra, gelu and absolute")
         names = {field.name for field in fields(ElectraConfig)}
         config = ElectraConfig(**{name: value for name, value in content.items() if name in names})
+    if kind != ("electra", "gelu", "absolute"):
+        raise ModelError(f"{path} is of another network: model_type, hidden_act and position_embedding_type "
+                         f"are {kind}, and should be electra, gelu and absolute")
     check_size(config, folder)
     return config
 
 
 def check_size(config, folder):
-    """Refuse a config of more parameters than the folder's weights: a damaged one could fill the memory."""
+    """Refuse a config that describes more parameters than the weights have: it could fill the memory."""
     layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size  # without biases
     tables = config.embedding_size * (config.vocab_size + config.max_position_embeddings)
     parameters = config.num_hidden_layers * layer + tables
@@ -615,8 +628,8 @@ def check_size(config, folder):
                          f"{parameters:,} parameters, and its weights have {size:,} bytes")
 
 
-def load_weights(network, folder, encoder_only=False):
-    """Copy a folder's weights into a network or, with encoder_only, into its `.encoder` alone.
+def load_weights(network, folder):
+    """Copy a folder's weights into a network, or those of its encoder into an Encoder.
 
     Every tensor must be there, have its shape and be finite. Extra tensors are ignored. The numbers of layers
     and heads must agree.
@@ -629,12 +642,9 @@ def load_weights(network, folder, encoder_only=False):
         if found != expected:
             raise ModelError(f"{misfit}: {name} is {found}, and should be {expected}")
     tensors = read_weights(folder)
-    if encoder_only and not any(name.startswith("electra.") for name in tensors):
-        # transformers' AutoModel saves an encoder without this prefix.
-        tensors = {f"electra.{name}": tensor for name, tensor in tensors.items()}
+    if isinstance(network, Encoder):  # an encoder alone has names without this prefix, in transformers, too
+        tensors = {name.removeprefix("electra."): tensor for name, tensor in tensors.items()}
     for name, ours in huggingface_tensors(network).items():
-        if encoder_only and not name.startswith("electra."):
-            continue
         if name not in tensors:
             raise ModelError(f"{misfit}: {name} is missing")
         theirs = tensors[name]

@@ -1153,7 +1153,7 @@ def test_D29_the_classifier_is_dropout_and_one_layer_on_cls(tmp_path):
     network = finetune.Classifier(replace(FINETUNED, sep_token_id=3), "abc")
     bound = math.sqrt(6 / (48 + 3))  # Glorot
     assert 0.8 * bound < network.classifier.weight.abs().max() <= bound and not network.classifier.bias.any()
-    model.load_weights(network, tmp_path, encoder_only=True)
+    model.load_weights(network.encoder, tmp_path)
     ids = torch.tensor([[2, 7, 8, 3, 9, 3, 0, 0]])
     hidden = discriminator.encoder(ids, *model.attention_mask_and_token_types(ids, 3))
     expected = F.linear(hidden[:, 0], network.classifier.weight, network.classifier.bias)
@@ -2958,9 +2958,12 @@ def test_a_network_is_kept_and_predicts(toy_glue, capsys, monkeypatch):
     capsys.readouterr()
     predictor.predict([("ba zzz",)])
     assert capsys.readouterr().err.startswith("warning: 50% of the tokens are [UNK]")
-    for texts in "ba do", {"ba": "do"}, [("ba", "do")], [("ba", "do", "good")], [b"ba"], [1], [[1]], [()]:
-        with pytest.raises(UserError, match="or of pairs of texts; this network takes texts"):
+    for texts in "ba do", {"ba": "do"}:
+        with pytest.raises(UserError, match="predict takes a list, even for one text"):
             predictor.predict(texts)
+    for text in ("ba", "do"), ("ba", "do", "good"), b"ba", 1, [1], ():
+        with pytest.raises(UserError, match=f"takes texts, not {re.escape(repr(text))}$"):
+            predictor.predict(["ba", text])
     Path("empty.tsv").write_text("A fine film.\n")
     with pytest.raises(UserError, match="empty.tsv has no rows; the first line of a table names its columns"):
         finetune.main(f"--predict-file empty.tsv --model {folder} --device cpu".split())

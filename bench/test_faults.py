@@ -1142,8 +1142,8 @@ CUT_SHORT = struct.pack("<Q", 61) + b'{"a": {"dtype": "F32", "shape": [2], "data
     ("", {WEIGHTS: None}, "has neither model.safetensors nor pytorch_model.bin"),
     ("", {WEIGHTS: CUT_SHORT}, "is damaged or inconsistent: .* weights have 73 bytes"),
     ("", {WEIGHTS: None, "pytorch_model.bin": b"x" * 99_999}, "is damaged, or not a file of w"),
-    ("", {QUERY: torch.zeros(3, 4)}, f"{QUERY} has shape .3, 4., and should have .48, 48."),
-    ("", {QUERY: torch.full((48, 48), math.inf)}, f"{QUERY} is not finite"),
+    ("", {QUERY: torch.zeros(3, 4)}, "self.query.weight has shape .3, 4., and should have .48, 48."),
+    ("", {QUERY: torch.full((48, 48), math.inf)}, "self.query.weight is not finite"),
 ])
 def test_bad_input_to_fine_tuning(toy_glue, flags, changes, message):
     """Each mistake ends in one sentence, before anything is fine-tuned."""

@@ -10,10 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-# First, as in finetune.py.
-import train
-
-# isort: split
+import train  # isort: skip  # first, as in finetune.py
 import hashlib
 import re
 import string
@@ -108,8 +105,8 @@ class Experiment(finetune.Experiment):
         metrics, thresholds = score(splits["dev"].questions, texts, null_scores, self.config.version)
         return dict(metrics=metrics, thresholds=thresholds, is_constant=len(set(texts)) == 1)
 
-    def saved_fields(self, seed):
-        return dict(stride=self.config.stride, threshold=self.finished()[seed]["thresholds"].get("exact"))
+    def saved_fields(self, result):
+        return dict(stride=self.config.stride, threshold=result["thresholds"].get("exact"))
 
 
 def predict(network, tokenized, wordpiece, config):
@@ -297,8 +294,7 @@ def read_row(row, where, wordpiece):
 
 def main(argv=None):
     description = "Fine-tune on questions, and score. The same command resumes."
-    configs, _ = train.parse(argv, description, [SquadConfig], {})
-    config = train.set_up_device(configs[0])
+    config = finetune.parse(argv, description, SquadConfig)
     if config.predict_file:
         predict_file(config)
         return

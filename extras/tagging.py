@@ -9,10 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-# First, as in finetune.py.
-import train
-
-# isort: split
+import train  # isort: skip  # first, as in finetune.py
 import gzip
 import hashlib
 import itertools
@@ -97,7 +94,7 @@ class Experiment(finetune.Experiment):
             metrics[f"{split} official f1"] = f1(predicted, actual, official=True)
         return dict(metrics=metrics, is_constant=len(set(itertools.chain(*predictions["dev"]))) == 1)
 
-    def saved_fields(self, seed):
+    def saved_fields(self, result):
         return dict(id2label={str(number): label for number, label in enumerate(self.task.labels)})
 
 
@@ -309,8 +306,7 @@ def predict_file(config):
 
 def main(argv=None):
     description = "Fine-tune on tagged words, and score. The same command resumes."
-    configs, _ = train.parse(argv, description, [TaggingConfig], {})
-    config = train.set_up_device(configs[0])
+    config = finetune.parse(argv, description, TaggingConfig)
     if config.predict_file:
         predict_file(config)
         return
