@@ -1,6 +1,6 @@
 """From text to batches: documents, WordPiece ids, rows of two segments, shards, training order.
 
-`prepare` is the whole pipeline. Its stages follow in the order in which text passes them:
+`prepare` is the whole pipeline. Its stages stand in the order in which text passes through them:
 
     documents        names -> files -> one string for each document
     workers          the next stage, on several cores
@@ -75,7 +75,7 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which text, and how it becomes rows. Annotated fields are flags, as in model.ElectraConfig."""
+    """Which text, and how it becomes rows. A field is a flag: its type, help, least and greatest value."""
 
     data: Annotated[list, "files, folders, addresses of text, openwebtext, or python-docs"] = ("openwebtext",)
     one_document_per_file: Annotated[bool, "each .txt is one document; else blank lines separate "
@@ -183,7 +183,7 @@ def find_files(config):
             files += find_openwebtext(config.cache)
         elif os.path.isdir(name):
             files += sorted(filter(is_readable, walk(name)))
-        elif not is_path(name) or os.path.exists(name):
+        elif not is_local(name) or os.path.exists(name):
             files.append(name)
         else:
             raise UserError(f"there is no {without_secrets(name)}; --data takes paths, addresses, "
@@ -191,7 +191,7 @@ def find_files(config):
     if not files:
         raise UserError(f"{config.data[0]} holds no {READABLE}")
     for name in files:
-        if is_path(name) and not os.path.isfile(name):  # a pipe or a device: reading it could wait for ever
+        if is_local(name) and not os.path.isfile(name):  # a pipe or a device: reading it could wait for ever
             raise UserError(f"{name} is not a regular file; copy what it gives to one")
     return files
 
@@ -261,8 +261,8 @@ def kind_of(name):
     return "", compression
 
 
-def is_path(name):
-    """Whether a name in `find_files` is that of a file."""
+def is_local(name):
+    """Whether a name is a path, and neither an address nor python-docs."""
     return name != "python-docs" and not is_address(name)
 
 
@@ -279,7 +279,7 @@ def read_source(name, config):
 
 
 def read_file(stream, source, one_document):
-    """Yield the documents of a file. `source` is its name: it decides how to read it, and errors give it."""
+    """Yield the documents of a file. The ending of `source`, its name, decides how it is read."""
     kind, compression = kind_of(source)
     if not kind:
         raise UserError(f"{source} cannot be read; it is no {READABLE}")
@@ -295,7 +295,8 @@ def read_file(stream, source, one_document):
             else:
                 yield from read_jsonl(file, source)
     except (EOFError, OSError, RecursionError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
-        if isinstance(error, OSError) and error.errno:  # of the disk; an error about damage has no number
+        is_of_system = isinstance(error, OSError) and error.errno  # damage has no number
+        if is_of_system:
             raise
         raise UserError(f"{source} is damaged or cut short ({error}); make or fetch it again") from error
 
@@ -419,7 +420,7 @@ def python_docs():
         for path in Path(root).rglob("*.py"):
             if not skipped & set(path.relative_to(root).parts):
                 documents.append(find_sentences(path.read_text("utf-8", "replace")))
-    documents.sort(key=digest)  # an order without meaning, so that every shard is a mixture
+    documents.sort(key=digest)  # an arbitrary but fixed order, so that each shard mixes the packages
     seen = set()
     for sentences in documents:
         yield "\n".join(sentence for sentence in sentences if sentence not in seen)
@@ -526,8 +527,8 @@ def run_worker(connection, tokens, config):
     """Turn each text that arrives into a shard, and send that back."""
     os.setsid()  # Ctrl-C reaches only the parent
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
-    wordpiece = WordPiece(tokens, config.do_lower_case, config.strip_accents)
-    with suppress(EOFError, OSError):  # the parent has ended, or has had enough
+    wordpiece = WordPiece.from_config(tokens, config)
+    with suppress(EOFError, OSError):  # the parent has ended or closed the connection
         while True:
             number, documents, end = connection.recv()
             connection.send(build_shard(number, documents, end, wordpiece, config))
@@ -568,7 +569,7 @@ def build_shard(number, documents, end, wordpiece, config):
     heldout = to_array(heldout, config.max_length)
     unk = wordpiece.unk_token_id
     unknown = int(np.sum(train == unk) + np.sum(heldout == unk))
-    marks = 0
+    marks = 0  # see MARKS
     if wordpiece.strip_accents:
         marks = count_marks(documents)
     info = dict(documents=len(documents), tokens_kept=kept, tokens_dropped=dropped, end=end,
@@ -615,9 +616,9 @@ def build_rows(lines, seed, wordpiece, config):
 
 
 def split_line(line, max_length):
-    """Cut a line that is longer than a row into rows, and each row into quarters.
+    """Cut a line that is longer than a row into pieces of a quarter of a row.
 
-    Quarters lose fewer tokens than thirds, see LOG.md. A full row still loses 3 ids: [CLS] and two [SEP] take
+    So a segment can end near the middle of a row. A full row still loses 3 ids: [CLS] and two [SEP] take
     their places.
 
     >>> split_line([1, 2, 3, 4, 5, 6, 7, 8, 9], 8), split_line([1, 2, 3], 8)
@@ -627,23 +628,23 @@ def split_line(line, max_length):
         return [line]
     pieces = []
     for start in range(0, len(line), max_length):
-        row = line[start : start + max_length]
+        block = line[start : start + max_length]
         for quarter in range(4):
-            piece = row[quarter * max_length // 4 : (quarter + 1) * max_length // 4]
-            if piece:  # the last row may be shorter
+            piece = block[quarter * max_length // 4 : (quarter + 1) * max_length // 4]
+            if piece:  # the last block may be shorter
                 pieces.append(piece)
     return pieces
 
 
 def segment(lines, max_length, uniform):
-    """Cut a document into examples of two segments: yield (first, second, number of ids dropped).
+    """Cut a document into rows of two segments: yield (first, second, number of ids dropped).
 
     `lines` holds a list of ids for each line, `uniform()` draws from [0, 1). The second segment may be empty.
-    Called once per document, so that no example crosses the end of one. [D01] There is no next-sentence task:
+    Called once per document, so that no row crosses the end of one. [D01] There is no next-sentence task:
     segments only train token type 1 and the second [SEP], which sentence pairs need in fine-tuning.
 
     Lines are collected until they hold `target` ids, usually max_length, and then dealt out to two segments.
-    In the example max_length is 12, which four lines fill. The last line becomes an example of its own.
+    Below, max_length is 12. The first four lines fill a row, and the last line gets a row of its own.
 
     >>> list(segment([[1, 2], [3, 4, 5], [6, 7, 8, 9, 10, 11], [12], [13]], 12, lambda: 0.5))
     [([1, 2, 12], [3, 4, 5, 6, 7, 8], 3), ([13], [], 0)]
@@ -677,7 +678,7 @@ def draw_target(max_length, uniform):
 def deal_out(lines, target, max_length, uniform):
     """Deal lines out to two segments that meet near the middle, and drop what overflows a row.
 
-    In the example the first segment should stay below (12 - 3) // 2 = 4 ids. [1, 2] goes to it. [3, 4, 5]
+    Below, the first segment should stay under (12 - 3) // 2 = 4 ids. [1, 2] goes to it. [3, 4, 5]
     crosses the middle, and a coin, uniform() < 0.5, sends it to the second. [12] fits into the first, and
     still joins it. A row has room for 9 ids beside [CLS] and two [SEP], so 3 are dropped.
 
@@ -723,6 +724,11 @@ class WordPiece:
     >>> [wordpiece.tokens[number] for number in wordpiece.encode(["Playing"])[0]]
     ['play', '##ing']
     """
+
+    @classmethod
+    def from_config(cls, tokens, config):
+        """With the rules of a DataConfig."""
+        return cls(tokens, config.do_lower_case, config.strip_accents)
 
     def __init__(self, tokens, do_lower_case=True, strip_accents=True):
         self.tokens = tokens
@@ -821,10 +827,13 @@ def vocab_bytes(tokens):
 
 # ------------------------------------------------------------------------------------------------------------
 # Shards: rows <-> disk
+#
+# Nothing that changes goes unnoticed: a file of the text has an Identity, which is compared when a shard is
+# added and at the end; documents that are read once more, a CRC-32 in their Position; a shard, its seal and
+# its SHA-256 in `complete`; and the text of a resumed run, a history of these.
 
 FORMAT = 4  # raise it when rows or their files change
 CACHE_ADVICE = "delete its folder, and it is made again"
-CHANGED = "changed while it was being read; run the same command again"
 
 
 class Shards:
@@ -919,7 +928,7 @@ class Shards:
         """Write the next shard, if the files that its text comes from are still those that were found."""
         for number in range(self.next_position.file_number, end_of(info).file_number + 1):
             if identify(self.files[number], self.root) != self.identities[number]:
-                raise UserError(f"{self.files[number]} {CHANGED}")
+                raise text_changed(self.files[number])
         file = io.BytesIO()
         np.savez(file, train=train, heldout=heldout, info=json.dumps(info))
         content = file.getvalue()
@@ -930,7 +939,7 @@ class Shards:
         """Say that there will be no more shards, if the text is still the one that was read."""
         listing = dict(shards=self.infos, files=hash_files(self.files))
         if identify_text(find_files(self.config)) != self.identities:  # also if files were added
-            raise UserError(f"the text {CHANGED}")
+            raise text_changed("the text")
         write_sealed(self.folder / "complete", json.dumps(listing).encode())
         self.is_complete = True
 
@@ -960,7 +969,7 @@ class Shards:
         if warning:
             yield warning
         room = (self.total("rows") + self.total("heldout_rows")) * self.config.max_length
-        if kept < 0.4 * room and not warning:  # words that become [UNK] fill little room, too
+        if kept < 0.4 * room and not warning:  # many [UNK] make rows short, too
             yield ("warning: rows are mostly padding. A blank line ends a document: if it should not, use "
                    "--one-document-per-file, else lower --max-length")
         if self.wordpiece.cased_share() > 0.05:
@@ -969,6 +978,10 @@ class Shards:
         if self.total("marks_stripped") > 0.05 * kept:
             yield ("warning: vowel signs or voicing marks are stripped like accents, which changes words of "
                    "Hindi, Thai, Arabic, Japanese and others: use --no-strip-accents")
+
+
+def text_changed(what):
+    return UserError(f"{what} changed while it was being read; run the same command again")
 
 
 def read_complete(path):
@@ -984,17 +997,17 @@ def end_of(info):
 def hash_files(files):
     """The SHA-256 of each of `find_files`. Addresses have none."""
     hashes = []
-    for name in filter(is_path, files):
+    for name in filter(is_local, files):
         with open(name, "rb") as file:
             hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
     return hashes
 
 
 class Identity(NamedTuple):
-    """What tells, without reading it, whether a file of the text is still the same."""
+    """Tells whether a file of the text has changed, without reading it."""
 
     portable: list  # what a copy has, too: name, and size or versions
-    local: list  # time and inode. In an image of a container all times may be 0.
+    local: list  # time and inode; in an image of a container all times may be 0
 
 
 def identify_text(files):
@@ -1005,7 +1018,7 @@ def identify_text(files):
 
 def common_folder(files):
     """The folder that holds all of `find_files`. Names are relative to it, so that it can be moved."""
-    parents = [os.path.dirname(os.path.abspath(name)) for name in files if is_path(name)]
+    parents = [os.path.dirname(os.path.abspath(name)) for name in files if is_local(name)]
     return os.path.commonpath(parents or ["/"])
 
 
@@ -1082,14 +1095,14 @@ class GrowingShards(Shards):
         """Block until there are `count` shards, or until the text is complete."""
         self.wait_until(lambda: len(self.infos) >= count)
 
-    def history(self, number):
+    def history(self, count):
         """What a checkpoint keeps of the text that a run has read, so that a resumed run can compare it.
 
-        It is the first digits of the SHA-256 of each of `number` shards, or of all if there are fewer. Blocks
+        It is the first digits of the SHA-256 of each of `count` shards, or of all if there are fewer. Blocks
         until they are there.
         """
-        self.wait_for_shards(number)
-        return "".join(info["sha256"][:HISTORY_DIGITS] for info in self.infos[:number])
+        self.wait_for_shards(count)
+        return "".join(info["sha256"][:HISTORY_DIGITS] for info in self.infos[:count])
 
     def changed_file(self, history):
         """The file or address in which the first shard begins that differs from another history."""
@@ -1142,7 +1155,7 @@ def run_as_child():
     config = DataConfig(**settings)
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        prepare(config, WordPiece(tokens, config.do_lower_case, config.strip_accents))
+        prepare(config, WordPiece.from_config(tokens, config))
     except (UserError, OSError) as error:
         print(error)
         return 1
@@ -1177,8 +1190,8 @@ class Order:
         self.rows = np.zeros((0, shards.config.max_length), dtype=np.uint16)  # a part of the sequence
         self.end = 0  # the place in the sequence where `rows` ends
         self.epoch = 0  # of the last of `rows`
-        # The end of the last group read in epoch 0. It lies beyond the last shard once the run has seen the
-        # end of the text: then a text that has grown is another one for a resumed run.
+        # How many shards a checkpoint vouches for: more than there are once the run has seen the end of the
+        # text, so that a text that has grown is noticed.
         self.num_shards_used = 0
 
     def batch(self, step):
@@ -1192,8 +1205,10 @@ class Order:
                 raise Stopped
             self.epoch, group, members = next(self.groups)
             self.end += sum(self.shards.infos[shard]["rows"] for shard in members)
-            if self.end > begin:  # else all of the group comes before the step, and it is not read
+            if self.end > begin:
                 self.rows = np.concatenate([self.rows, self.read(self.epoch, group, members)])
+            else:  # all of the group comes before the step, and is not read
+                self.rows = self.rows[:0]
         num_left = self.end - begin  # rows from this step on, the last of `rows`
         assert num_left <= len(self.rows), "the step is earlier than the last one"
         self.rows = self.rows[-num_left:]
@@ -1251,12 +1266,13 @@ def find_model(name, cache, network=None):
         folder = folder / (network or trained_network(folder))
     if (folder / "config.json").is_file():
         return folder
-    is_local = name.startswith("out/") or Path(name).exists()  # out/small: a run that was never made
-    if is_local or not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name):
+    is_own = Path(name).exists() or name.startswith("out/")  # out/small: perhaps a run that was never made
+    if is_own or not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name):
         place = without_secrets(name) if is_address(name) else folder
         raise UserError(f"there is no model in {place}; pre-train one with `python train.py --size small`, "
                         "or give google/electra-small-discriminator or another name on the hub")
-    if snapshot := find_snapshot(name):
+    snapshot = find_snapshot(name)
+    if snapshot:
         return snapshot
     folder = Path(cache) / "models" / name.replace("/", "--")
     make_once(folder / "config.json", lambda: download_model(name, folder))
@@ -1321,11 +1337,10 @@ def download_model(name, folder):
     get("config.json")
 
 
-# What the files of a model folder may say about its tokenizer. Errors give the first value as the usual one.
-# None is null, or no entry.
+# What tokenizer_config.json and tokenizer.json may say: the usual value first, and None for null or no entry.
 CONFIG_VALUES = {
     "tokenizer_class": ["ElectraTokenizer", "ElectraTokenizerFast", "BertTokenizer", "BertTokenizerFast",
-                        "PreTrainedTokenizerFast", "TokenizersBackend", None],  # both follow tokenizer.json
+                        "PreTrainedTokenizerFast", "TokenizersBackend", None],
     "do_lower_case": [True, False, None],
     "strip_accents": [True, False, None],
     "do_basic_tokenize": [True, None],
@@ -1372,6 +1387,9 @@ def read_tokenizer(folder):
     for name, value in json_settings.items():
         if config_settings.get(name, value) != value:
             raise UserError(f"{config_path} and {json_path} disagree about {name}; correct the wrong one")
+    for path, settings in (config_path, config_settings), (json_path, json_settings):
+        if settings.get("strip_accents") and settings.get("do_lower_case") is False:
+            raise unsupported(path, "accents are stripped only from lower-cased text")
     settings = TOKENIZER_DEFAULTS | config_settings | json_settings
     wordpiece = WordPiece(tokens, settings["do_lower_case"], settings["strip_accents"])
     return wordpiece, settings["model_max_length"]
@@ -1383,8 +1401,6 @@ def read_tokenizer_config(path):
         return {}
     content = read_json(path)
     check_values(content, CONFIG_VALUES, path)
-    if content.get("strip_accents") and content.get("do_lower_case") is False:
-        raise unsupported(path, "accents are stripped only from lower-cased text")
     if not isinstance(content.get("model_max_length"), int | float | None):  # 1e30 stands for no limit
         raise UserError(f"{path} is damaged: model_max_length is {content['model_max_length']!r}")
     return {name: content[name] for name in TOKENIZER_DEFAULTS if content.get(name) is not None}
@@ -1404,8 +1420,6 @@ def read_tokenizer_json(path):
     strip_accents = content["normalizer"].get("strip_accents")
     if strip_accents is None:  # accents go with the capitals
         strip_accents = lowercase
-    if strip_accents and not lowercase:
-        raise unsupported(path, "accents are stripped only from lower-cased text")
     return dict(do_lower_case=lowercase, strip_accents=strip_accents)
 
 
@@ -1447,7 +1461,7 @@ IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000
 def load_wordpiece(config):
     """The WordPiece that config.vocab names: a file, BERT's, or one trained on the text."""
     find_files(config)  # raises if one is missing, before a vocabulary is downloaded
-    return WordPiece(load_vocab(config), config.do_lower_case, config.strip_accents)
+    return WordPiece.from_config(load_vocab(config), config)
 
 
 def load_vocab(config):
@@ -1480,7 +1494,7 @@ def train_vocab(config, size, path, identities):
 
     A text that has changed since it was identified is refused: `path` is named after it.
     """
-    wordpiece = WordPiece(SPECIAL_TOKENS, config.do_lower_case, config.strip_accents)
+    wordpiece = WordPiece.from_config(SPECIAL_TOKENS, config)
     counts = Counter()  # of the characters in the lines that were read
 
     def read_lines():
@@ -1502,15 +1516,15 @@ def train_vocab(config, size, path, identities):
         tqdm.write(f"the text yields a vocabulary of {len(tokens):,} and not {size:,}: it has no more pieces "
                    "of words", file=sys.stderr)
     if identify_text(find_files(config)) != identities:
-        raise UserError(f"the text {CHANGED}")
+        raise text_changed("the text")
     write_sealed(path, vocab_bytes(tokens))
 
 
 def add_ideographs(tokens, counts, size):
     """A vocabulary of at most `size` tokens: the trainer's, and the most frequent ideographs at its end.
 
-    The trainer sees no ideographs, since each is a word of its own. They get the room that it leaves. Where
-    their share of the text's characters, which `counts` has, is larger, its last tokens give way to them.
+    The trainer sees no ideographs, since each is a word of its own. Their number is the larger of two: the
+    room that the trainer leaves, and their share of the text, whose characters `counts` has.
     """
     ideographs = [character for character, _ in counts.most_common() if IDEOGRAPH.match(character)]
     share_of_text = sum(counts[character] for character in ideographs) / max(1, counts.total())
@@ -1540,7 +1554,7 @@ def parse_vocab(raw, path):
                             "keep one on each line")
     if tokens[:1] != [PAD] or not set(SPECIAL_TOKENS) <= set(tokens):
         raise UserError(f"the vocabulary {path} must begin with {PAD} and hold {', '.join(SPECIAL_TOKENS)}")
-    [(token, count)] = Counter(tokens).most_common(1)
+    token, count = Counter(tokens).most_common(1)[0]
     if count > 1:
         raise UserError(f"the vocabulary {path} holds {token!r:.40} more than once; keep each token once")
     if len(tokens) > 65_535:
@@ -1658,6 +1672,8 @@ class RemoteFile:
 
     def read_rest(self):
         """Yield the bytes from `position` on. Raises RequestException if they break off."""
+        if self.first is not None and self.position == self.first.length:
+            return  # all had arrived when the connection broke
         with self.request() as response:
             self.check_status(response)
             answer = self.read_headers(response)
@@ -1670,7 +1686,7 @@ class RemoteFile:
                     raise UserError(f"{self.name} sends more than it announces; {self.advice}")
                 self.failures = 0
                 yield chunk
-        if answer.length not in (None, self.position):
+        if answer.length is not None and answer.length != self.position:
             raise requests.ConnectionError("the body ended early")
 
     def request(self):
@@ -1734,11 +1750,11 @@ class RemoteFile:
         raise UserError(f"{self.name} cannot be read from byte {self.position:,} on: {reason}; {self.advice}")
 
     def wait_or_give_up(self, error):
-        """Wait before the next attempt. Raises UserError after too many failures in a row."""
+        """Wait before the next attempt. Raises UserError if none can help, or after too many in a row."""
         self.failures += 1
         reason = type(error).__name__
         is_lasting = isinstance(error, requests.TooManyRedirects) or LASTING_ERRORS.search(str(error))
-        if is_lasting and self.position == 0:  # later, it has worked before
+        if is_lasting and self.position == 0:
             raise UserError(f"{self.name} cannot be read: {reason}; check the address, or "
                             f"{self.advice}") from None
         attempts = ATTEMPTS

@@ -401,7 +401,7 @@ class Finetuner:
             network.encoder.load_state_dict(encoder_state)
         self.network.load_state_dict(network.state_dict())  # copied, since CUDA graphs hold its tensors
         self.network.train()
-        train.reset_optimizer(self.optimizer)
+        train.init_adam_state(self.optimizer)
         self.scaler.load_state_dict(self.scaler_state)
 
 
@@ -925,7 +925,7 @@ def read_chunks(config):
 def parse(argv, description, config_class):
     """The config of a command line, here or in extras/, with a device of this machine."""
     [config], _ = train.parse(argv, description, [config_class], sizes={})
-    return train.resolve_device(config)
+    return train.set_up_device(config)
 
 
 def main(argv=None):

@@ -56,7 +56,7 @@ class Task:
 
     @functools.cached_property
     def class_numbers(self):
-        """The number of each class by its name. A task of your own may have thousands."""
+        """The number of each class by its name. Cached, since a task of your own may have thousands."""
         return {label: number for number, label in enumerate(self.labels)}
 
     @property
@@ -99,7 +99,7 @@ class GlueTask(Task):
 
     @property
     def name(self):
-        return self.title.lower().replace("-", "")
+        return plain_name(self.title)
 
     @property
     def splits(self):
@@ -114,12 +114,17 @@ class GlueTask(Task):
         return parse_official(self, split, raw, source), hashlib.sha256(raw).hexdigest()
 
 
+def plain_name(name):
+    """A name of a task in lower case, without hyphens."""
+    return name.lower().replace("-", "")
+
+
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 MSR_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
 TWO_WAY = ("entailment", "not_entailment")
 THREE_WAY = ("entailment", "neutral", "contradiction")
-TASKS = {
-    "cola": GlueTask(
+TASKS = {task.name: task for task in (
+    GlueTask(
         title="CoLA",
         download=(GLUE_URL + "CoLA.zip", 376_971,
                   "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
@@ -127,7 +132,7 @@ TASKS = {
         sentence_columns=("sentence",), label_column="label", header=("source", "label", "mark", "sentence"),
         metrics=("matthews",),
     ),
-    "sst2": GlueTask(
+    GlueTask(
         title="SST-2",
         download=(GLUE_URL + "SST-2.zip", 7_439_277,
                   "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
@@ -135,7 +140,7 @@ TASKS = {
         sentence_columns=("sentence",), label_column="label",
         metrics=("accuracy",),
     ),
-    "mrpc": GlueTask(
+    GlueTask(
         title="MRPC",
         download=(MSR_URL + "msr_paraphrase_train.txt", 1_047_044,
                   "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
@@ -144,7 +149,7 @@ TASKS = {
         metrics=("accuracy", "f1"),
         both_orders=True,
     ),
-    "stsb": GlueTask(
+    GlueTask(
         title="STS-B",
         download=(GLUE_URL + "STS-B.zip", 802_872,
                   "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),
@@ -153,7 +158,7 @@ TASKS = {
         metrics=("spearman", "pearson"),
         num_train_epochs=10, both_orders=True,
     ),
-    "qqp": GlueTask(
+    GlueTask(
         title="QQP",
         download=(GLUE_URL + "QQP-clean.zip", 41_696_084,
                   "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
@@ -161,7 +166,7 @@ TASKS = {
         sentence_columns=("question1", "question2"), label_column="is_duplicate",
         metrics=("accuracy", "f1"),
     ),
-    "mnli": GlueTask(  # its model also predicts the diagnostic set, which has no labels and no training set
+    GlueTask(  # its model also predicts the diagnostic set, which has no labels and no training set
         title="MNLI",
         download=(GLUE_URL + "MNLI.zip", 312_783_507,
                   "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
@@ -171,7 +176,7 @@ TASKS = {
         metrics=("accuracy",),
         submission_names=dict(test_matched="MNLI-m.tsv", test_mismatched="MNLI-mm.tsv", diagnostic="AX.tsv"),
     ),
-    "qnli": GlueTask(
+    GlueTask(
         title="QNLI",
         download=(GLUE_URL + "QNLIv2.zip", 10_627_589,
                   "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
@@ -179,7 +184,7 @@ TASKS = {
         sentence_columns=("question", "sentence"), label_column="label", labels=TWO_WAY,
         metrics=("accuracy",),
     ),
-    "rte": GlueTask(
+    GlueTask(
         title="RTE",
         download=(GLUE_URL + "RTE.zip", 697_150,
                   "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
@@ -188,7 +193,7 @@ TASKS = {
         metrics=("accuracy",),
         num_train_epochs=10,
     ),
-    "wnli": GlueTask(
+    GlueTask(
         title="WNLI",
         download=(GLUE_URL + "WNLI.zip", 28_999,
                   "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),
@@ -196,7 +201,7 @@ TASKS = {
         sentence_columns=("sentence1", "sentence2"), label_column="label",
         metrics=("accuracy",),
     ),
-}
+)}
 DIAGNOSTIC = (GLUE_URL + "AX.tsv", 222_257,
               "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd")
 # MRPC cannot be distributed with GLUE: its dev set is cut out of the original's training set.
@@ -251,7 +256,7 @@ def read_mrpc(split, cache):
 def fetch_official(download, cache, flag="--glue-dir"):
     """The path of an official file: downloaded, unless it is there, and checked.
 
-    `flag` takes a copy of your own. Errors name it: extras/squad.py has --data-dir.
+    `flag` is the option that an error suggests, for a copy of your own.
     """
     address, size, sha256 = download
     path = Path(cache) / "glue" / address.rsplit("/", 1)[1]
@@ -318,6 +323,7 @@ def join_few(texts, most=10):
     return f"{joined} and {others:,} others" if others > 0 else joined
 
 
+# float() also takes "nan", "infinity" and "1_000".
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -344,11 +350,10 @@ def find_tasks(names, is_regression=False):
     """The tasks of a command, by name: tasks of GLUE (case and hyphens do not matter), folders, or all."""
     tasks = {}
     for name in names:
-        simple_name = name.lower().replace("-", "")
-        if simple_name == "all":
+        if plain_name(name) == "all":
             found = list(TASKS.values())
-        elif simple_name in TASKS:
-            found = [TASKS[simple_name]]
+        elif plain_name(name) in TASKS:
+            found = [TASKS[plain_name(name)]]
         elif Path(name).is_dir():
             found = [own_task(Path(name), is_regression)]
         else:
@@ -369,7 +374,7 @@ class OwnTask(Task):
 
     files: dict  # path by split
     sentence_columns: tuple  # SINGLE or PAIR, in all files
-    train_sha256: str  # of the file that `labels` or `label_range` come from
+    train_bytes: bytes  # of the training file, which also gave `labels` or `label_range`
 
     @property
     def splits(self):
@@ -378,11 +383,8 @@ class OwnTask(Task):
     def read(self, split, cache=None, glue_dir=None):
         """The examples of a split, in file order, and the SHA-256 of its file."""
         path = self.files[split]
-        raw = path.read_bytes()
-        sha256 = hashlib.sha256(raw).hexdigest()
-        if split == "train" and sha256 != self.train_sha256:
-            raise data.UserError(f"{path} has changed; run the same command again")
-        return parse_own(self, split, raw, path), sha256
+        raw = self.train_bytes if split == "train" else path.read_bytes()
+        return parse_own(self, split, raw, path), hashlib.sha256(raw).hexdigest()
 
 
 def own_task(folder, is_regression):
@@ -407,7 +409,7 @@ def own_task(folder, is_regression):
         raise data.UserError(f"{train} needs at least two different labels")
     where, first_row = rows[0]
     return OwnTask(title=title, files=files, sentence_columns=find_columns(first_row, where),
-                   train_sha256=hashlib.sha256(raw).hexdigest(), **label_fields)
+                   train_bytes=raw, **label_fields)
 
 
 def find_own_files(folder):
@@ -472,7 +474,7 @@ def find_columns(row, where):
     """The columns with the sentences of a row: SINGLE or PAIR."""
     if "sentence1" in row and "sentence2" in row:
         return PAIR
-    if "sentence" in row and "sentence2" not in row:  # beside sentence2, it is a misspelled sentence1
+    if "sentence" in row and "sentence2" not in row:  # with sentence2, sentence1 was probably meant
         return SINGLE
     raise data.UserError(f"{where} has no column sentence, or sentence1 and sentence2; there are "
                          f"{', '.join(row)}")
@@ -486,7 +488,7 @@ def read_cell(row, column, where):
     if isinstance(value, str):
         return data.without_surrogates(value).strip()
     if isinstance(value, int | float) and math.isfinite(value):
-        return json.dumps(value)  # a bool, which is an int, as `true`
+        return json.dumps(value)  # as in the file: 9, 1.5 or true
     raise data.UserError(f"{where}: column {column} is {value!r}, neither text nor a number")
 
 
@@ -499,11 +501,11 @@ def read_table(file, source, kind=""):
     kind = kind or Path(source).suffix.lower().removeprefix(".")
     lines = read_lines(file, source)
     if kind == "jsonl":
-        rows = parse_json_lines(lines)
+        rows = parse_json_lines(lines, source)
     elif kind == "csv":
         rows = name_fields(split_csv(lines, source))
     elif kind == "tsv":
-        rows = name_fields(split_tsv(lines))
+        rows = name_fields(split_tsv(lines, source))
     else:
         raise data.UserError(f"{source} has no known format; --format takes tsv, csv or jsonl")
     first = next(rows, None)
@@ -514,27 +516,28 @@ def read_table(file, source, kind=""):
 
 
 def read_lines(file, source):
-    """Yield ("SOURCE, line N", text) for each line of a binary file."""
+    """Yield each line of a binary file as text."""
     for number, line in enumerate(file, 1):
-        where = f"{source}, line {number}"
         if number == 1 and b"\r" in line.rstrip(b"\r\n"):  # Python takes such a file for one line
             raise data.UserError(f"the lines of {source} end with CR; save it with line ends LF or CR LF")
-        yield where, data.decode_utf8(line, where)
+        yield data.decode_utf8(line, f"{source}, line {number}")
 
 
-def parse_json_lines(lines):
+def parse_json_lines(lines, source):
     """Yield ("SOURCE, line N", {column: value}) for each line of JSON."""
-    for where, line in lines:
+    for number, line in enumerate(lines, 1):
+        where = f"{source}, line {number}"
         if not line.strip():
             raise data.UserError(f"{where} is empty; delete it")
         yield where, data.parse_json(line, where)
 
 
-def split_tsv(lines):
+def split_tsv(lines, source):
     """Yield ("SOURCE, line N", fields) for each line. Quotes are characters like any other."""
-    for where, line in lines:
+    for number, line in enumerate(lines, 1):
+        where = f"{source}, line {number}"
         fields = line.rstrip("\r\n").split("\t")
-        # A cell of several lines begins. (`name_fields` finds it where there are more columns.)
+        # A spreadsheet's cell of several lines. In a table of more columns, such a line lacks fields.
         if len(fields) == 1 and line.startswith('"') and line.count('"') % 2:
             raise data.UserError(f"{where} opens a quote and does not close it; cells of several lines need "
                                  "a .csv or .jsonl file")
@@ -544,7 +547,7 @@ def split_tsv(lines):
 def split_csv(lines, source):
     """Yield ("SOURCE, line N", fields) for each row. N is its first line: quoted fields may have several."""
     csv.field_size_limit(sys.maxsize)  # the default is 131,072 characters
-    reader = csv.reader((line for _, line in lines), strict=True)
+    reader = csv.reader(lines, strict=True)
     first_line = 1
     try:
         for fields in reader:
@@ -601,8 +604,7 @@ def macro_f1(predictions, labels):
 def f1(predictions, labels, positive=1):
     """F1 of the class `positive`.
 
-    It is the usual F1. Google's F1Scorer takes the rows predicted positive for the labels, so its recall is
-    wrong.
+    It is the usual F1. Google's F1Scorer mistakes the predictions for the labels, so its recall is wrong.
     """
     hits = np.sum((predictions == positive) & (labels == positive))
     total = np.sum(predictions == positive) + np.sum(labels == positive)

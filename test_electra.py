@@ -636,9 +636,9 @@ class Recorded(train.CudaGraphs):
 @pytest.fixture
 def recorded(monkeypatch):
     """Steps are replayed, on a CPU."""
-    resolve = train.resolve_device
+    resolve = train.set_up_device
     monkeypatch.setattr(train, "CudaGraphs", Recorded)
-    monkeypatch.setattr(train, "resolve_device", lambda config: replace(resolve(config), graph=config.graph))
+    monkeypatch.setattr(train, "set_up_device", lambda config: replace(resolve(config), graph=config.graph))
     monkeypatch.setattr(Recorded, "captures", 0)
     monkeypatch.setattr(Recorded, "replays", 0)
 
@@ -2403,11 +2403,11 @@ def test_auto_means_bf16_on_a_gpu_that_has_it(monkeypatch):
     ]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
         monkeypatch.setattr(train, "LOCAL_RANK", rank)
-        config = train.resolve_device(train.TrainConfig(device=asked))
+        config = train.set_up_device(train.TrainConfig(device=asked))
         assert [config.device, config.dtype] == expected
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     with pytest.raises(UserError, match="cuda:0 does not compute in bf16; --dtype takes fp16, fp32"):
-        train.resolve_device(train.TrainConfig(device="cuda:0", dtype="bf16"))
+        train.set_up_device(train.TrainConfig(device="cuda:0", dtype="bf16"))
 
 
 def test_fp16_scales_the_loss_skips_what_overflows_and_resumes(corpus, monkeypatch):
@@ -2629,7 +2629,7 @@ def test_where_there_are_no_graphs_it_is_said(monkeypatch, capsys):
             (dict(dtype="fp16"), 1, False, sentence), ({}, 2, False, sentence),
             (dict(device="cpu"), 1, False, "")):
         monkeypatch.setattr(train, "WORLD_SIZE", size)
-        assert train.resolve_device(train.TrainConfig(**changes)).graph is expected
+        assert train.set_up_device(train.TrainConfig(**changes)).graph is expected
         assert capsys.readouterr().err == printed
 
 

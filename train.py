@@ -21,7 +21,6 @@ import collections
 import io
 import json
 import math
-import re
 import signal
 import sys
 import threading
@@ -44,7 +43,7 @@ import model
 
 
 def read_variable(name, default):
-    """A number that torchrun sets, or -1 for anything else, which `main` refuses."""
+    """A number that torchrun sets. It is -1 if the variable holds no number: `main` refuses that."""
     try:
         return int(os.environ.get(name) or default)
     except ValueError:
@@ -56,16 +55,9 @@ LOCAL_RANK = read_variable("LOCAL_RANK", default=0)  # its number on this machin
 WORLD_SIZE = read_variable("WORLD_SIZE", default=1)  # how many processes there are
 
 
-def torchrun_error():
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    found = ", ".join(f"{name} is {os.environ.get(name, 'unset')}" for name in names)
-    return data.UserError(f"{found}, but this is no process of torchrun: start it with torchrun, or unset "
-                          "all three")
-
-
 @dataclass(frozen=True)
 class StepConfig:
-    """Flags shared by pre-training and fine-tuning, each with its help."""
+    """Flags shared by pre-training and fine-tuning: type, help, then the lowest and the highest value."""
 
     weight_decay: Annotated[float, "decoupled weight decay; LayerNorms and biases are exempt", 0, 1] = 0.01
     adam_beta1: Annotated[float, "decay of Adam's first moment", 0, 0.9999] = 0.9
@@ -82,7 +74,7 @@ class StepConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(StepConfig):
-    """The recipe, and where and how it runs. A field with a text is a flag, and the text is its help."""
+    """The recipe, and where and how it runs."""
 
     size: Annotated[str, "tiny, small, base or large: the model and its recipe"] = "small"
     batch_size: Annotated[int, "rows in a step", 1, 1_000_000] = 128
@@ -151,7 +143,7 @@ MAY_CHANGE = {"micro_batch_size", "dtype", "device", "graph", "deterministic", "
 
 HELDOUT_ROWS = 1024  # the first so many held-out rows are evaluated
 SAVE_SECONDS = 600  # a kill costs no more work than this
-# After these shares of the steps the networks are kept, for the table of score against compute of the paper.
+# After these shares of the steps the networks are kept, for the paper's table of score by compute.
 SNAPSHOTS = (0.01, 0.0625, 0.125, 0.25, 0.5, 0.75)
 
 
@@ -167,15 +159,15 @@ def train(run):
     take_step = make_step(config, electra, optimizer, run.scaler)
     order = data.Order(run.shards, config.batch_size)
     snapshot_steps = {round(share * config.num_train_steps) for share in SNAPSHOTS}
-    heldout = None  # read before the first evaluation
+    heldout = None  # rows for evaluation; the text may not be prepared so far yet
     saved_at = time.perf_counter()
     stopwatch = Stopwatch(run.first_step)
     with stop_signals() as signals, progress_bar(config, run.first_step) as bar:
-        if LOCAL_RANK == 0:  # this rank waits for text, which a signal ends
-            run.shards.signals = signals
+        if LOCAL_RANK == 0:  # the only rank of its machine that waits for text
+            run.shards.signals = signals  # a signal ends the wait
         for step in range(run.first_step, config.num_train_steps):
             if any_rank(bool(signals)):
-                raise stop_early(run, step, order)
+                stop_early(run, step, order)
             done = step + 1  # steps, once this one is taken
             is_last = done == config.num_train_steps
             is_evaluated = is_last or done % config.eval_every == 0
@@ -188,13 +180,10 @@ def train(run):
             # Rows. This waits until the text is prepared that far, on all ranks.
             try:
                 epoch, rows = read_together(order.batch, step)
-                if is_evaluated and heldout is None:
-                    # Before the step: if this wait ends the run, no step is saved without its evaluation.
-                    heldout = read_together(run.shards.heldout, HELDOUT_ROWS)
-                    mlm_baseline = unigram_entropy(heldout, electra.config)
-                    describe_heldout(heldout, mlm_baseline)
+                if is_evaluated and heldout is None:  # before the step: this wait, too, may end the run
+                    heldout = read_heldout(run)
             except data.Stopped as stopped:
-                raise stop_early(run, step, order, stopped.error) from None
+                stop_early(run, step, order, stopped.error)
 
             # Step.
             input_ids = to_device(rows, config.device)
@@ -216,9 +205,8 @@ def train(run):
 
             # Evaluate.
             if is_evaluated and len(heldout):
-                metrics = compute_metrics(*evaluate(config, electra, heldout, seed))
-                run.log("heldout", done, epoch, **metrics, unigram_entropy=mlm_baseline)
-                tqdm.write(f"step {done}, held-out text: {describe_metrics(metrics)}")
+                metrics = evaluate(run, done, heldout)
+                run.log("heldout", done, epoch, **metrics)
                 if done >= max(LATE_STEP, 2 * config.num_warmup_steps):
                     warn_if_stuck(metrics)
 
@@ -234,15 +222,15 @@ def train(run):
 
 
 def stop_early(run, step, order, error=None):
-    """Save a run after `step` steps. Returns the data.UserError that ends it.
+    """Save a run after `step` steps, and raise data.UserError.
 
     `error` says what is wrong with the text. After a signal there is none, and the message is how to resume.
     """
     if step > run.first_step:
         run.save(step, order)
-    any_rank(False)  # waits until rank 0 has saved: torchrun ends all ranks as soon as one has ended
+    from_all_ranks(None)  # waits until rank 0 has saved: torchrun ends all ranks as soon as one has ended
     command = "the same command without --restart" if run.config.restart else "the same command"
-    return data.UserError(error or f"stopped after step {step}; {command} resumes")
+    raise data.UserError(error or f"stopped after step {step}; {command} resumes") from None
 
 
 class Stopwatch:
@@ -277,14 +265,16 @@ STUCK_MLM_LOSS = 6  # guessing by word frequency alone gives about 7 with BERT's
 STUCK_SHARE = 0.97  # of the discriminator's loss if it always guesses the base rate
 
 
-def describe_heldout(heldout, mlm_baseline):
-    """Say how many rows are held out, and the baseline of their MLM loss."""
+def read_heldout(run):
+    """Wait for the held-out rows, (N, L), and say how many there are."""
+    heldout = read_together(run.shards.heldout, HELDOUT_ROWS)
     if not len(heldout):
         tqdm.write("no evaluation: one document in a hundred is held out, and this text has too few")
-        return
+        return heldout
     warning = ", too few for reliable metrics" if len(heldout) < FEW_ROWS else ""
     tqdm.write(f"{len(heldout):,} rows are held out{warning}; guessing by word frequency alone would "
-               f"give an MLM loss of {mlm_baseline:.3f}")
+               f"give an MLM loss of {unigram_entropy(heldout, run.electra.config):.3f}")
+    return heldout
 
 
 def warn_if_warmup_is_long(config):
@@ -390,9 +380,21 @@ def update_weights(network, optimizer, scaler, config):
     return grad_norm
 
 
+def evaluate(run, step, heldout):
+    """Print the main metrics of held-out rows, and return all of them."""
+    outputs, input_ids = run_without_dropout(run, heldout)
+    metrics = compute_metrics(outputs, input_ids)
+    metrics["unigram_entropy"] = unigram_entropy(heldout, run.electra.config)
+    tqdm.write(f"step {step}, held-out text: {describe_metrics(metrics)}")
+    return metrics
+
+
 @torch.no_grad()
-def evaluate(config, electra, rows, seed):
-    """(Outputs, ids) of rows, without dropout, with the same masks and samples every time."""
+def run_without_dropout(run, rows):
+    """(Outputs, ids) of rows, with the same masks and samples every time."""
+    config = run.config
+    electra = run.electra
+    seed = run.shards.config.seed
     input_ids = to_device(rows, config.device)
     uniforms = to_device(draw_uniforms(seed, "heldout", 0, rows, electra.config), config.device)
     counts = model.loss_counts(input_ids, electra.config)
@@ -457,7 +459,10 @@ class CudaGraphs:
         return replay()
 
     def run_eagerly(self, inputs):
-        """Call the function as it is, on the stream of the captures, as torch's notes ask for."""
+        """Call the function as it is, on the stream of the captures.
+
+        Autograd remembers on which stream it first met a weight, and a capture may use no other one.
+        """
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             results = self.function(*inputs)
@@ -481,6 +486,13 @@ class CudaGraphs:
 # Several processes
 
 RANK_TIMEOUT = timedelta(days=1)  # ranks wait for each other, even while text is downloaded
+
+
+def torchrun_error():
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    found = ", ".join(f"{name} is {os.environ.get(name, 'unset')}" for name in names)
+    return data.UserError(f"{found}, but this is no process of torchrun: start it with torchrun, or unset "
+                          "all three")
 
 
 def start_ranks(config):
@@ -514,26 +526,25 @@ def compare_ranks(run):
 def read_together(read, *args):
     """read(*args) on every rank, where `read` blocks until text is prepared.
 
-    The first rank of each machine prepares the text. It reads first, and then the others read. If it is
-    stopped on any machine, every rank raises data.Stopped.
+    The first rank of each machine prepares the text, so it reads first. The others wait for the first ranks
+    of all machines, and then read. If one of these was stopped, every rank raises data.Stopped.
     """
-    if WORLD_SIZE == 1:
-        return read(*args)
     stopped = None
     if LOCAL_RANK == 0:
         try:
             result = read(*args)
         except data.Stopped as exception:
             stopped = exception
-    if any_rank(stopped is not None):
-        raise next(each for each in from_all_ranks(stopped) if each is not None)
+    if any_rank(stopped is not None):  # all ranks wait here
+        exceptions = [exception for exception in from_all_ranks(stopped) if exception is not None]
+        raise exceptions[0]
     if LOCAL_RANK > 0:
         result = read(*args)
     return result
 
 
 def any_rank(flag):
-    """Whether a flag is true on any rank. All ranks wait here for the last one."""
+    """Whether a flag is true on any rank. All wait here for the last one."""
     if WORLD_SIZE == 1:
         return flag
     flags = torch.tensor([flag], dtype=torch.int32)
@@ -563,7 +574,7 @@ def gather_outputs(outputs):
 
 
 def from_all_ranks(value):
-    """The values of all ranks, in their order."""
+    """The values of all ranks, in their order. All wait here for the last one."""
     values = [value] * WORLD_SIZE
     if WORLD_SIZE > 1:
         dist.all_gather_object(values, value)
@@ -573,7 +584,9 @@ def from_all_ranks(value):
 # ------------------------------------------------------------------------------------------------------------
 # A run and its folder
 
-MIN_LOSS_SCALE = 1e-4  # an fp16 scale below this: every step for a long time has overflowed
+CHECKPOINT = "checkpoint.pt"
+LOG = "log.jsonl"
+MIN_LOSS_SCALE = 1e-4  # of fp16: it falls this low only if every step overflows
 # What `write_network` writes. --restart deletes config.json first: without it, a folder is no network.
 NETWORK_FILES = ("config.json", "tokenizer_config.json", "vocab.txt", "model.safetensors")
 
@@ -595,6 +608,9 @@ class Run:
 
     A run begins with a checkpoint, at step 0. The checkpoint holds all that the run needs. The log and the
     networks are brought into line with it at every start.
+
+    `settings` decide the result, and a resumed run must have the same. `numerics` change only rounding and
+    dropout: they are logged. `record` is what the checkpoint says about the run, or None in a new one.
     """
 
     def __init__(self, config, origin, shards, electra, record, first_step):
@@ -604,14 +620,13 @@ class Run:
         self.electra = electra
         self.optimizer = build_optimizer(electra.named_parameters(), config)
         self.scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "fp16")
-        self.record = record  # of the checkpoint, see `write_checkpoint`; None for a new run
+        self.record = record
         self.first_step = first_step  # so many steps are taken already
         self.path = config.run_path
-        self.checkpoint = self.path / "checkpoint.pt"
-        self.log_path = self.path / "log.jsonl"
-        everything = asdict(config) | asdict(electra.config) | shards.row_settings  # flags that decide rows
+        self.checkpoint = self.path / CHECKPOINT
+        self.log_path = self.path / LOG
+        everything = asdict(config) | asdict(electra.config) | shards.row_settings
         self.settings = {name: value for name, value in everything.items() if name not in MAY_CHANGE}
-        # These change rounding and dropout. A resumed run may have others, so they are logged.
         self.numerics = dict(device=config.device, dtype=config.dtype, compile=config.compile,
                              graph=config.graph, deterministic=config.deterministic,
                              micro_batch_size=config.micro_batch_size, ranks=WORLD_SIZE,
@@ -635,9 +650,9 @@ class Run:
         read_together(self.shards.wait_for_shards, 1)
         if self.record is None:
             return
-        history = read_together(self.shards.history, self.record["num_shards"])  # hashes of shards
-        if history != self.record["history"]:
-            place = self.shards.changed_file(self.record["history"])
+        recorded = self.record["history"]  # hashes of the shards that the run has read
+        if read_together(self.shards.history, self.record["num_shards"]) != recorded:
+            place = self.shards.changed_file(recorded)
             raise data.UserError(self.refusal(f"the text differs in {place} or after it"))
 
     def refusal(self, reason):
@@ -667,7 +682,7 @@ class Run:
         for line in lines:
             with suppress(data.UserError):  # a damaged line is left out
                 entry = data.parse_json(line, self.log_path)
-                if entry.get("step", math.inf) <= self.first_step:  # the settings have no step
+                if "step" in entry and entry["step"] <= self.first_step:  # the settings have no step
                     entries.append(entry)
         logged_numerics = [entry["numerics"] for entry in entries if "numerics" in entry]
         if not logged_numerics or logged_numerics[-1] != self.numerics:
@@ -709,9 +724,9 @@ class Run:
 
     def write_checkpoint(self, step, num_shards):
         """Write all that the run needs, as built-in types and tensors."""
+        # So many shards of the text have been read; `history` has their hashes. `inputs` is the Origin.
         record = dict(inputs=self.origin._asdict(), settings=self.settings,
-                      num_shards=num_shards,  # so many shards of the text have been read
-                      history=self.shards.history(num_shards))  # their hashes
+                      num_shards=num_shards, history=self.shards.history(num_shards))
         state = dict(run=record, step=step, model=self.electra.state_dict(),
                      optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
         buffer = io.BytesIO()
@@ -721,7 +736,7 @@ class Run:
     def load(self, state):
         """Load the networks and the optimizer of a checkpoint, as `read_checkpoint` returned it."""
         self.electra.load_state_dict(state["model"])
-        groups = self.optimizer.state_dict()["param_groups"]  # they stay: their rates are on this device
+        groups = self.optimizer.state_dict()["param_groups"]  # stay: the saved ones are on the CPU
         self.optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=groups))
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
@@ -730,7 +745,7 @@ class Run:
         """Give all ranks the networks and the optimizer of rank 0."""
         if WORLD_SIZE == 1:
             return
-        scaler_state = from_all_ranks(self.scaler.state_dict())[0]
+        scaler_state = from_all_ranks(self.scaler.state_dict())[0]  # of rank 0
         if scaler_state:
             self.scaler.load_state_dict(scaler_state)
         for tensor in self.electra.state_dict().values():
@@ -746,7 +761,7 @@ def read_checkpoint(config):
     Networks or a log without a checkpoint are refused: a new run would write over them.
     """
     path = config.run_path
-    checkpoint = path / "checkpoint.pt"
+    checkpoint = path / CHECKPOINT
     if RANK > 0 or config.restart:
         return None
     if checkpoint.exists():
@@ -758,21 +773,20 @@ def read_checkpoint(config):
         raise data.UserError(f"there is no run in {path} to evaluate; check --size and --out")
     for found in written_files(path):
         if found.exists():
-            raise data.UserError(f"{path} has no checkpoint.pt, but {found.relative_to(path)}; use another "
+            raise data.UserError(f"{path} has no {CHECKPOINT}, but {found.relative_to(path)}; use another "
                                  "--out, or --restart, which deletes it")
     return None
 
 
 def written_files(path):
     """Yield the files that a run may have written in its folder, apart from its checkpoint."""
-    snapshots = [folder for folder in path.glob("step-*")
-                 if re.fullmatch(r"step-\d+", folder.name)
+    snapshots = [folder for folder in path.glob("step-*") if folder.name.removeprefix("step-").isdigit()
                  and not folder.is_symlink()]  # which may lead to another run
     for parent in [path, *snapshots]:
         for network in ("generator", "discriminator"):
             for name in NETWORK_FILES:
                 yield parent / network / name
-    yield path / "log.jsonl"
+    yield path / LOG
 
 
 def write_network(folder, network, wordpiece, max_length):
@@ -783,9 +797,10 @@ def write_network(folder, network, wordpiece, max_length):
 def write_folder(folder, files):
     """Write the files of a network, {name: bytes}.
 
-    It can be read at any time: a file is replaced atomically, and in a run only the weights change.
+    Only files that change are written, each at once, so another process may read the folder meanwhile.
     """
-    (folder / "tokenizer.json").unlink(missing_ok=True)  # transformers would prefer it to these files
+    # Another program may have left this one, and transformers would prefer it to ours.
+    (folder / "tokenizer.json").unlink(missing_ok=True)
     for name, content in files.items():
         path = folder / name
         if not path.is_file() or path.read_bytes() != content:
@@ -825,12 +840,12 @@ def build_optimizer(parameters, config, lr_scale_of=None):
     optimizer = torch.optim.AdamW(
         groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon, fused=True,
         capturable=config.device.startswith("cuda"))
-    reset_optimizer(optimizer)
+    init_adam_state(optimizer)
     return optimizer
 
 
-def reset_optimizer(optimizer):
-    """Give Adam the state of its first step, in place if there is one: a CUDA graph may hold its address."""
+def init_adam_state(optimizer):
+    """Give Adam its state before the first step. One that a CUDA graph reads is overwritten in place."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
@@ -857,8 +872,8 @@ def fp16_metrics(scaler, optimizer, step):
     """The extra log values of fp16. A step with an infinite gradient is skipped."""
     if not scaler.is_enabled():
         return {}
-    state_of_any = next(iter(optimizer.state.values()))
-    num_taken = round(state_of_any["step"].item()) - FIRST_ADAM_STEP  # Adam does not count a skipped step
+    state = next(iter(optimizer.state.values()))  # of any parameter; Adam does not count a skipped step
+    num_taken = round(state["step"].item()) - FIRST_ADAM_STEP
     return dict(loss_scale=scaler.get_scale(), skipped_steps=step - num_taken)
 
 
@@ -962,13 +977,10 @@ def report(run):
     if not len(heldout):
         print("no text is held out, so there is nothing to show")
         return
-    wordpiece = run.shards.wordpiece
-    seed = run.shards.config.seed
     if run.config.eval_only:
-        metrics = compute_metrics(*evaluate(run.config, run.electra, heldout, seed))
-        print(f"step {run.first_step}, held-out text: {describe_metrics(metrics)}")
-    rows = choose_readable(heldout, wordpiece)
-    outputs, input_ids = evaluate(run.config, run.electra, rows, seed)
+        evaluate(run, run.first_step, heldout)
+    wordpiece = run.shards.wordpiece
+    outputs, input_ids = run_without_dropout(run, choose_readable(heldout, wordpiece))
     print_sentences(outputs, input_ids.cpu(), wordpiece)
 
 
@@ -996,10 +1008,9 @@ def print_sentences(outputs, input_ids, wordpiece):
     has_discriminator = outputs[0].disc_logits is not None
     if has_discriminator:
         print(DISCRIMINATOR_LEGEND)
-        logits = concatenate(outputs, "disc_logits")
-        descending = logits[input_ids != 0].sort(descending=True).values
-        highest_unflagged = descending[is_replaced.sum()]  # as many are flagged as were replaced
-        is_flagged = logits > highest_unflagged
+        logits = concatenate(outputs, "disc_logits").masked_fill(input_ids == 0, -math.inf)
+        num_replaced = int(is_replaced.sum())
+        is_flagged.view(-1)[logits.flatten().topk(num_replaced).indices] = True
     for row, ids in enumerate(input_ids):
         words = []
         for place, original in enumerate(ids[ids != 0][:SHOWN_TOKENS]):
@@ -1013,16 +1024,18 @@ def print_sentences(outputs, input_ids, wordpiece):
                 word = f"[{word} !]"
             elif is_predicted[row, place]:
                 word = f"[{word} =]"
-            words.append(word)
-        # Joins "un ##related", but not "[un =] ##related".
-        print("\n" + re.sub(r"(?<!\]) ##", "", " ".join(words)))
+            if word.startswith("##") and words and not words[-1].endswith("]"):
+                words[-1] += word[2:]  # "un" and "##related" are joined, "[un =]" and "##related" are not
+            else:
+                words.append(word)
+        print("\n" + " ".join(words))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Flags
 
-# torch 2.6 was seen to compile wrong gradients of embeddings on a CPU, and 2.11 to be right. Comparisons with
-# torch.__version__ are by number, not by letters.
+# On a CPU, torch 2.6 compiled wrong gradients of embeddings, and 2.11 right ones. On a GPU, it compiles by
+# default from that version on. (torch.__version__ compares as a version: "2.6" < "2.11".)
 COMPILES_SINCE = "2.11"
 
 
@@ -1035,7 +1048,7 @@ def configure(argv):
     (config, data_config, electra_config), typed_flags = parse(
         argv, description, (TrainConfig, data.DataConfig, model.ElectraConfig), SIZES)
     refuse_output_in_text(config, data_config)
-    config = resolve_device(config)
+    config = set_up_device(config)
     if config.size == "tiny" and config.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a second gains little, and loses much on a busy machine (LOG.md)
     if config.micro_batch_size == 0:
@@ -1049,11 +1062,11 @@ def configure(argv):
 
 
 def refuse_output_in_text(config, data_config):
-    """A folder in the text would be read as text, too."""
-    for text in data_config.data:
+    """Refuse --out or --cache in a folder of --data, where their files would be read as text."""
+    for source in data_config.data:
         for folder in config.out, data_config.cache:
-            if os.path.isdir(text) and Path(folder).resolve().is_relative_to(Path(text).resolve()):
-                raise data.UserError(f"{folder} is in {text}, so that its files would be read as text; use "
+            if os.path.isdir(source) and Path(folder).resolve().is_relative_to(Path(source).resolve()):
+                raise data.UserError(f"{folder} is in {source}, so that its files would be read as text; use "
                                      "--data FOLDER with nothing but text, or another --out and --cache")
 
 
@@ -1066,8 +1079,8 @@ def compiles_by_default(config):
 def parse(argv, description, config_classes, sizes):
     """A config of each class from the command line, and the names of the fields whose flags were typed.
 
-    A field whose type is annotated with a text is a flag, and the text is its help. A flag that was not typed
-    has its value in the size's row of `sizes`, or else its default.
+    A field is a flag if its type is annotated with a help. ElectraConfig has fields with a range only, where
+    the help is "". A flag that was not typed has its value in the size's row of `sizes`, or else its default.
     """
     parser = argparse.ArgumentParser(description=description, usage="%(prog)s [--FLAG VALUE ...]",
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS,
@@ -1085,7 +1098,8 @@ def parse(argv, description, config_classes, sizes):
     if unknown:
         raise data.UserError(f"there is no {' '.join(unknown)}; --help lists the flags")
     typed = vars(arguments)
-    row = sizes.get(typed.get("size", TrainConfig.size), {})  # TrainConfig refuses an unknown size
+    size = typed.get("size", TrainConfig.size)
+    row = sizes.get(size, {})  # TrainConfig refuses an unknown size
     configs = [make_config(config_class, row | typed) for config_class in config_classes]
     return configs, typed.keys()
 
@@ -1126,7 +1140,7 @@ def format_default(default):
     return str(default)
 
 
-def resolve_device(config):
+def set_up_device(config):
     """Replace "auto" by what this machine has, refuse what it lacks, and set up the GPU."""
     device = find_device(config.device)
     dtype = find_dtype(config.dtype, device)
@@ -1203,25 +1217,19 @@ class Origin(NamedTuple):
     rules: dict  # fields of DataConfig that they prescribe: those for case and accents
 
 
-def saved_origin(record, config, data_config):
-    """The Origin in the record of a checkpoint. None if it must be read anew.
+def read_origin(config, data_config, electra_config, record=None):
+    """The Origin of these flags. The copy in a checkpoint's `record` is taken if it has the same flags.
 
-    If --init or --vocab have changed, the new one is read, and `Run.check_settings` finds what differs.
+    A vocabulary file is always read anew, since it may have changed: `Run.check_settings` compares it.
     """
-    origin = Origin(**record["inputs"])
-    if origin.init != list(config.init) or origin.vocab != data_config.vocab:
-        return None
-    if Path(data_config.vocab).is_file():  # it may have changed, too
-        return None
-    return origin
-
-
-def read_origin(config, data_config, init_folders):
-    """The Origin that --vocab or the folders of --init are."""
+    if record is not None and not Path(data_config.vocab).is_file():
+        saved = Origin(**record["inputs"])
+        if saved.init == list(config.init) and saved.vocab == data_config.vocab:
+            return saved
     if not config.init:
         tokens = data.load_wordpiece(data_config).tokens
         return Origin([], data_config.vocab, tokens, shape={}, rules={})
-    folders = list(init_folders.values())
+    folders = list(find_init_folders(config, data_config, electra_config).values())
     wordpieces = [data.read_tokenizer(folder)[0] for folder in folders]
     tokenizations = {(each.sha256, each.do_lower_case, each.strip_accents) for each in wordpieces}
     if len(tokenizations) > 1:
@@ -1277,17 +1285,16 @@ def apply_origin(origin, data_config, electra_config, typed_flags):
 def load_init_weights(electra, init_folders):
     """Fill the networks that have a folder of --init."""
     networks = networks_of(electra)
-    if len(init_folders) < len(networks):
+    if init_folders and len(init_folders) < len(networks):
         print("--init names no generator, so one starts from random weights; until it has learned, its "
               "samples are easy to tell and teach the discriminator little")
-    if "generator" in init_folders:
-        model.load_weights(networks["generator"], init_folders["generator"])
-    if "discriminator" in init_folders:  # last, so that its embeddings stay, which both networks share
-        table = electra.generator.encoder.embeddings.word_embeddings.weight
-        table_of_generator = table.clone()
-        model.load_weights(networks["discriminator"], init_folders["discriminator"])
-        if "generator" in init_folders and not torch.equal(table, table_of_generator):
-            print("the two folders of --init have different embeddings; the discriminator's are used")
+    tables = []
+    for name in ("generator", "discriminator"):  # both fill the shared embeddings: the last one's stay
+        if name in init_folders:
+            model.load_weights(networks[name], init_folders[name])
+            tables.append(electra.generator.encoder.embeddings.word_embeddings.weight.clone())
+    if len(tables) == 2 and not torch.equal(*tables):
+        print("the two folders of --init have different embeddings; the discriminator's are used")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1314,7 +1321,7 @@ def main(argv=None):
                 warn_if_warmup_is_long(config)
                 run.start()
                 train(run)
-                if not was_complete:  # the whole text may deserve a warning that its beginning did not
+                if not was_complete:  # now the whole text is known
                     print(run.shards.describe())
             report(run)
     if WORLD_SIZE > 1:
@@ -1331,33 +1338,29 @@ def open_run(config, data_config, electra_config, typed_flags):
 
     Nothing is written. The checkpoint is read first, since it has the vocabulary and the networks' shape.
     """
-    state = read_checkpoint(config)  # on rank 0; the others need only two parts of it
-    record, first_step = from_all_ranks((state["run"], state["step"]) if state else (None, 0))[0]
-    is_new = record is None
-    origin = None if is_new else saved_origin(record, config, data_config)
-    if origin is None:
-        init_folders = find_init_folders(config, data_config, electra_config)
-        origin = read_origin(config, data_config, init_folders)
+    state = read_checkpoint(config)
+    saved = (state["run"], state["step"]) if state else (None, 0)
+    record, first_step = from_all_ranks(saved)[0]  # of rank 0, which alone has read the checkpoint
+    origin = read_origin(config, data_config, electra_config, record)
     data_config, electra_config, wordpiece = apply_origin(origin, data_config, electra_config, typed_flags)
     shards = data.GrowingShards(data_config, wordpiece)
     torch.manual_seed(data_config.seed)
-    electra = model.Electra(electra_config).train()
-    if is_new and config.init:
-        load_init_weights(electra, init_folders)
-    run = Run(config, origin, shards, electra.to(config.device), record, first_step)
-
+    electra = model.Electra(electra_config).train().to(config.device)
+    run = Run(config, origin, shards, electra, record, first_step)
     compare_ranks(run)
-    if not is_new:
+    if record is None:
+        load_init_weights(electra, find_init_folders(config, data_config, electra_config))
+    else:
         run.check_settings()
-    if state is not None:
-        run.load(state)
+        if RANK == 0:
+            run.load(state)
     run.copy_from_rank_0()
     return run
 
 
 def prepare_only(config, data_config, electra_config, typed_flags):
     """Prepare the text, and print rows of it."""
-    origin = read_origin(config, data_config, find_init_folders(config, data_config, electra_config))
+    origin = read_origin(config, data_config, electra_config)
     data_config, _, wordpiece = apply_origin(origin, data_config, electra_config, typed_flags)
     shards = data.GrowingShards(data_config, wordpiece)
     with shards.prepare_in_child():
@@ -1387,51 +1390,31 @@ def run_command(main):
     except OSError as error:
         print_system_error(error)
         return 1
-    except RuntimeError as error:
-        if "by peer" not in str(error):
-            raise
-        # torch.distributed: "Connection closed by peer". The other rank prints why it has ended.
-        print(f"rank {RANK} stops because another one has", file=sys.stderr)
-        return 1
 
 
 def set_up_output():
-    """Have any text printable, whatever the locale and even if the streams are closed."""
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")
+    """Let any text be printed, in any locale, even if the streams are closed."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in sys.stdout, sys.stderr:
-        if not isinstance(stream, io.TextIOWrapper):  # in a notebook
-            continue
-        stream.reconfigure(errors="replace")  # a terminal may not know every character
-        if not stream.isatty():
-            stream.reconfigure(encoding="utf-8")
+        if isinstance(stream, io.TextIOWrapper):  # a notebook has others
+            encoding = stream.encoding if stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="replace")
 
 
 def print_system_error(error):
     """Print an OSError, for example of a full disk, with its file or the function that it comes from."""
-    is_output_taken = flush_output()
-    if isinstance(error, BrokenPipeError):  # `| head` has read enough
-        return
-    if not is_output_taken:
-        where = " in standard output"
-    elif error.filename:
+    where = f" in {traceback.extract_tb(error.__traceback__)[-1].name}"
+    if error.filename:
         where = ""  # it is in the error's own text
-    else:
-        where = f" in {traceback.extract_tb(error.__traceback__)[-1].name}"
-    print(f"{error}{where}; fix that, and the same command resumes", file=sys.stderr)
-
-
-def flush_output():
-    """Flush standard output. If it takes no more: discard the rest, and return False."""
     try:
         sys.stdout.flush()
     except OSError:
-        # Python would try again at exit, and print the error a second time.
+        where = " in standard output"
+        # What is left of the output is discarded: Python would flush it at exit, and print the error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
-    return True
+    if not isinstance(error, BrokenPipeError):  # `| head` has read enough
+        print(f"{error}{where}; fix that, and the same command resumes", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from data import SPECIAL_TOKENS, WordPiece
 
 def make_finetuner(glue_dir, size, num_examples=None, **flags):
     """A Finetuner of MRPC with random weights of a size, for an epoch, on its first examples."""
-    config = train.resolve_device(finetune.FinetuneConfig(glue_dir=glue_dir, num_train_epochs=1, **flags))
+    config = train.set_up_device(finetune.FinetuneConfig(glue_dir=glue_dir, num_train_epochs=1, **flags))
     task = glue.TASKS["mrpc"]
     shape = train.make_config(model.ElectraConfig, train.SIZES[size])
     examples, _ = task.read("train", config.cache, glue_dir)

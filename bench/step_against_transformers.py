@@ -205,7 +205,7 @@ def resident_memory():
 def measure(options):
     """The figures of a comparison, as a dictionary."""
     torch.set_num_threads(options.threads)
-    recipe = train.resolve_device(train.TrainConfig(device=options.device, dtype=options.dtype))
+    recipe = train.set_up_device(train.TrainConfig(device=options.device, dtype=options.dtype))
     is_cuda = recipe.device.startswith("cuda")
     recipe_row = train.SIZES[options.size]
     config = train.make_config(model.ElectraConfig, recipe_row)

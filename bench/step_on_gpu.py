@@ -60,7 +60,7 @@ def make_recipe(options):
     """The TrainConfig, ElectraConfig and max_length of a size on this device."""
     row = train.SIZES[options.size]
     shape = train.make_config(model.ElectraConfig, row)
-    config = train.resolve_device(train.TrainConfig(
+    config = train.set_up_device(train.TrainConfig(
         size=options.size, device=options.device, dtype=options.dtype,
         batch_size=options.batch_size or row.get("batch_size", 128)))
     micro = options.micro_batch_size or (64 if options.size == "base" else config.batch_size)

@@ -1254,16 +1254,12 @@ def test_the_files_of_a_sweep_belong_to_it_alone(toy_glue, monkeypatch):
     tune("--task rte --save --dropout 0.2")
     assert len(list(Path("out/glue/networks").glob("rte-*/config.json"))) == 2
 
-    write_task("own")
-    with monkeypatch.context() as patch:
-        watch(patch, finetune.Experiment, "__init__", lambda *_: write_task("own", count=20))
-        with pytest.raises(UserError, match="own/train.tsv has changed; run the same command again"):
-            finetune.main("--task own --max-length 32".split())
-    write_task("own")
-    with monkeypatch.context() as patch:  # all files have been read before
-        watch(patch, finetune.Experiment, "tokenize_splits", lambda *_: write_task("own", count=20))
-        tune("--task own --max-length 32")
-    assert read_results()["own-own", 0]["examples"]["train"] == 48
+    for method in "__init__", "tokenize_splits":  # classes and examples are of the same reading of train
+        write_task("own")
+        with monkeypatch.context() as patch:
+            watch(patch, finetune.Experiment, method, lambda *_: write_task("own", count=20))
+            tune("--task own --max-length 32")
+        assert read_results()["own-own", 0]["examples"]["train"] == 48
 
 
 DAMAGE = {

@@ -595,9 +595,9 @@ def test_a_network_that_diverged_is_scored(own_questions, monkeypatch, capsys):
 def test_replayed_steps_are_plain_steps(own_questions, monkeypatch):
     """A shape of a batch is captured once for all seeds; scores and weights are those of plain steps."""
     ask("--seeds 2 --num-train-epochs 6 --save --out plain")
-    resolve = train.resolve_device
+    resolve = train.set_up_device
     monkeypatch.setattr(train, "CudaGraphs", Recorded)
-    monkeypatch.setattr(train, "resolve_device", lambda config: replace(resolve(config), graph=True))
+    monkeypatch.setattr(train, "set_up_device", lambda config: replace(resolve(config), graph=True))
     for name in "captures", "replays":
         monkeypatch.setattr(Recorded, name, 0)
     ask("--seeds 2 --num-train-epochs 6 --save --out replayed")
