@@ -141,7 +141,7 @@ class Experiment:
         return tokenized
 
     def new_network(self):
-        """A network with random weights, whose `losses` are trained."""
+        """A network with random weights. Training minimizes what its method `losses` returns."""
         return Classifier(self.pretrained.config, self.task.labels)
 
     def predict(self, network, tokenized):
@@ -155,7 +155,7 @@ class Experiment:
         return dict(metrics=metrics, is_constant=is_constant)
 
     def saved_fields(self, result):
-        """What config.json must tell `Predictor`. squad.py reads a threshold in `result`, a seed's line."""
+        """What config.json must tell `Predictor`. (`result`, a seed's line, has squad.py's threshold.)"""
         id2label = {str(number): label for number, label in enumerate(self.task.labels)}
         return dict(id2label=id2label, label_range=self.task.label_range,
                     num_sentences=len(self.task.sentence_columns))
@@ -188,7 +188,7 @@ class Experiment:
         tests = data.digest([self.sha256[split] for split in self.test_splits])
         return self.folder / "predictions" / f"{self.run_name(seed)}-{tests}.npz"
 
-    def finished(self):
+    def finished_results(self):
         """{seed: its line of results.jsonl} of the finished seeds, in ascending order.
 
         If test sets are to be predicted, a seed without these predictions is not finished. The file is read
@@ -219,7 +219,7 @@ def sweep_and_report(config, experiments):
     """
     sweep(experiments)
     tasks = {experiment.task.name: experiment.task for experiment in experiments}
-    results = {experiment.task.name: experiment.finished() for experiment in experiments}
+    results = {experiment.task.name: experiment.finished_results() for experiment in experiments}
     print(format_table(results, tasks))
     print(f"every seed's metrics are in {Path(config.out) / 'results.jsonl'}")
     missing = [f"{task.title} seed {seed}" for name, task in tasks.items() for seed in range(config.seeds)
@@ -244,7 +244,7 @@ def sweep(experiments):
             with data.try_lock(experiment.folder / "locks" / experiment.run_name(seed)) as is_ours:
                 if not is_ours:  # another process is working on it
                     continue
-                if seed in experiment.finished():  # by an earlier command, or just now by another process
+                if seed in experiment.finished_results():  # perhaps another process has just finished it
                     continue
                 if finetuner is None:
                     finetuner = Finetuner(experiment, experiment.tokenize_splits())
@@ -334,7 +334,7 @@ def read_predictions(experiment, seed):
 
 def best_seed(experiment):
     """The finished seed with the best dev score; of equal ones, the first."""
-    results = experiment.finished()
+    results = experiment.finished_results()
     metric = experiment.task.metrics[0]
     return max(results, key=lambda seed: results[seed]["metrics"][metric])
 
@@ -529,12 +529,12 @@ class Tokenized(NamedTuple):
 
 def tokenize_examples(examples, wordpiece, max_length, both_orders=False):
     """Tokenize a list of examples. With both_orders, the swapped pairs follow."""
+    if both_orders:  # [D30] swapped before they are cut
+        swapped = [example._replace(first=example.second, second=example.first) for example in examples]
+        examples = examples + swapped
     firsts = wordpiece.encode([example.first for example in examples])
     seconds = wordpiece.encode([example.second for example in examples])
     labels = [example.label for example in examples]
-    if both_orders:
-        firsts, seconds = firsts + seconds, seconds + firsts  # [D30] swapped before they are cut
-        labels = labels + labels
     rows = np.zeros((len(firsts), max_length), dtype=np.uint16)
     lengths = np.zeros(len(firsts), dtype=np.int64)
     for number, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
@@ -780,7 +780,7 @@ def save_network(experiment, seed, network):
     sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     fields = model.config_fields(network) | dict(
         head=type(network).__name__, run_name=experiment.run_name(seed), sha256=sha256,
-        **experiment.saved_fields(experiment.finished()[seed]))
+        **experiment.saved_fields(experiment.finished_results()[seed]))
     files["config.json"] = model.config_bytes(fields | dict(digest=digest_fields(fields)))
     with lock_outputs(experiment.folder, to_write="network"):
         train.write_folder(experiment.network_path(), files)

@@ -166,7 +166,7 @@ class Electra(nn.Module):
             uniforms = torch.rand(B, L + 2 * K, device=input_ids.device)
         if counts is None:
             counts = loss_counts(input_ids, self.config)
-        total_predictions, total_tokens = counts + 1e-6  # so that neither is 0, as in the official code
+        total_predictions, total_tokens = counts  # 1e-6 is added where they divide, as in the official code
         # Computed once, from the original ids: a sampled [PAD] or [SEP] must not change them.
         attention_mask, token_type_ids = attention_mask_and_token_types(input_ids, self.config.sep_token_id)
 
@@ -179,7 +179,7 @@ class Electra(nn.Module):
         mlm_logits = self.generator(masked_ids, attention_mask, token_type_ids, positions)  # (B, K, V)
         log_probs = mlm_logits.log_softmax(-1)
         mlm_losses = -log_probs.gather(2, labels[..., None]).squeeze(2)  # (B, K) cross-entropy
-        mlm_loss = (mlm_losses * is_used).sum() / total_predictions
+        mlm_loss = (mlm_losses * is_used).sum() / (total_predictions + 1e-6)
 
         sampled = sample(log_probs.detach(), sample_uniforms)  # (B, K) [D11] no argmax, no gradient
         corrupted_ids = corrupt(input_ids, positions, is_used, labels, sampled)  # (B, L)
@@ -193,7 +193,7 @@ class Electra(nn.Module):
             disc_logits = self.discriminator(corrupted_ids, attention_mask, token_type_ids)  # (B, L)
             targets = is_replaced.to(disc_logits.dtype)
             disc_losses = F.binary_cross_entropy_with_logits(disc_logits, targets, reduction="none")  # (B, L)
-            disc_loss = (disc_losses * attention_mask).sum() / total_tokens  # [D14] [CLS] and [SEP] too
+            disc_loss = (disc_losses * attention_mask).sum() / (total_tokens + 1e-6)  # [D14] [CLS], [SEP] too
             loss = mlm_loss + self.config.discriminator_weight * disc_loss  # [D15]
             # Only `loss` keeps its graph.
             disc_loss = disc_loss.detach()
@@ -642,7 +642,7 @@ def load_weights(network, folder):
         if found != expected:
             raise ModelError(f"{misfit}: {name} is {found}, and should be {expected}")
     tensors = read_weights(folder)
-    if isinstance(network, Encoder):  # an encoder alone has names without this prefix, in transformers, too
+    if isinstance(network, Encoder):  # its tensors have names without this prefix
         tensors = {name.removeprefix("electra."): tensor for name, tensor in tensors.items()}
     for name, ours in huggingface_tensors(network).items():
         if name not in tensors:

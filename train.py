@@ -180,7 +180,7 @@ def train(run):
             # Rows. This waits until the text is prepared that far, on all ranks.
             try:
                 epoch, rows = read_together(order.batch, step)
-                if is_evaluated and heldout is None:  # before the step: this wait, too, may end the run
+                if is_evaluated and heldout is None:  # not later: this wait may end the run before the step
                     heldout = read_heldout(run)
             except data.Stopped as stopped:
                 stop_early(run, step, order, stopped.error)
@@ -228,7 +228,7 @@ def stop_early(run, step, order, error=None):
     """
     if step > run.first_step:
         run.save(step, order)
-    from_all_ranks(None)  # waits until rank 0 has saved: torchrun ends all ranks as soon as one has ended
+    wait_for_all_ranks()  # until rank 0 has saved: torchrun ends all ranks as soon as one has ended
     command = "the same command without --restart" if run.config.restart else "the same command"
     raise data.UserError(error or f"stopped after step {step}; {command} resumes") from None
 
@@ -414,8 +414,10 @@ def micro_batches(input_ids, uniforms, size):
 
 def autocast(config):
     """bf16 or fp16 where the config asks for it."""
-    dtype = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)[config.dtype]
-    return torch.autocast(torch.device(config.device).type, dtype, enabled=dtype is not None)
+    if config.dtype == "fp32":
+        return nullcontext()
+    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16)[config.dtype]
+    return torch.autocast(torch.device(config.device).type, dtype)
 
 
 WARM_UP_CALLS = 3  # before a CUDA graph is captured: they compile, choose and load kernels
@@ -461,7 +463,7 @@ class CudaGraphs:
     def run_eagerly(self, inputs):
         """Call the function as it is, on the stream of the captures.
 
-        Autograd remembers on which stream it first met a weight, and a capture may use no other one.
+        The first backward pass binds each weight to its stream, and a capture on another one would fail.
         """
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -571,6 +573,10 @@ def gather_outputs(outputs):
         tensors = [None if tensor is None else tensor.cpu() for tensor in output]
         ours.append(model.Output(*tensors))
     return [output for theirs in from_all_ranks(ours) for output in theirs]
+
+
+def wait_for_all_ranks():
+    from_all_ranks(None)
 
 
 def from_all_ranks(value):
@@ -736,7 +742,7 @@ class Run:
     def load(self, state):
         """Load the networks and the optimizer of a checkpoint, as `read_checkpoint` returned it."""
         self.electra.load_state_dict(state["model"])
-        groups = self.optimizer.state_dict()["param_groups"]  # stay: the saved ones are on the CPU
+        groups = self.optimizer.state_dict()["param_groups"]  # these, since their rates are on this device
         self.optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=groups))
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
@@ -845,7 +851,10 @@ def build_optimizer(parameters, config, lr_scale_of=None):
 
 
 def init_adam_state(optimizer):
-    """Give Adam its state before the first step. One that a CUDA graph reads is overwritten in place."""
+    """Give Adam its state before the first step.
+
+    finetune.py calls it again for each seed. Then the tensors, which CUDA graphs read, are overwritten.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]

@@ -1357,7 +1357,7 @@ def test_a_result_is_added_below_a_line_without_an_end(toy_glue):
 
 def test_a_kill_while_a_network_is_saved_mixes_no_two(toy_glue, monkeypatch):
     """config.json is written last: before the first one there is no network, and an old one fits no other."""
-    monkeypatch.setattr(finetune, "best_seed", lambda experiment: max(experiment.finished()))
+    monkeypatch.setattr(finetune, "best_seed", lambda experiment: max(experiment.finished_results()))
     tune("--task wnli --seeds 2 --save --out whole")
     # The first network's tokenizer_config.json is written before its config.json. The second has the same.
     for seeds, count, message in (1, 1, "has no Classifier; --model takes"), (2, 0, "safetensors is damaged"):
