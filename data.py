@@ -569,7 +569,7 @@ def build_shard(number, documents, end, wordpiece, config):
     heldout = to_array(heldout, config.max_length)
     unk = wordpiece.unk_token_id
     unknown = int(np.sum(train == unk) + np.sum(heldout == unk))
-    marks = 0  # see MARKS
+    marks = 0  # vowel signs and the like that are stripped, see MARKS
     if wordpiece.strip_accents:
         marks = count_marks(documents)
     info = dict(documents=len(documents), tokens_kept=kept, tokens_dropped=dropped, end=end,
@@ -828,9 +828,11 @@ def vocab_bytes(tokens):
 # ------------------------------------------------------------------------------------------------------------
 # Shards: rows <-> disk
 #
-# Nothing that changes goes unnoticed: a file of the text has an Identity, which is compared when a shard is
-# added and at the end; documents that are read once more, a CRC-32 in their Position; a shard, its seal and
-# its SHA-256 in `complete`; and the text of a resumed run, a history of these.
+# What may change, and what shows it:
+#     a file of the text               its Identity, when a shard is added and at the end
+#     documents that are read again    the CRC-32 in their Position
+#     a shard                          its seal, and its SHA-256 in `complete`
+#     the text of a resumed run        its history, made of these SHA-256
 
 FORMAT = 4  # raise it when rows or their files change
 CACHE_ADVICE = "delete its folder, and it is made again"
@@ -1385,7 +1387,7 @@ def read_tokenizer(folder):
     config_settings = read_tokenizer_config(config_path)
     json_settings = read_tokenizer_json(json_path)
     for name, value in json_settings.items():
-        if config_settings.get(name, value) != value:
+        if config_settings.get(name, value) != value:  # both state it, and differ
             raise UserError(f"{config_path} and {json_path} disagree about {name}; correct the wrong one")
     for path, settings in (config_path, config_settings), (json_path, json_settings):
         if settings.get("strip_accents") and settings.get("do_lower_case") is False:
@@ -1836,7 +1838,7 @@ def add_path_to_errors(path):
 
 
 def write_sealed(path, content):
-    """Write bytes, and after them their seal. Readers of zips, torch.load among them, ignore it."""
+    """Write bytes, and after them their seal. torch.load ignores it, so it can open a sealed checkpoint."""
     with atomic_write(path) as file:
         file.write(content)
         file.write(seal(path, content))
