@@ -1414,7 +1414,10 @@ def read_tokenizer_json(path):
         return {}
     content = read_json(path)
     check_values(content, JSON_VALUES, path)
-    for added_token in content.get("added_tokens") or []:
+    added_tokens = content.get("added_tokens") or []
+    if not isinstance(added_tokens, list):
+        raise unsupported(path, f"added_tokens is {added_tokens!r:.80}")
+    for added_token in added_tokens:
         token = find_entry(added_token, "content")
         if token not in SPECIAL_TOKENS:
             raise unsupported(path, f"added_tokens has {token!r:.80}")
@@ -1567,7 +1570,8 @@ def parse_vocab(raw, path):
 def parse_tokenizer(text, path):
     """The tokens in the content of a tokenizer.json, in the order of their ids."""
     ids = find_entry(parse_json(text, path), "model.vocab")
-    if not isinstance(ids, dict) or set(ids.values()) != set(range(len(ids))):
+    is_vocabulary = isinstance(ids, dict) and all(isinstance(number, int) for number in ids.values())
+    if not is_vocabulary or set(ids.values()) != set(range(len(ids))):
         raise UserError(f"{path} is not a WordPiece tokenizer, as ELECTRA's and BERT's are")
     return sorted(ids, key=ids.get)
 

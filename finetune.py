@@ -315,7 +315,7 @@ def append_result(experiment, result):
 
 def lock_outputs(folder, to_write):
     """The one lock on all files that processes of a sweep share. It waits for another process."""
-    return data.lock(folder / "locks" / "outputs", f"waiting to write the {to_write}")
+    return data.lock(folder / "locks" / "results", f"waiting to write the {to_write}")
 
 
 def write_predictions(experiment, seed, predictions):
@@ -615,8 +615,9 @@ def load_pretrained(config):
     """The model that --model names. It is checked here, before anything is fine-tuned."""
     folder = data.find_model(config.model, config.cache)
     wordpiece, trained_length = data.read_tokenizer(folder)
-    model_config = replace(model.load_config(folder).with_vocabulary(wordpiece),
-                           hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
+    model_config = replace(model.load_config(folder), hidden_dropout_prob=config.dropout,
+                           attention_probs_dropout_prob=config.dropout, sep_token_id=wordpiece.sep_token_id,
+                           vocab_size=len(wordpiece.tokens))
     check_length(folder, model_config.max_position_embeddings, trained_length, config.max_length)
     if config.random_weights:
         return Pretrained(folder, model_config, wordpiece, None, "random")
@@ -726,6 +727,9 @@ def submit(experiments, config):
         predictions = read_predictions(experiment, seed)
         for split in experiment.test_splits:
             files[task.submission_name(split)] = glue.submission_text(task, predictions[split])
+    if not files:
+        print("no task has a test set, so there is nothing to submit")
+        return
     names = {experiment.task.name for experiment in experiments}
     is_whole = names.issuperset(glue.TASKS)
     folder = Path(config.out)

@@ -14,7 +14,7 @@ import math
 import re
 import sys
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -374,7 +374,7 @@ class OwnTask(Task):
 
     files: dict  # path by split
     sentence_columns: tuple  # SINGLE or PAIR, in all files
-    train_bytes: bytes  # of the training file, which also gave `labels` or `label_range`
+    train_bytes: bytes = field(repr=False)  # of the training file, which also gave `labels` or `label_range`
 
     @property
     def splits(self):
@@ -441,14 +441,15 @@ def check_classes(label_places, title):
         if not text or re.search(r"[\t\r\n]", text):
             raise data.UserError(f"{where}: the label is {text!r}; it must be a word, without tab or line "
                                  "break")
-    decimals = [text for text in label_places if "." in text and NUMBER.fullmatch(text)]
-    if decimals:
+    decimals = [text for text in label_places if "." in text]
+    if decimals and all(map(NUMBER.fullmatch, label_places)):
         print(f"{title}: labels such as {decimals[0]} are names of classes; --regression makes them numbers")
 
 
 def class_order(text):
-    """Numbers by value, then words by letters."""
-    return (0, float(text), text) if NUMBER.fullmatch(text) else (1, 0, text)
+    """The key that sorts numbers by value, and words by letters where 0 is."""
+    value = float(text) if NUMBER.fullmatch(text) else 0
+    return value, text
 
 
 def parse_own(task, split, raw, source):
@@ -487,7 +488,7 @@ def read_cell(row, column, where):
     value = row[column]
     if isinstance(value, str):
         return data.without_surrogates(value).strip()
-    if isinstance(value, int | float) and math.isfinite(value):
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return json.dumps(value)  # as in the file: 9, 1.5 or true
     raise data.UserError(f"{where}: column {column} is {value!r}, neither text nor a number")
 
@@ -570,7 +571,7 @@ def name_fields(rows):
             raise data.UserError(f"{where} is empty; delete it")
         if len(fields) != len(header):
             raise data.UserError(f"{where} has {len(fields)} fields, and the first line {len(header)}")
-        if [field.strip() for field in fields] == header:
+        if [cell.strip() for cell in fields] == header:
             raise data.UserError(f"{where} repeats the first line, which names the columns; delete it")
         yield where, dict(zip(header, fields, strict=True))
 
@@ -672,4 +673,5 @@ def write_submission(path, files):
             for split in task.test_splits:
                 name = task.submission_name(split)
                 member = zipfile.ZipInfo(name)  # dated 1980: the same predictions give the same bytes
+                member.external_attr = 0o644 << 16  # readable by all
                 archive.writestr(member, files[name], zipfile.ZIP_DEFLATED)

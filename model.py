@@ -604,15 +604,18 @@ def load_config(folder):
     Raises ModelError if it describes more parameters than the folder's weights have.
     """
     path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} is not a model folder: it has no config.json")
     with reading(path, "the config of a network like these"):
         content = json.loads(path.read_bytes())
         kind = (content.get("model_type"), content.get("hidden_act", "gelu"),
                 content.get("position_embedding_type", "absolute"))
-        names = {field.name for field in fields(ElectraConfig)}
-        config = ElectraConfig(**{name: value for name, value in content.items() if name in names})
     if kind != ("electra", "gelu", "absolute"):
         raise ModelError(f"{path} is of another network: model_type, hidden_act and position_embedding_type "
                          f"are {kind}, and should be electra, gelu and absolute")
+    names = {field.name for field in fields(ElectraConfig)}
+    with reading(path, "the config of a network like these"):
+        config = ElectraConfig(**{name: value for name, value in content.items() if name in names})
     check_size(config, folder)
     return config
 
@@ -711,7 +714,7 @@ def to_safetensors(tensors):
     for name, tensor in tensors.items():
         end = start + 4 * tensor.numel()
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
-        parts.append(tensor.numpy().tobytes())
+        parts.append(memoryview(tensor.contiguous().numpy()).cast("B"))
         start = end
     data = b"".join(parts)
     header["__metadata__"] = {"format": "pt", "sha256": hashlib.sha256(data).hexdigest()}

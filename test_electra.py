@@ -3203,7 +3203,7 @@ def test_own_tasks_are_read_from_every_kind_of_file(tmp_path, monkeypatch):
         [task] = glue.find_tasks([kind], is_regression=True).values()
         assert task.read("train")[0] == [('He said "no.', "", 1.0), ("é,", "b", 0.0)]
     for texts, labels in [(["1.0", "0.0"], ("0.0", "1.0")), (["2.10", "2.1", "10"], ("2.1", "2.10", "10")),
-                          (["b", "10", "a", "-1", "9"], ("-1", "9", "10", "a", "b"))]:
+                          (["b", "10", "a", "-1", "9"], ("-1", "a", "b", "9", "10"))]:
         rows = "".join(f"ba\t{text} \n" for text in texts)
         (tmp_path / "tsv" / "train.tsv").write_text(f"sentence\tlabel\n{rows}")
         assert glue.find_tasks(["tsv"])["own-tsv"].labels == labels

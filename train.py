@@ -43,7 +43,7 @@ import model
 
 
 def read_variable(name, default):
-    """A number that torchrun sets. It is -1 if the variable holds no number: `main` refuses that."""
+    """A number that torchrun sets. It is -1 if the variable holds no number: `parse` refuses that."""
     try:
         return int(os.environ.get(name) or default)
     except ValueError:
@@ -539,7 +539,7 @@ def read_together(read, *args):
             stopped = exception
     if any_rank(stopped is not None):  # all ranks wait here
         exceptions = [exception for exception in from_all_ranks(stopped) if exception is not None]
-        raise exceptions[0]
+        raise max(exceptions, key=lambda exception: exception.error is not None)  # an error before a signal
     if LOCAL_RANK > 0:
         result = read(*args)
     return result
@@ -686,7 +686,7 @@ class Run:
         lines = self.log_path.read_bytes().splitlines() if self.log_path.exists() else []
         entries = []
         for line in lines:
-            with suppress(data.UserError):  # a damaged line is left out
+            with suppress(data.UserError, TypeError):  # a damaged line is left out
                 entry = data.parse_json(line, self.log_path)
                 if "step" in entry and entry["step"] <= self.first_step:  # the settings have no step
                     entries.append(entry)
@@ -1091,6 +1091,8 @@ def parse(argv, description, config_classes, sizes):
     A field is a flag if its type is annotated with a help. ElectraConfig has fields with a range only, where
     the help is "". A flag that was not typed has its value in the size's row of `sizes`, or else its default.
     """
+    if not 0 <= LOCAL_RANK <= RANK < WORLD_SIZE:
+        raise torchrun_error()
     parser = argparse.ArgumentParser(description=description, usage="%(prog)s [--FLAG VALUE ...]",
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS,
                                      exit_on_error=False)
@@ -1311,8 +1313,6 @@ def load_init_weights(electra, init_folders):
 
 
 def main(argv=None):
-    if not 0 <= LOCAL_RANK <= RANK < WORLD_SIZE:
-        raise torchrun_error()
     config, data_config, electra_config, typed_flags = configure(argv)
     if config.prepare_only:
         prepare_only(config, data_config, electra_config, typed_flags)
@@ -1398,6 +1398,12 @@ def run_command(main):
         return 130
     except OSError as error:
         print_system_error(error)
+        return 1
+    except RuntimeError as error:
+        if "by peer" not in str(error):
+            raise
+        # torch.distributed: "Connection closed by peer". The other rank prints why it has ended.
+        print(f"rank {RANK} stops because another one has", file=sys.stderr)
         return 1
 
 
