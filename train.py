@@ -1043,7 +1043,7 @@ def print_sentences(outputs, input_ids, wordpiece):
 # ------------------------------------------------------------------------------------------------------------
 # Flags
 
-# On a CPU, torch 2.6 compiled wrong gradients of embeddings, and 2.11 right ones. On a GPU, it compiles by
+# On a CPU, torch 2.6 compiled wrong gradients of embeddings, and 2.11 right ones. On a GPU, --compile is the
 # default from that version on. (torch.__version__ compares as a version: "2.6" < "2.11".)
 COMPILES_SINCE = "2.11"
 
