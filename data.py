@@ -1432,9 +1432,9 @@ def check_values(content, possible_values, path):
     """Raise UserError if an entry of `content` is not among its possible values."""
     for name, values in possible_values.items():
         value = find_entry(content, name)
-        if isinstance(value, dict):  # a token with its properties
+        if name.endswith("_token") and isinstance(value, dict):  # a token with its properties
             value = value.get("content")
-        if value not in values:
+        if value not in values or type(value) not in map(type, values):  # 1.0 is no True
             raise unsupported(path, f"{name} is {value!r:.80} and not {values[0]!r}")
 
 
@@ -1728,15 +1728,15 @@ class RemoteFile:
         encoding = headers.get("Content-Encoding", "identity")
         if encoding != "identity":
             raise UserError(f"{self.name} answers with Content-Encoding {encoding!r:.40}; {self.advice}")
-        version = headers.get("ETag") or headers.get("Last-Modified")
+        version = headers.get("ETag") or headers.get("Last-Modified") or None
         if response.status_code == 206:
-            part = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
+            part = re.fullmatch(r"bytes (\d{1,18})-\d+/(\d{1,18})", headers.get("Content-Range", ""))
             if part is None:
                 return Answer(None, None, version)
             return Answer(int(part[1]), int(part[2]), version)
         if headers.get("Transfer-Encoding") == "chunked":  # urllib3 checks that the last chunk comes
             return Answer(0, None, version)
-        if not headers.get("Content-Length", "").isdecimal():  # a body that is cut short would look whole
+        if not re.fullmatch(r"\d{1,18}", headers.get("Content-Length", "")):  # a cut body would look whole
             raise UserError(f"{self.name} does not say how long it is; {self.advice}")
         return Answer(0, int(headers["Content-Length"]), version)
 

@@ -786,7 +786,7 @@ def read_checkpoint(config):
 
 def written_files(path):
     """Yield the files that a run may have written in its folder, apart from its checkpoint."""
-    snapshots = [folder for folder in path.glob("step-*") if folder.name.removeprefix("step-").isdigit()
+    snapshots = [folder for folder in path.glob("step-*") if folder.name.removeprefix("step-").isdecimal()
                  and not folder.is_symlink()]  # which may lead to another run
     for parent in [path, *snapshots]:
         for network in ("generator", "discriminator"):

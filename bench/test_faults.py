@@ -237,6 +237,7 @@ def test_a_part_that_nobody_asked_for_is_refused():
 @pytest.mark.parametrize("headers, message", [
     ({"Content-Encoding": "gzip"}, "a.txt answers with Content-Encoding 'gzip'; use --data PATH"),
     ({"Content-Length": "many"}, "a.txt does not say how long it is; use --data PATH"),
+    ({"Content-Length": "1" * 5000}, "a.txt does not say how long it is; use --data PATH"),
     ({}, "a.txt does not say how long it is; use --data PATH"),
     ({"Content-Encoding": "identity", "Content-Length": 2}, None),
 ])
