@@ -1284,7 +1284,7 @@ def apply_origin(origin, data_config, electra_config, typed_flags):
     if origin.init and conflicts:
         raise data.UserError(f"--init prescribes {', '.join(conflicts)}; leave these flags out")
     data_config = replace(data_config, **origin.rules)
-    wordpiece = data.WordPiece(origin.tokens, data_config.do_lower_case, data_config.strip_accents)
+    wordpiece = data.WordPiece.from_config(origin.tokens, data_config)
     electra_config = replace(electra_config, **origin.shape).with_vocabulary(wordpiece)
     positions = electra_config.max_position_embeddings
     if data_config.max_length > positions:
