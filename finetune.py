@@ -529,12 +529,14 @@ class Tokenized(NamedTuple):
 
 def tokenize_examples(examples, wordpiece, max_length, both_orders=False):
     """Tokenize a list of examples. With both_orders, the swapped pairs follow."""
-    if both_orders:  # [D30] swapped before they are cut
-        swapped = [example._replace(first=example.second, second=example.first) for example in examples]
-        examples = examples + swapped
     firsts = wordpiece.encode([example.first for example in examples])
     seconds = wordpiece.encode([example.second for example in examples])
     labels = [example.label for example in examples]
+    if both_orders:  # [D30] swapped before they are cut
+        firsts_of_both = firsts + seconds
+        seconds = seconds + firsts
+        firsts = firsts_of_both
+        labels = labels + labels
     rows = np.zeros((len(firsts), max_length), dtype=np.uint16)
     lengths = np.zeros(len(firsts), dtype=np.int64)
     for number, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
